@@ -1,0 +1,99 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"runtime/debug"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+
+	"violin/api/violin/v1/violinv1connect"
+	"violin/internal/daemon"
+	"violin/internal/server"
+)
+
+// requestLimit bounds one message from a client: the largest are topologies and exec's input.
+const requestLimit = 16 << 20
+
+func (a *app) serverCommand() *cobra.Command {
+	var idleExit time.Duration
+	var level slog.Level
+	cmd := &cobra.Command{
+		Use:   "server",
+		Short: "Run the server in the foreground",
+		Long: `Run the server of this machine in the foreground, with its log on stderr. This is
+seldom needed: 'violin up' and others start it in the background. It ends with
+SIGTERM or Ctrl-C, and every slice ends with it.
+
+The API is HTTP (Connect, gRPC, JSON) on the unix socket server.sock in the run
+directory, for its user only:
+  curl --unix-socket /run/violin/server.sock http://violin/violin.v1.SliceService/ListSlices \
+       -H 'Content-Type: application/json' -d '{}'`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := a.tableOnly(cmd); err != nil {
+				return err
+			}
+			return a.serve(cmd.Context(), idleExit, level)
+		},
+	}
+	cmd.Flags().DurationVar(&idleExit, "idle-exit", 0, "end after this `time` with no slice and no call (0: never; a server started in the background has "+daemon.DefaultIdleExit.String()+")")
+	cmd.Flags().TextVar(&level, "log-level", slog.LevelInfo, "log from this `level` on: debug, info, warn or error")
+	return cmd
+}
+
+// service is what the daemon serves: the API in front of the server.
+type service struct {
+	http.Handler
+	*server.Server
+}
+
+func (a *app) serve(ctx context.Context, idleExit time.Duration, level slog.Level) error {
+	ready := daemon.ReadyFile()
+	if idleExit < 0 {
+		return &failure{code: exitUsage, err: fmt.Errorf("--idle-exit %v: it cannot be negative", idleExit)}
+	}
+	dirs, err := a.dirs()
+	if err != nil {
+		return err
+	}
+	logger := slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: level}))
+	err = daemon.Serve(ctx, daemon.Config{
+		Dirs:     dirs,
+		IdleExit: idleExit,
+		Ready:    ready,
+		Version:  violinVersion(),
+		Logger:   logger,
+		Start: func(ctx context.Context) (daemon.Service, error) {
+			s, err := server.New(ctx, server.Config{StateDir: dirs.State, RunDir: dirs.Run, Logger: logger, Version: violinVersion()})
+			if err != nil {
+				return nil, err
+			}
+			return service{Handler: apiHandler(s, logger), Server: s}, nil
+		},
+	})
+	if err != nil {
+		// The server's own end is no interruption of a call, whatever ended it.
+		return &failure{code: exitFailure, err: err}
+	}
+	return nil
+}
+
+// apiHandler serves the API over HTTP.
+func apiHandler(s violinv1connect.SliceServiceHandler, logger *slog.Logger) http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle(violinv1connect.NewSliceServiceHandler(s,
+		connect.WithReadMaxBytes(requestLimit),
+		// The socket is local: compressing costs more than it saves, below the size of a large listing.
+		connect.WithCompressMinBytes(1<<20),
+		// One call's mistake must not end everybody's VMs.
+		connect.WithRecover(func(ctx context.Context, spec connect.Spec, _ http.Header, r any) error {
+			logger.ErrorContext(ctx, "panic in a call", "procedure", spec.Procedure, "panic", r, "stack", string(debug.Stack()))
+			return connect.NewError(connect.CodeInternal, fmt.Errorf("the server's own mistake in %s: %v", spec.Procedure, r))
+		})))
+	return mux
+}

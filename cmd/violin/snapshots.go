@@ -1,0 +1,55 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	violinv1 "violin/api/violin/v1"
+)
+
+func (a *app) snapshotsCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "snapshots [SLICE]",
+		Short: "List the snapshots of a slice, or of all, oldest first",
+		Long: `List the snapshots of a slice, or of all, oldest first. PARENT is the snapshot that
+the slice had last been taken to or restored from. A slice need not run for this.`,
+		Args:              cobra.MaximumNArgs(1),
+		ValidArgsFunction: a.completion(sliceNames),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.snapshots(cmd.Context(), strings.Join(args, ""))
+		},
+	}
+}
+
+func (a *app) snapshots(ctx context.Context, slice string) error {
+	p := a.progress()
+	defer p.done()
+	c, err := a.startServer(ctx, p)
+	if err != nil {
+		return err
+	}
+	list, err := c.ListSnapshots(ctx, &violinv1.ListSnapshotsRequest{Slice: slice})
+	if err != nil {
+		return err
+	}
+	p.done()
+	if len(list.GetSnapshots()) == 0 {
+		a.note("no snapshots; 'violin snapshot SLICE' takes one")
+	}
+	return a.print(list, func(w io.Writer) {
+		if len(list.GetSnapshots()) == 0 {
+			return
+		}
+		t := newTable("SNAPSHOT", "TAG", "PARENT", "CREATED", "MODE", ">NODES", ">SKEW", ">RECORDED", ">STATE", ">STORED", ">TOOK")
+		for _, s := range list.GetSnapshots() {
+			t.row(snapshotName(s), s.GetTag(), s.GetParent(), a.formatTime(s.GetCreated()), modeName(s.GetMode()),
+				fmt.Sprint(len(s.GetNodes())), optionalDuration(s.GetSkew()), formatCount(s.GetFramesRecorded()),
+				formatBytes(s.GetRawBytes()), formatBytes(s.GetStoredBytes()), optionalDuration(s.GetDuration()))
+		}
+		t.write(w)
+	})
+}

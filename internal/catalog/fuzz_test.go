@@ -1,0 +1,32 @@
+package catalog
+
+import (
+	"testing"
+	"time"
+)
+
+func FuzzParse(f *testing.F) {
+	doc, err := marshal(&Snapshot{ID: "1", Slice: "a", Created: time.Unix(0, 0).UTC(), Topology: []byte("x")})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(doc)
+	f.Add([]byte(`{}`))
+	f.Add([]byte(`{"format":"violin-snapshot","version":1,"snapshot":{}}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		s, err := parse(b)
+		if err != nil {
+			if s != nil {
+				t.Error("an error and a snapshot")
+			}
+			return
+		}
+		again, err := marshal(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s, err := parse(again); err != nil || s == nil {
+			t.Errorf("sealed anew it cannot be read: %v", err)
+		}
+	})
+}

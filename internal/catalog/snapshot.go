@@ -1,0 +1,192 @@
+package catalog
+
+import (
+	"encoding/base32"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"time"
+
+	"violin/internal/store"
+)
+
+// A Snapshot is one sealed cut of a slice: everything that a restore needs and
+// what a user wants to know of it. It is plain data and is never changed once
+// sealed.
+type Snapshot struct {
+	// ID is short, sorts by age, and is unique; see NewID.
+	ID    string `json:"id"`
+	Slice string `json:"slice"`
+	// Tag is the name that the user gave, if any; unique in the slice.
+	Tag string `json:"tag,omitempty"`
+	// Parent is the ID of the snapshot that the slice was last restored from
+	// or that was taken before this one; empty for the first.
+	Parent  string    `json:"parent,omitempty"`
+	Created time.Time `json:"created"` // when it was sealed, by the server's clock
+	// Mode is how memory was captured, such as "background" or "precopy".
+	Mode string `json:"mode,omitempty"`
+	// Epoch is the one that the cut began in (all nodes ended in the next).
+	Epoch uint8 `json:"epoch"`
+	// Topology is the slice's topology: the YAML source, byte for byte.
+	Topology []byte  `json:"topology"`
+	Nodes    []Node  `json:"nodes"`
+	Channel  Channel `json:"channel"`
+	Totals   Totals  `json:"totals"`
+}
+
+// A Node is what a snapshot holds of one VM.
+type Node struct {
+	Name string `json:"name"`
+	Host string `json:"host"` // where it ran
+	// CutAt is the instant of its cut, by its host's clock.
+	CutAt time.Time `json:"cut_at"`
+	// Pause is how long its vCPUs stood still, in nanoseconds.
+	Pause time.Duration `json:"pause_ns"`
+
+	// Device is the hypervisor's state without the content of memory pages:
+	// for QEMU, the skeleton of the migration stream.
+	Device store.BlobRef `json:"device"`
+	// Memory is the page table.
+	Memory store.BlobRef `json:"memory"`
+	// Disks are the page tables of its disks, by name.
+	Disks []Disk `json:"disks,omitempty"`
+
+	RawBytes    int64 `json:"raw_bytes"`    // length of the stream as the hypervisor sent it
+	StoredBytes int64 `json:"stored_bytes"` // what the store grew by for it
+	Pages       int64 `json:"pages"`        // not zero
+	ZeroPages   int64 `json:"zero_pages"`
+	Held        int64 `json:"held"`     // frames to it that were held until it had cut
+	Recorded    int64 `json:"recorded"` // frames to it in the channel state
+}
+
+// A Disk is what a snapshot holds of one disk.
+type Disk struct {
+	Name   string        `json:"name"`
+	Blocks store.BlobRef `json:"blocks"` // a page table
+}
+
+// Channel is the channel state: the frames in flight at the cut.
+type Channel struct {
+	Ref    store.BlobRef `json:"ref"` // pcapng; zero if there were none
+	Frames int64         `json:"frames"`
+	Bytes  int64         `json:"bytes"`
+}
+
+// Totals is the cut in figures.
+type Totals struct {
+	Skew     time.Duration `json:"skew_ns"`     // from the first node's cut to the last's
+	Duration time.Duration `json:"duration_ns"` // from the request to the seal
+	Held     int64         `json:"held"`        // frames, all nodes
+	Recorded int64         `json:"recorded"`    // frames in the channel state
+	Dropped  int64         `json:"dropped"`     // frames that the cut dropped
+	Lost     int64         `json:"lost"`        // frames that the network lost meanwhile
+
+	RawBytes    int64 `json:"raw_bytes"`
+	StoredBytes int64 `json:"stored_bytes"`
+}
+
+// Ref is how a user names the snapshot.
+func (s *Snapshot) Ref() string { return s.Slice + "@" + s.ID }
+
+// roots are what the snapshot needs in the store.
+func (s *Snapshot) roots() iter.Seq[store.Root] {
+	return func(yield func(store.Root) bool) {
+		add := func(what string, ref store.BlobRef, memory bool) bool {
+			return ref.IsZero() || yield(store.Root{Name: s.Ref() + what, Ref: ref, Memory: memory})
+		}
+		for _, n := range s.Nodes {
+			if !add(" "+n.Name+" device state", n.Device, false) || !add(" "+n.Name+" memory", n.Memory, true) {
+				return
+			}
+			for _, d := range n.Disks {
+				if !add(" "+n.Name+" disk "+d.Name, d.Blocks, true) {
+					return
+				}
+			}
+		}
+		add(" channel state", s.Channel.Ref, false)
+	}
+}
+
+// check refuses what must not be sealed.
+func (s *Snapshot) check() error {
+	errs := []error{CheckName(s.Slice), checkID(s.ID)}
+	if s.Tag != "" {
+		errs = append(errs, CheckTag(s.Tag))
+	}
+	if s.Parent != "" {
+		errs = append(errs, checkID(s.Parent))
+	}
+	if s.Created.IsZero() {
+		errs = append(errs, errors.New("no time of creation"))
+	}
+	seen := make(map[string]bool)
+	for _, n := range s.Nodes {
+		if n.Name == "" || seen[n.Name] {
+			errs = append(errs, fmt.Errorf("node name %q is empty or occurs twice", n.Name))
+		}
+		seen[n.Name] = true
+		if n.Device.IsZero() || n.Memory.IsZero() {
+			errs = append(errs, fmt.Errorf("node %q has no device state or no memory", n.Name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// NewID makes the ID of a snapshot taken at a time: the time in UTC, to the
+// second, and 20 random bits, such as "260807-101530-k3f9". rand is
+// crypto/rand's Reader, or a seeded one in tests.
+func NewID(at time.Time, rand io.Reader) (string, error) {
+	var b [3]byte
+	if _, err := io.ReadFull(rand, b[:]); err != nil {
+		return "", fmt.Errorf("make snapshot ID: %w", err)
+	}
+	return at.UTC().Format(idTime) + "-" + crockford.EncodeToString(b[:])[:4], nil
+}
+
+const idTime = "060102-150405"
+
+// crockford's alphabet has no letters that look like digits.
+var crockford = base32.NewEncoding("0123456789abcdefghjkmnpqrstvwxyz").WithPadding(base32.NoPadding)
+
+// checkID accepts what NewID makes and, for the sake of imports and tests, any
+// word of its alphabet.
+func checkID(id string) error {
+	if err := word(id); err != nil {
+		return fmt.Errorf("snapshot ID %q: %w", id, err)
+	}
+	return nil
+}
+
+// CheckName reports whether a slice may have a name.
+func CheckName(slice string) error {
+	if err := word(slice); err != nil {
+		return fmt.Errorf("slice name %q: %w", slice, err)
+	}
+	return nil
+}
+
+// CheckTag reports whether a snapshot may have a tag.
+func CheckTag(tag string) error {
+	if tag == latest {
+		return fmt.Errorf("tag %q always means the youngest snapshot; choose another", tag)
+	}
+	if err := word(tag); err != nil {
+		return fmt.Errorf("tag %q: %w", tag, err)
+	}
+	return nil
+}
+
+// word is what names are made of: they become names of files.
+func word(s string) error {
+	ok := len(s) > 0 && len(s) <= 63
+	for i, r := range s {
+		letter := r >= 'a' && r <= 'z' || r >= '0' && r <= '9'
+		ok = ok && (letter || i > 0 && (r == '-' || r == '.' || r == '_'))
+	}
+	if !ok {
+		return errors.New("want 1 to 63 of a-z, 0-9, and after the first also - . _")
+	}
+	return nil
+}

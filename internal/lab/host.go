@@ -1,0 +1,187 @@
+package lab
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"syscall"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// Host stands for one machine of a site. Its methods may be called from any
+// goroutine; after [Lab.Close] they return [ErrClosed].
+type Host struct {
+	Name string
+	Site string
+	// UnderlayAddr is the host's address with the length of the underlay's
+	// prefix. The hosts of its site, and of all sites that a path of links leads
+	// to, are in the same Ethernet.
+	UnderlayAddr netip.Prefix
+	// UnderlayDevice is the end of the host's cable, in its namespace, that has
+	// the address; a switch may take both over.
+	UnderlayDevice string
+	UnderlayMAC    net.HardwareAddr
+	MTU            int // of the underlay, in bytes
+
+	ns   *namespace
+	site *namespace
+	port string // the other end of the host's cable, in the site's namespace
+}
+
+// Do runs fn on the host's thread: sockets and devices that fn makes, and files
+// under /proc/sys/net that it opens, are the host's. Calls run one at a time, so
+// fn must not call Do (nor a method that does) of the same host, and must not
+// wait for long. It must return, not end its goroutine as testing.T.Fatal does.
+func (h *Host) Do(fn func() error) error {
+	return h.ns.do(fn)
+}
+
+// Start starts cmd inside the host's namespace, in a process group of its own;
+// the caller waits for it. The kernel kills it with SIGKILL when this process
+// dies or the lab is closed. The kernel forgets that bond for a child's own
+// children, so don't let a daemon detach.
+func (h *Host) Start(cmd *exec.Cmd) error {
+	attr := new(syscall.SysProcAttr)
+	if cmd.SysProcAttr != nil {
+		*attr = *cmd.SysProcAttr
+	}
+	attr.Pdeathsig = syscall.SIGKILL
+	if !attr.Setsid { // a session leader leads a new group anyway
+		attr.Setpgid = true
+	}
+	cmd.SysProcAttr = attr
+	if err := h.ns.do(cmd.Start); err != nil {
+		return fmt.Errorf("start %s on host %q: %w", cmd.Path, h.Name, err)
+	}
+	return nil
+}
+
+// Netlink opens a netlink connection to the host. The caller closes it.
+func (h *Host) Netlink() (*netlink.Handle, error) {
+	var nl *netlink.Handle
+	err := h.ns.do(func() (err error) {
+		nl, err = netlink.NewHandleAt(netns.NsHandle(h.ns.fd.Fd()), unix.NETLINK_ROUTE)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open netlink on host %q: %w", h.Name, err)
+	}
+	return nl, nil
+}
+
+// NamespacePath is a file that opens the host's network namespace for as long
+// as the lab lives, as `nsenter --net=PATH` takes it.
+func (h *Host) NamespacePath() string {
+	return fmt.Sprintf("/proc/%d/task/%d/ns/net", os.Getpid(), h.ns.tid)
+}
+
+// CreateTap makes a persistent TAP device on the host, up and with the given
+// MTU, for QEMU to open by `-netdev tap,ifname=NAME,script=no,downscript=no`
+// and for a switch to take as a port. The kernel's own stack stays silent on it.
+//
+// The kernel drops frames sent to the device until QEMU has opened it and the
+// kernel has noticed, some milliseconds later, which the flag IFF_RUNNING tells.
+func (h *Host) CreateTap(name string, mtu int) error {
+	err := h.ns.do(func() error { return createTap(h.ns, name, mtu) })
+	if err != nil {
+		return fmt.Errorf("create tap on host %q: %w", h.Name, err)
+	}
+	return nil
+}
+
+func createTap(ns *namespace, name string, mtu int) error {
+	nl, err := netlink.NewHandleAt(netns.NsHandle(ns.fd.Fd()), unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	defer nl.Close()
+	if _, err := nl.LinkByName(name); err == nil {
+		// TUNSETIFF would attach to it instead.
+		return fmt.Errorf("device %q: %w", name, fs.ErrExist)
+	}
+	f, err := openTap(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close() // takes the device along until it is persistent
+	if err := prepareTap(nl, name, mtu); err != nil {
+		return err
+	}
+	// The stack would answer a guest's ARP request for the host's own address.
+	if err := os.WriteFile("/proc/sys/net/ipv4/conf/"+name+"/arp_ignore", []byte("8"), 0); err != nil {
+		return err
+	}
+	if err := unix.IoctlSetInt(int(f.Fd()), unix.TUNSETPERSIST, 1); err != nil {
+		return fmt.Errorf("make TAP %q persistent: %w", name, err)
+	}
+	return nil
+}
+
+// prepareTap sets up a TAP in the calling thread's namespace, which is nl's.
+func prepareTap(nl *netlink.Handle, name string, mtu int) error {
+	link, err := nl.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("find TAP %q: %w", name, err)
+	}
+	if err := disableOffloads(name); err != nil {
+		return err
+	}
+	if err := nl.LinkSetMTU(link, mtu); err != nil {
+		return fmt.Errorf("set MTU of TAP %q to %d: %w", name, mtu, err)
+	}
+	if err := nl.LinkSetTxQLen(link, tapQueueLen); err != nil {
+		return fmt.Errorf("set queue length of TAP %q: %w", name, err)
+	}
+	if err := nl.LinkSetUp(link); err != nil {
+		return fmt.Errorf("set TAP %q up: %w", name, err)
+	}
+	return nil
+}
+
+// DeleteTap removes a device that CreateTap made. It is no error if it has gone.
+func (h *Host) DeleteTap(name string) error {
+	err := h.ns.do(func() error {
+		nl, err := netlink.NewHandleAt(netns.NsHandle(h.ns.fd.Fd()), unix.NETLINK_ROUTE)
+		if err != nil {
+			return err
+		}
+		defer nl.Close()
+		link, err := nl.LinkByName(name)
+		if errors.As(err, new(netlink.LinkNotFoundError)) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		return nl.LinkDel(link)
+	})
+	if err != nil {
+		return fmt.Errorf("delete tap %q on host %q: %w", name, h.Name, err)
+	}
+	return nil
+}
+
+// Unplug pulls the host's underlay cable (true) or puts it back (false).
+func (h *Host) Unplug(out bool) error {
+	err := h.site.do(func() error {
+		link, err := netlink.LinkByName(h.port)
+		if err != nil {
+			return err
+		}
+		if out {
+			return netlink.LinkSetDown(link)
+		}
+		return netlink.LinkSetUp(link)
+	})
+	if err != nil {
+		return fmt.Errorf("unplug host %q (%t): %w", h.Name, out, err)
+	}
+	return nil
+}

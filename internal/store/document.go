@@ -1,0 +1,152 @@
+package store
+
+import (
+	"context"
+	"crypto/cipher"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"iter"
+	"strings"
+)
+
+// MaxDocument is the largest document, in bytes.
+const MaxDocument = 16 << 20
+
+// documentMagic begins an encrypted document: magic 8, nonce 12, sealed bytes.
+// The name is authenticated with them, so that no document passes for another.
+const documentMagic = "violdoc1"
+
+// PutDocument writes a small named object, whole or not at all; in a directory
+// it is on the disk when PutDocument returns. The name is dir/name, of letters,
+// digits and -_. only. A name that is taken is refused with ErrExists.
+func (s *Store) PutDocument(ctx context.Context, name string, data []byte) error {
+	if err := s.putDocument(ctx, name, data); err != nil {
+		return fmt.Errorf("write document %s: %w", name, err)
+	}
+	return nil
+}
+
+func (s *Store) putDocument(ctx context.Context, name string, data []byte) error {
+	if err := s.writable(name); err != nil {
+		return err
+	}
+	if len(data) > MaxDocument {
+		return fmt.Errorf("%d bytes, want at most %d", len(data), MaxDocument)
+	}
+	if seal := s.key.document(); seal != nil {
+		n := randomNonce(seal)
+		out := append([]byte(documentMagic), n...)
+		data = seal.Seal(out, n, data, []byte(name))
+	}
+	// There is one writer, so nobody takes the name between the two steps.
+	exists, err := s.bucket.Exists(ctx, name)
+	if err != nil {
+		return err
+	}
+	if exists {
+		return ErrExists
+	}
+	if err := s.bucket.put(ctx, name, data); err != nil {
+		// It may be there all the same: renamed but not synced, or written
+		// but not acknowledged. Then what it refers to has to stay.
+		if rerr := s.bucket.remove(context.WithoutCancel(ctx), name); rerr != nil {
+			return errors.Join(err, fmt.Errorf("%w: remove it again: %w", errUncertain, rerr))
+		}
+		return err
+	}
+	return nil
+}
+
+// errUncertain means that a document may have been written or not.
+var errUncertain = errors.New("the document may exist")
+
+// GetDocument reads a document; ErrMissing if there is none of this name.
+func (s *Store) GetDocument(ctx context.Context, name string) ([]byte, error) {
+	data, err := s.getDocument(ctx, name)
+	if err != nil {
+		return nil, fmt.Errorf("read document %s: %w", name, err)
+	}
+	return data, nil
+}
+
+func (s *Store) getDocument(ctx context.Context, name string) ([]byte, error) {
+	if err := documentName(name); err != nil {
+		return nil, err
+	}
+	data, err := s.bucket.read(ctx, name, MaxDocument+64)
+	if err != nil {
+		return nil, err
+	}
+	seal := s.key.document()
+	if seal == nil {
+		return data, nil
+	}
+	sealed, ok := strings.CutPrefix(string(data), documentMagic)
+	if !ok || len(sealed) < seal.NonceSize() {
+		return nil, fmt.Errorf("%w: not an encrypted document", ErrDamaged)
+	}
+	n := seal.NonceSize()
+	plain, err := seal.Open(nil, []byte(sealed[:n]), []byte(sealed[n:]), []byte(name))
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	return plain, nil
+}
+
+// Documents yields the names of the documents in a directory and below, in
+// order.
+func (s *Store) Documents(ctx context.Context, dir string) iter.Seq2[string, error] {
+	return func(yield func(string, error) bool) {
+		for o, err := range s.bucket.list(ctx, strings.TrimSuffix(dir, "/")+"/") {
+			if err != nil {
+				yield("", fmt.Errorf("list documents in %s: %w", dir, err))
+				return
+			}
+			if !yield(o.name, nil) {
+				return
+			}
+		}
+	}
+}
+
+// DeleteDocument deletes a document; one that is not there is no error.
+func (s *Store) DeleteDocument(ctx context.Context, name string) error {
+	err := s.writable(name)
+	if err == nil {
+		err = s.bucket.remove(ctx, name)
+	}
+	if err != nil {
+		return fmt.Errorf("delete document %s: %w", name, err)
+	}
+	return nil
+}
+
+func (s *Store) writable(name string) error {
+	if s.opts.ReadOnly {
+		return errors.New("the store was opened read-only")
+	}
+	return documentName(name)
+}
+
+// documentName is what a document may be called: it keeps clear of packs and
+// of what file systems treat specially.
+func documentName(name string) error {
+	ok := strings.Contains(name, "/") && !strings.HasPrefix(name, packPrefix) && len(name) <= 512
+	for part := range strings.SplitSeq(name, "/") {
+		ok = ok && part != "" && part[0] != '.'
+	}
+	for _, r := range name {
+		ok = ok && (r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("-_./", r))
+	}
+	if !ok {
+		return fmt.Errorf("name %q: want dir/name of letters, digits and -_. only", name)
+	}
+	return nil
+}
+
+func randomNonce(seal cipher.AEAD) []byte {
+	n := make([]byte, seal.NonceSize())
+	_, _ = rand.Read(n) // never fails
+	return n
+}

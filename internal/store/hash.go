@@ -1,0 +1,73 @@
+package store
+
+import (
+	"bytes"
+	"encoding/hex"
+	"fmt"
+
+	"lukechampine.com/blake3"
+	"lukechampine.com/blake3/guts"
+)
+
+const (
+	// PageSize is the unit of content addressing for memory, in bytes.
+	PageSize = 4096
+	// HashSize is the length of a [Hash], in bytes.
+	HashSize = 32
+)
+
+// A Hash names a page or a chunk: the BLAKE3-256 of its plain bytes.
+type Hash [HashSize]byte
+
+// String returns the hash as 64 lower-case hexadecimal digits.
+func (h Hash) String() string { return hex.EncodeToString(h[:]) }
+
+// IsZero reports whether h is the zero value, which names nothing. It is not
+// the hash of a page of zeros; that is [ZeroPage].
+func (h Hash) IsZero() bool { return h == Hash{} }
+
+// MarshalText implements [encoding.TextMarshaler].
+func (h Hash) MarshalText() ([]byte, error) { return []byte(h.String()), nil }
+
+// UnmarshalText implements [encoding.TextUnmarshaler].
+func (h *Hash) UnmarshalText(text []byte) error {
+	var out Hash
+	if len(text) != hex.EncodedLen(HashSize) {
+		return fmt.Errorf("parse hash: %d characters, want %d hexadecimal digits", len(text), hex.EncodedLen(HashSize))
+	}
+	if _, err := hex.Decode(out[:], text); err != nil {
+		return fmt.Errorf("parse hash: %w", err)
+	}
+	*h = out
+	return nil
+}
+
+// ZeroPage returns the hash of a page of zeros. Such a page is never stored:
+// Put answers with this hash at once, and Get fills the buffer by itself.
+func ZeroPage() Hash { return zeroPage }
+
+var (
+	zeros    [PageSize]byte
+	zeroPage = Sum(zeros[:])
+)
+
+// isZero is fast on the common page: it differs from zero in its first bytes.
+func isZero(page []byte) bool { return bytes.Equal(page, zeros[:]) }
+
+// Sum returns the hash of b.
+func Sum(b []byte) Hash { return blake3.Sum256(b) }
+
+// hashSpan is how many bytes the vectorised BLAKE3 reads, whatever the length
+// of its input: sixteen lanes of 1 KiB.
+const hashSpan = guts.MaxSIMD * guts.ChunkSize
+
+// sumPage returns the hash of the first PageSize bytes of buf. The bytes after
+// them may be anything; they only have to be readable. It equals Sum, several
+// times faster: the package's own entry point is made for large inputs and
+// starts goroutines even for four chunks.
+func sumPage(buf *[hashSpan]byte) Hash {
+	n := guts.CompressBuffer(buf, PageSize, &guts.IV, 0, 0)
+	n.Flags |= guts.FlagRoot
+	out := guts.WordsToBytes(guts.CompressNode(n))
+	return Hash(out[:HashSize])
+}

@@ -1,0 +1,213 @@
+package store
+
+import (
+	"container/list"
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+)
+
+// pageBuf is room for a page and for what the vectorised hash reads behind it.
+type pageBuf [hashSpan]byte
+
+var pageBufs = sync.Pool{New: func() any { return new(pageBuf) }}
+
+// Get puts a committed page into buf, which has room for PageSize bytes, and
+// returns PageSize. The page's hash is verified first: on any error, buf's
+// content is unspecified, no byte of it is the page's, and the error names pack
+// and page (ErrDamaged, ErrMissing).
+func (s *Store) Get(ctx context.Context, h Hash, buf []byte) (int, error) {
+	if len(buf) < PageSize {
+		return 0, fmt.Errorf("read page %s: buffer of %d bytes, want %d", h, len(buf), PageSize)
+	}
+	if h == zeroPage {
+		clear(buf[:PageSize])
+		return PageSize, nil
+	}
+	scratch := pageBufs.Get().(*pageBuf)
+	defer pageBufs.Put(scratch)
+	page, err := s.getPage(ctx, h, scratch[:0])
+	if err != nil {
+		return 0, err
+	}
+	return copy(buf, page), nil
+}
+
+// getPage appends a page to buf, verified. It is fast if buf has capacity for
+// hashSpan more bytes.
+func (s *Store) getPage(ctx context.Context, h Hash, buf []byte) ([]byte, error) {
+	loc, ok := s.pages.get(h)
+	if !ok {
+		return nil, s.notFound("read page", h)
+	}
+	page, err := s.readPage(ctx, h, loc, buf)
+	if err == nil || !errors.Is(err, ErrMissing) {
+		return page, err
+	}
+	// The collector may have moved the page between the two steps.
+	again, ok := s.pages.get(h)
+	if !ok || again == loc {
+		return nil, err
+	}
+	return s.readPage(ctx, h, again, buf)
+}
+
+func (s *Store) readPage(ctx context.Context, h Hash, loc location, buf []byte) ([]byte, error) {
+	p := s.packOf(loc.pack())
+	data, err := s.cache.read(ctx, s.bucket, p, int64(loc.offset()), int64(loc.stored()))
+	if err == nil {
+		buf, err = openEntry(buf, data, h, loc.offset(), PageSize, p.seal, s.codec)
+	}
+	if err != nil {
+		return nil, &Error{Op: "read page", Pack: p.id.name(), Hash: h, Offset: int64(loc.offset()), Err: err}
+	}
+	return buf, nil
+}
+
+// getChunk returns a committed chunk, verified.
+func (s *Store) getChunk(ctx context.Context, h Hash) ([]byte, error) {
+	place, ok := s.chunkPlace(h)
+	if !ok {
+		return nil, s.notFound("read chunk", h)
+	}
+	b, err := s.readChunk(ctx, h, place)
+	if err == nil || !errors.Is(err, ErrMissing) {
+		return b, err
+	}
+	again, ok := s.chunkPlace(h)
+	if !ok || again == place {
+		return nil, err
+	}
+	return s.readChunk(ctx, h, again)
+}
+
+func (s *Store) chunkPlace(h Hash) (chunkPlace, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	place, ok := s.chunks[h]
+	return place, ok
+}
+
+func (s *Store) readChunk(ctx context.Context, h Hash, at chunkPlace) ([]byte, error) {
+	p := s.packOf(at.pack)
+	data, err := s.bucket.readAt(ctx, p.id.name(), int64(at.offset), int64(at.stored))
+	if err == nil && uint32(len(data)) != at.stored {
+		err = fmt.Errorf("%w: the pack ends before it", ErrDamaged)
+	}
+	var out []byte
+	if err == nil {
+		out, err = openEntry(nil, data, h, at.offset, at.plain, p.seal, s.codec)
+	}
+	if err != nil {
+		return nil, &Error{Op: "read chunk", Pack: p.id.name(), Hash: h, Offset: int64(at.offset), Err: err}
+	}
+	return out, nil
+}
+
+// notFound is the error for a hash that no usable pack holds.
+func (s *Store) notFound(op string, h Hash) error {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	err := ErrMissing
+	if n := len(s.unread); n > 0 {
+		err = fmt.Errorf("%w, but %d packs could not be read when it was opened (the first: %w)", ErrMissing, n, s.unread[0])
+	}
+	return &Error{Op: op, Hash: h, Offset: -1, Err: err}
+}
+
+// Pages are read by windows: aligned pieces of a pack, with room behind for an
+// entry that begins in one and ends in the next. A restore reads pages mostly
+// in the order in which they were stored, so that one request serves hundreds.
+const (
+	windowSize = 256 << 10
+	windowRoom = maxStoredPage
+)
+
+// A windowCache keeps the windows used last. Two readers of one window cause
+// one request.
+type windowCache struct {
+	mu      sync.Mutex
+	max     int // windows
+	windows map[windowKey]*list.Element
+	recent  list.List // of *window, the last used first
+}
+
+type windowKey struct {
+	pack uint32
+	n    int64
+}
+
+type window struct {
+	key  windowKey
+	done chan struct{} // closed once data and err are set
+	data []byte
+	err  error
+}
+
+func newWindowCache(size int64) *windowCache {
+	return &windowCache{
+		max:     max(4, int(size/(windowSize+windowRoom))),
+		windows: make(map[windowKey]*list.Element),
+	}
+}
+
+// read returns n bytes of a pack from an offset on. The caller must not write
+// to them.
+func (c *windowCache) read(ctx context.Context, b *bucket, p *pack, offset, n int64) ([]byte, error) {
+	key := windowKey{p.no, offset / windowSize}
+	for {
+		w, mine := c.window(key)
+		if mine {
+			w.data, w.err = b.readAt(ctx, p.id.name(), key.n*windowSize, windowSize+windowRoom)
+			if w.err != nil {
+				c.drop(w)
+			}
+			close(w.done)
+		}
+		select {
+		case <-w.done:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+		if w.err != nil {
+			// Another reader's cancellation is not ours.
+			if !mine && ctx.Err() == nil && (errors.Is(w.err, context.Canceled) || errors.Is(w.err, context.DeadlineExceeded)) {
+				continue
+			}
+			return nil, w.err
+		}
+		at := offset - key.n*windowSize
+		if at+n > int64(len(w.data)) {
+			return nil, fmt.Errorf("%w: the pack ends before it", ErrDamaged)
+		}
+		return w.data[at : at+n], nil
+	}
+}
+
+// window returns a window and whether the caller has to fill it.
+func (c *windowCache) window(key windowKey) (w *window, mine bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if e, ok := c.windows[key]; ok {
+		c.recent.MoveToFront(e)
+		return e.Value.(*window), false
+	}
+	w = &window{key: key, done: make(chan struct{})}
+	c.windows[key] = c.recent.PushFront(w)
+	for c.recent.Len() > c.max {
+		last := c.recent.Back()
+		delete(c.windows, last.Value.(*window).key)
+		c.recent.Remove(last)
+	}
+	return w, true
+}
+
+func (c *windowCache) drop(w *window) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if e, ok := c.windows[w.key]; ok && e.Value.(*window) == w {
+		delete(c.windows, w.key)
+		c.recent.Remove(e)
+	}
+}

@@ -1,0 +1,46 @@
+// Package topology owns the file that describes an experiment: what is in it,
+// how its mistakes are told, and its canonical form.
+//
+//	version: 1
+//	slice: mandelbrot
+//	sites:
+//	  utah: {hosts: [utah-1, utah-2]}
+//	  gpo:  {hosts: [gpo-1, gpo-2]}
+//	wan:
+//	  - {between: [utah, gpo], delay: 30ms}
+//	networks:
+//	  lan: {subnet: 10.10.0.0/24}
+//	nodes:
+//	  rank0:
+//	    host: utah-1
+//	    image: mpi
+//	    memory: 256MiB
+//	    interfaces: [{network: lan, address: 10.10.0.1/24}]
+//
+// The fields, in the order of the canonical form; those marked * must be given:
+//
+//	version*                1
+//	slice*                  name
+//	sites*.NAME.hosts*      list of names, each in one site only
+//	wan[].between*          two sites
+//	wan[].delay             each way, such as 30ms; up to 1m
+//	wan[].jitter            up to the delay
+//	wan[].loss, .reorder    such as 0.5%
+//	wan[].rate              such as 100Mbit (a second, each way); unlimited if not given
+//	networks.NAME.subnet    CIDR, such as 10.10.0.0/24 or fd00::/64
+//	networks.NAME.mtu       of the nodes' interfaces, in bytes: 576 to 8950; 1500 if not given
+//	nodes*.NAME.host*       one of the hosts
+//	nodes*.NAME.image       name of an image; this or kernel must be given
+//	nodes*.NAME.kernel      file, as are initrd and rootfs, which go with it
+//	nodes*.NAME.append      more of a kernel command line
+//	nodes*.NAME.memory*     such as 256MiB; whole MiB, at least 16MiB
+//	nodes*.NAME.cpus        1 if not given
+//	nodes*.NAME.interfaces  list of {network*, address, mac}: address in CIDR form;
+//	                        mac derived from slice, node and position if not given
+//	nodes*.NAME.run         command line that the guest starts at boot
+//
+// A name is what DNS takes for a label: a-z, 0-9 and '-', at most 63 of them.
+// YAML's anchors, aliases and merge keys (<<) work; tags do not.
+//
+// The package is pure: it reads no file and asks no machine.
+package topology

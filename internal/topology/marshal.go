@@ -1,0 +1,82 @@
+package topology
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"strings"
+)
+
+// Marshal writes the canonical form: YAML that Parse reads back as the same
+// topology, with all that was derived or by default written out. It is the same
+// for topologies that are the same.
+func (t *Topology) Marshal() []byte {
+	var b bytes.Buffer
+	fmt.Fprintf(&b, "version: %d\nslice: %s\n", Version, text(t.Slice))
+	b.WriteString("sites:\n")
+	for _, s := range t.Sites {
+		hosts := make([]string, len(s.Hosts))
+		for i, h := range s.Hosts {
+			hosts[i] = text(h)
+		}
+		fmt.Fprintf(&b, "  %s: {hosts: [%s]}\n", text(s.Name), strings.Join(hosts, ", "))
+	}
+	if len(t.WAN) > 0 {
+		b.WriteString("wan:\n")
+	}
+	for _, l := range t.WAN {
+		fmt.Fprintf(&b, "  - {between: [%s, %s], delay: %v, jitter: %v, loss: %v, reorder: %v", text(l.Between[0]), text(l.Between[1]), l.Delay, l.Jitter, l.Loss, l.Reorder)
+		if l.Rate > 0 {
+			fmt.Fprintf(&b, ", rate: %s", formatUnits(uint64(l.Rate), rateUnits))
+		}
+		b.WriteString("}\n")
+	}
+	if len(t.Networks) > 0 {
+		b.WriteString("networks:\n")
+	}
+	for _, n := range t.Networks {
+		fmt.Fprintf(&b, "  %s: {", text(n.Name))
+		if n.Subnet.IsValid() {
+			fmt.Fprintf(&b, "subnet: %s, ", text(n.Subnet.String()))
+		}
+		fmt.Fprintf(&b, "mtu: %d}\n", n.MTU)
+	}
+	b.WriteString("nodes:\n")
+	for _, n := range t.Nodes {
+		fmt.Fprintf(&b, "  %s:\n    host: %s\n", text(n.Name), text(n.Host))
+		for _, f := range []struct{ name, value string }{
+			{"image", n.Image}, {"kernel", n.Kernel}, {"initrd", n.Initrd}, {"rootfs", n.RootFS}, {"append", n.Append},
+		} {
+			if f.value != "" {
+				fmt.Fprintf(&b, "    %s: %s\n", f.name, text(f.value))
+			}
+		}
+		fmt.Fprintf(&b, "    memory: %s\n    cpus: %d\n", formatUnits(n.Memory, sizeUnits), n.CPUs)
+		if len(n.Interfaces) > 0 {
+			b.WriteString("    interfaces:\n")
+		}
+		for _, i := range n.Interfaces {
+			fmt.Fprintf(&b, "      - {network: %s, ", text(i.Network))
+			if i.Address.IsValid() {
+				fmt.Fprintf(&b, "address: %s, ", text(i.Address.String()))
+			}
+			fmt.Fprintf(&b, "mac: %s}\n", text(i.MAC.String()))
+		}
+		if n.Run != "" {
+			fmt.Fprintf(&b, "    run: %s\n", text(n.Run))
+		}
+	}
+	return b.Bytes()
+}
+
+// text is a string as YAML: in quotes always, for the rules of when they can be
+// left out are long. What JSON quotes, YAML reads.
+func text(s string) string {
+	var b bytes.Buffer
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(s); err != nil {
+		panic(err) // a string always marshals
+	}
+	return strings.TrimSuffix(b.String(), "\n")
+}

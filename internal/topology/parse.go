@@ -1,0 +1,575 @@
+package topology
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+	"unicode"
+)
+
+// Bounds of single fields.
+const (
+	maxName       = 63 // of a DNS label
+	minMTU        = 576
+	minMemory     = 16 << 20
+	maxMemory     = 16 << 40
+	maxCPUs       = 255
+	maxInterfaces = 16 // a PCI slot each
+	maxDelay      = time.Minute
+	maxText       = 4096 // bytes of a path or command line
+)
+
+// Parse reads the source of a file, whose name is for errors only. A mistake is
+// an [*Error] that holds all of them, and the topology is nil then.
+func Parse(file string, src []byte) (*Topology, error) {
+	r := reader{
+		document:  document{file: file},
+		siteOf:    make(map[string]string),
+		firstSite: make(map[string]string),
+		addresses: make(map[networkAddress]string),
+		macs:      make(map[string]string),
+	}
+	if root, ok := r.root(src); ok {
+		r.topology(root)
+	}
+	if len(r.problems) > 0 {
+		return nil, &Error{Problems: tidy(r.problems)}
+	}
+	deriveMACs(&r.t)
+	return &r.t, nil
+}
+
+// reader turns a document into a topology and collects what is wrong with it.
+type reader struct {
+	document
+	t Topology
+
+	siteOf    map[string]string         // by host
+	firstSite map[string]string         // of a network's members, by network
+	addresses map[networkAddress]string // who has it
+	macs      map[string]string         // who has it
+}
+
+type networkAddress struct {
+	network string
+	address netip.Addr
+}
+
+// topology reads the whole file: what is referred to first, what refers to it
+// then, whatever their order in the file.
+func (r *reader) topology(e entry) {
+	f := r.record(e, "version", "slice", "sites", "wan", "networks", "nodes")
+	if v, ok := r.required(e, f, "version", "write version: 1"); ok {
+		if s, ok := r.text(v, "write version: 1"); ok && s != "1" {
+			r.wrong(v, fmt.Sprintf("version %s is not known", quoted(s)), "this violin reads version 1")
+		}
+	}
+	const nameHint = "give the experiment a name, such as slice: pair"
+	if v, ok := r.required(e, f, "slice", nameHint); ok {
+		if s, ok := r.text(v, nameHint); ok {
+			r.checkName("slice", s, v, v.valueAt())
+			r.t.Slice = s
+		}
+	}
+	if v, ok := r.required(e, f, "sites", "name a place and its hosts, such as sites: {here: {hosts: [h1]}}"); ok {
+		r.sites(v)
+	}
+	if v, ok := f["wan"]; ok {
+		r.wan(v)
+	}
+	if v, ok := f["networks"]; ok {
+		r.networks(v)
+	}
+	if v, ok := r.required(e, f, "nodes", "name at least one node"); ok {
+		r.nodes(v)
+	}
+}
+
+// required is f[name], which is reported if missing from e (unless e is no
+// mapping, which was reported).
+func (r *reader) required(e entry, f map[string]entry, name, hint string) (entry, bool) {
+	v, ok := f[name]
+	if !ok && f != nil {
+		path := name
+		if e.path != "" {
+			path = e.path + "." + name
+		}
+		r.problem(e.at, path, fmt.Sprintf("%s has no %s", e.label(), name), hint)
+	}
+	return v, ok
+}
+
+func (r *reader) sites(e entry) {
+	const hint = "list the site's hosts, such as hosts: [h1, h2]"
+	sites, ok := r.mapping(e)
+	if ok && len(sites) == 0 {
+		r.wrong(e, "there is no site", "name a place and its hosts, such as here: {hosts: [h1]}")
+	}
+	for _, s := range sites {
+		r.checkName("site", s.name, s, s.at)
+		site := Site{Name: s.name}
+		f := r.record(s, "hosts")
+		v, ok := r.required(s, f, "hosts", hint)
+		hosts, list := r.sequence(v)
+		if ok && list && len(hosts) == 0 {
+			r.wrong(v, fmt.Sprintf("site %s has no host", plain(s.name)), hint)
+		}
+		for _, h := range hosts {
+			name, ok := r.text(h, hint)
+			if !ok {
+				continue
+			}
+			r.checkName("host", name, h, h.valueAt())
+			if other, dup := r.siteOf[name]; dup {
+				r.wrong(h, fmt.Sprintf("host %s is in site %s already", quoted(name), plain(other)), "a host is in one site; give this one another name")
+				continue
+			}
+			r.siteOf[name] = s.name
+			site.Hosts = append(site.Hosts, name)
+		}
+		r.t.Sites = append(r.t.Sites, site)
+	}
+}
+
+func (r *reader) wan(e entry) {
+	const betweenHint = "name two sites, such as between: [utah, gpo]"
+	sites := make([]string, len(r.t.Sites))
+	for i, s := range r.t.Sites {
+		sites[i] = s.Name
+	}
+	type ends [2]string
+	lines := make(map[ends]int)
+	links, _ := r.sequence(e)
+	for _, l := range links {
+		var link Link
+		f := r.record(l, "between", "delay", "jitter", "loss", "reorder", "rate")
+		if between, ok := r.required(l, f, "between", betweenHint); ok {
+			names, ok := r.sequence(between)
+			if ok && len(names) != 2 {
+				r.wrong(between, fmt.Sprintf("a link is between 2 sites, not %d", len(names)), betweenHint)
+			}
+			known := 0
+			for i, n := range names[:min(len(names), 2)] {
+				s, ok := r.text(n, betweenHint)
+				if !ok {
+					continue
+				}
+				if !slices.Contains(sites, s) && len(sites) > 0 {
+					r.wrong(n, fmt.Sprintf("there is no site %s", quoted(s)), suggest(s, sites))
+					continue
+				}
+				link.Between[i] = s
+				known++
+			}
+			if known == 2 {
+				key := ends{min(link.Between[0], link.Between[1]), max(link.Between[0], link.Between[1])}
+				line, dup := lines[key]
+				switch {
+				case key[0] == key[1]:
+					r.wrong(between, fmt.Sprintf("a link from site %s to itself", plain(key[0])), "hosts of one site reach each other without a link; "+betweenHint)
+				case dup:
+					r.wrong(between, fmt.Sprintf("there is a link between %s and %s already", plain(key[0]), plain(key[1])), fmt.Sprintf("remove this one or that in line %d", line))
+				default:
+					lines[key] = between.valueAt().line
+				}
+			}
+		}
+		r.duration(f, "delay", &link.Delay)
+		if r.duration(f, "jitter", &link.Jitter) && link.Jitter > link.Delay {
+			r.wrong(f["jitter"], fmt.Sprintf("jitter %v is more than the delay %v", link.Jitter, link.Delay), "a frame can't arrive before it was sent; lower the jitter")
+		}
+		r.percent(f, "loss", &link.Loss)
+		r.percent(f, "reorder", &link.Reorder)
+		if v, ok := f["rate"]; ok {
+			const hint = "write bits a second, such as 100Mbit, with bit, kbit, Mbit or Gbit"
+			if s, ok := r.text(v, hint); ok {
+				n, err := parseUnits(s, rateUnits)
+				if err == nil && n == 0 {
+					err = fmt.Errorf("nothing gets through")
+				}
+				if err != nil {
+					r.wrong(v, fmt.Sprintf("rate %s: %v", quoted(s), err), hint)
+				}
+				link.Rate = int64(n)
+			}
+		}
+		r.t.WAN = append(r.t.WAN, link)
+	}
+}
+
+func (r *reader) networks(e entry) {
+	const subnetHint = "write it in CIDR form, such as 10.10.0.0/24"
+	networks, _ := r.mapping(e)
+	for _, n := range networks {
+		r.checkName("network", n.name, n, n.at)
+		network := Network{Name: n.name, MTU: DefaultMTU}
+		f := r.record(n, "subnet", "mtu")
+		if v, ok := f["subnet"]; ok {
+			if s, ok := r.text(v, subnetHint); ok {
+				p, err := netip.ParsePrefix(s)
+				switch {
+				case err != nil:
+					r.wrong(v, fmt.Sprintf("subnet %s is not a network's address with its length", quoted(s)), subnetHint)
+				case p.Addr().Is4In6():
+					r.wrong(v, fmt.Sprintf("subnet %s is an IPv4 address in IPv6 form", s), subnetHint)
+				case p != p.Masked():
+					r.wrong(v, fmt.Sprintf("subnet %s has bits set beyond its length", s), fmt.Sprintf("write %v", p.Masked()))
+				case hostBits(p) < 2:
+					r.wrong(v, fmt.Sprintf("subnet %s has no room for two nodes", s), "make it larger")
+				default:
+					network.Subnet = p
+				}
+			}
+		}
+		if v, ok := f["mtu"]; ok {
+			network.MTU = r.number(v, minMTU, MaxMTU, "bytes of a frame's payload")
+		}
+		r.t.Networks = append(r.t.Networks, network)
+	}
+}
+
+func hostBits(p netip.Prefix) int { return p.Addr().BitLen() - p.Bits() }
+
+func (r *reader) nodes(e entry) {
+	nodes, ok := r.mapping(e)
+	if ok && len(nodes) == 0 {
+		r.wrong(e, "there is no node", "name at least one")
+	}
+	for _, n := range nodes {
+		r.checkName("node", n.name, n, n.at)
+		r.node(n)
+	}
+}
+
+func (r *reader) node(n entry) {
+	node := Node{Name: n.name, CPUs: 1}
+	f := r.record(n, "host", "image", "kernel", "initrd", "rootfs", "append", "memory", "cpus", "interfaces", "run")
+
+	hosts := r.hosts()
+	if v, ok := r.required(n, f, "host", "say which host runs it: "+suggest("", hosts)); ok {
+		if s, ok := r.text(v, suggest("", hosts)); ok {
+			site, ok := r.siteOf[s]
+			if !ok && len(hosts) > 0 {
+				r.wrong(v, fmt.Sprintf("there is no host %s", quoted(s)), suggest(s, hosts))
+			}
+			node.Host, node.Site = s, site
+		}
+	}
+
+	r.boot(n, f, &node)
+
+	const memoryHint = "say how much, such as memory: 256MiB"
+	if v, ok := r.required(n, f, "memory", memoryHint); ok {
+		if s, ok := r.text(v, memoryHint); ok {
+			m, err := parseUnits(s, sizeUnits)
+			switch {
+			case err != nil:
+				r.wrong(v, fmt.Sprintf("memory %s: %v", quoted(s), err), sizeHint(s))
+			case m%(1<<20) != 0:
+				r.wrong(v, fmt.Sprintf("memory %s is not in whole MiB", s), "round it to MiB")
+			case m < minMemory || m > maxMemory:
+				r.wrong(v, fmt.Sprintf("memory %s is not between %s and %s", s, formatUnits(minMemory, sizeUnits), formatUnits(maxMemory, sizeUnits)), memoryHint)
+			}
+			node.Memory = m
+		}
+	}
+	if v, ok := f["cpus"]; ok {
+		node.CPUs = r.number(v, 1, maxCPUs, "virtual CPUs")
+	}
+	if v, ok := f["interfaces"]; ok {
+		elements, _ := r.sequence(v)
+		if len(elements) > maxInterfaces {
+			r.wrong(v, fmt.Sprintf("%d interfaces, more than the %d there is room for", len(elements), maxInterfaces), "remove some")
+		}
+		for i, el := range elements {
+			node.Interfaces = append(node.Interfaces, r.iface(el, node, i))
+		}
+	}
+	node.Run, _ = r.line(f, "run")
+	r.t.Nodes = append(r.t.Nodes, node)
+}
+
+// boot reads what a node boots: an image, or a kernel and its company.
+func (r *reader) boot(n entry, f map[string]entry, node *Node) {
+	image, hasImage := f["image"]
+	_, hasKernel := f["kernel"]
+	if s, ok := r.line(f, "image"); ok {
+		r.checkName("image", s, image, image.valueAt())
+		node.Image = s
+	}
+	said := hasImage
+	for _, part := range []struct {
+		name string
+		path *string
+	}{{"kernel", &node.Kernel}, {"initrd", &node.Initrd}, {"rootfs", &node.RootFS}} {
+		v, ok := f[part.name]
+		if !ok {
+			continue
+		}
+		said = true
+		if *part.path, ok = r.line(f, part.name); ok && *part.path == "" {
+			r.wrong(v, part.name+" is empty", "give the path of a file, or leave it out")
+		}
+		switch {
+		case hasImage:
+			r.problem(v.at, v.path, part.name+" beside image", "an image brings its own: give one or the other")
+		case !hasKernel:
+			r.problem(v.at, v.path, part.name+" without kernel", "give the path of a kernel as well")
+		}
+	}
+	if !said && f != nil {
+		r.problem(n.at, n.path+".image", fmt.Sprintf("%s has no image", n.label()), "say what it boots: image: NAME, or kernel: FILE with initrd and rootfs")
+	}
+	node.Append, _ = r.line(f, "append")
+}
+
+func (r *reader) iface(e entry, node Node, index int) Interface {
+	var i Interface
+	f := r.record(e, "network", "address", "mac")
+	owner := fmt.Sprintf("interface %d of %s", index, plain(node.Name))
+
+	var network *Network
+	if v, ok := r.required(e, f, "network", "say which network it attaches to"); ok {
+		if s, ok := r.text(v, "name a network"); ok {
+			i.Network = s
+			network = r.t.Network(s)
+			if network == nil {
+				r.unknownNetwork(v, s)
+			} else if node.Site != "" {
+				r.reach(v, s, node.Site)
+			}
+		}
+	}
+	if v, ok := f["address"]; ok {
+		i.Address = r.address(v, network, owner)
+	}
+	if v, ok := f["mac"]; ok {
+		const hint = "write it as 52:54:00:12:34:56, or leave it out to have one derived"
+		if s, ok := r.text(v, hint); ok {
+			mac, err := net.ParseMAC(s)
+			var other string
+			if err == nil {
+				other = r.macs[string(mac)]
+			}
+			switch {
+			case err != nil || len(mac) != 6:
+				r.wrong(v, fmt.Sprintf("mac %s is not a MAC address of 6 bytes", quoted(s)), hint)
+			case mac[0]&1 != 0:
+				r.wrong(v, fmt.Sprintf("mac %s is a group's address", s), "make the first byte even, such as 52")
+			case slices.Max(mac) == 0:
+				r.wrong(v, fmt.Sprintf("mac %s is nobody's", s), hint)
+			case other != "":
+				r.wrong(v, fmt.Sprintf("mac %s belongs to %s already", s, other), "change one, or leave both out to have them derived")
+			default:
+				r.macs[string(mac)] = owner
+				i.MAC = mac
+			}
+		}
+	}
+	return i
+}
+
+func (r *reader) unknownNetwork(v entry, name string) {
+	var names []string
+	for _, n := range r.t.Networks {
+		names = append(names, n.Name)
+	}
+	if len(names) == 0 {
+		r.wrong(v, fmt.Sprintf("there is no network %s", quoted(name)), "define it, such as networks: {lan: {subnet: 10.10.0.0/24}}")
+		return
+	}
+	r.wrong(v, fmt.Sprintf("there is no network %s", quoted(name)), suggest(name, names))
+}
+
+// reach checks that a network's members at several sites can reach each other,
+// directly or by way of other sites.
+func (r *reader) reach(v entry, network, site string) {
+	first, ok := r.firstSite[network]
+	if !ok {
+		r.firstSite[network] = site
+		return
+	}
+	reached := []string{first}
+	for i := 0; i < len(reached); i++ {
+		for _, l := range r.t.WAN {
+			for end, s := range l.Between {
+				if far := l.Between[1-end]; s == reached[i] && !slices.Contains(reached, far) {
+					reached = append(reached, far)
+				}
+			}
+		}
+	}
+	if !slices.Contains(reached, site) {
+		r.wrong(v, fmt.Sprintf("network %s spans sites %s and %s, which no WAN link joins", quoted(network), plain(first), plain(site)),
+			fmt.Sprintf("add {between: [%s, %s], delay: 30ms} under wan", plain(first), plain(site)))
+	}
+}
+
+// address reads an interface's address and checks it against its network, which
+// may be unknown (nil).
+func (r *reader) address(v entry, network *Network, owner string) netip.Prefix {
+	const hint = "write it in CIDR form, such as 10.10.0.1/24"
+	s, ok := r.text(v, hint)
+	if !ok {
+		return netip.Prefix{}
+	}
+	p, err := netip.ParsePrefix(s)
+	if err != nil || p.Addr().Is4In6() {
+		h := hint
+		if a, err := netip.ParseAddr(s); err == nil && network != nil && network.Subnet.Contains(a) {
+			h = fmt.Sprintf("write %v/%d", a, network.Subnet.Bits())
+		}
+		r.wrong(v, fmt.Sprintf("address %s is not an address with its network's length", quoted(s)), h)
+		return netip.Prefix{}
+	}
+	a := p.Addr()
+	if a.IsMulticast() || a.IsUnspecified() || a.IsLoopback() {
+		r.wrong(v, fmt.Sprintf("address %s can't be a node's", s), "choose another one")
+		return netip.Prefix{}
+	}
+	if network == nil {
+		return p // its network is reported already
+	}
+	if subnet := network.Subnet; subnet.IsValid() {
+		switch {
+		case !subnet.Contains(a):
+			r.wrong(v, fmt.Sprintf("address %s is outside of network %s, which is %v", s, plain(network.Name), subnet), "choose an address in it")
+			return netip.Prefix{}
+		case p.Bits() != subnet.Bits():
+			r.wrong(v, fmt.Sprintf("address %s does not have the length of network %s, which is %v", s, plain(network.Name), subnet), fmt.Sprintf("write %v/%d", a, subnet.Bits()))
+			return netip.Prefix{}
+		}
+	}
+	if a.Is4() && hostBits(p) >= 2 {
+		if a == p.Masked().Addr() || !p.Contains(a.Next()) {
+			r.wrong(v, fmt.Sprintf("address %s is the network's own or its broadcast address", s), "choose an address between them")
+			return netip.Prefix{}
+		}
+	}
+	key := networkAddress{network.Name, a}
+	if other, dup := r.addresses[key]; dup {
+		r.wrong(v, fmt.Sprintf("address %v belongs to %s already", a, other), "choose another one")
+		return netip.Prefix{}
+	}
+	r.addresses[key] = owner
+	return p
+}
+
+// checkName checks that a name is a DNS label in lower case.
+func (r *reader) checkName(what, name string, e entry, at position) {
+	hint := "use a-z, 0-9 and '-', at most 63 of them, with a letter or digit at both ends"
+	ok := name != "" && len(name) <= maxName &&
+		strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789-") == "" &&
+		name[0] != '-' && name[len(name)-1] != '-'
+	if !ok {
+		r.problem(at, e.path, fmt.Sprintf("%s name %s is not valid", what, quoted(name)), hint)
+	}
+}
+
+// line reads a text without control characters, which is empty if not given.
+func (r *reader) line(f map[string]entry, name string) (string, bool) {
+	v, ok := f[name]
+	if !ok {
+		return "", false
+	}
+	s, ok := r.text(v, "write it, or leave the field out")
+	if !ok {
+		return "", false
+	}
+	s = strings.TrimRight(s, "\n") // of a block scalar
+	switch {
+	case strings.Contains(s, "\n"):
+		r.wrong(v, fmt.Sprintf("%s has more than one line", name), "write it in one, such as with &&; or call a script of the image")
+	case strings.ContainsFunc(s, unicode.IsControl) || strings.ToValidUTF8(s, "") != s:
+		r.wrong(v, fmt.Sprintf("%s has characters that can't be printed", name), "leave them out")
+	case len(s) > maxText:
+		r.wrong(v, fmt.Sprintf("%s has %d bytes, more than %d", name, len(s), maxText), "shorten it")
+	default:
+		return s, true
+	}
+	return "", false
+}
+
+func (r *reader) number(v entry, low, high int, what string) int {
+	hint := fmt.Sprintf("give the %s, %d to %d", what, low, high)
+	s, ok := r.text(v, hint)
+	if !ok {
+		return 0
+	}
+	n, err := parseNumber(s)
+	if err != nil {
+		r.wrong(v, fmt.Sprintf("%s %s is not a whole number", v.name, quoted(s)), hint)
+		return 0
+	}
+	if n < uint64(low) || n > uint64(high) {
+		r.wrong(v, fmt.Sprintf("%s %s is not between %d and %d", v.name, s, low, high), hint)
+		return 0
+	}
+	return int(n)
+}
+
+func (r *reader) duration(f map[string]entry, name string, d *time.Duration) bool {
+	const hint = "write a time with its unit, such as 30ms"
+	v, ok := f[name]
+	if !ok {
+		return false
+	}
+	s, ok := r.text(v, hint)
+	if !ok {
+		return false
+	}
+	n, err := parseDuration(s)
+	if err == nil && n > maxDelay {
+		err = fmt.Errorf("more than %v", maxDelay)
+	}
+	if err != nil {
+		r.wrong(v, fmt.Sprintf("%s %s: %v", name, quoted(s), err), hint)
+		return false
+	}
+	*d = n
+	return true
+}
+
+func (r *reader) percent(f map[string]entry, name string, p *Percent) {
+	const hint = "write a share of the frames, such as 1%"
+	v, ok := f[name]
+	if !ok {
+		return
+	}
+	s, ok := r.text(v, hint)
+	if !ok {
+		return
+	}
+	n, err := parsePercent(s)
+	if err != nil {
+		r.wrong(v, fmt.Sprintf("%s %s: %v", name, quoted(s), err), hint)
+		return
+	}
+	*p = n
+}
+
+// hosts are the names of all hosts, in the order of the file.
+func (r *reader) hosts() []string {
+	var hosts []string
+	for _, s := range r.t.Sites {
+		hosts = append(hosts, s.Hosts...)
+	}
+	return hosts
+}
+
+// sizeHint tells what a size with another spelling probably means.
+func sizeHint(s string) string {
+	digits := strings.TrimRight(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+	if _, err := parseNumber(digits); err == nil && len(digits) < 6 {
+		switch strings.ToUpper(s[len(digits):]) {
+		case "M", "MB", "MIB":
+			return fmt.Sprintf("write %sMiB", digits)
+		case "G", "GB", "GIB":
+			return fmt.Sprintf("write %sGiB", digits)
+		}
+	}
+	return "write a whole number with MiB or GiB, such as 256MiB"
+}

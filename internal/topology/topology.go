@@ -1,0 +1,114 @@
+package topology
+
+import (
+	"net"
+	"net/netip"
+	"time"
+)
+
+// Version is the version of the format that Parse reads and Marshal writes.
+const Version = 1
+
+// DefaultMTU is the MTU of a network that gives none, in bytes.
+const DefaultMTU = 1500
+
+// MaxMTU is what an underlay of 9000 bytes has room for beside the headers of
+// VXLAN over IPv4 and the inner Ethernet header.
+const MaxMTU = 9000 - 50
+
+// Topology is an experiment without a mistake, defaults filled in. Everything is
+// in the order of the file.
+type Topology struct {
+	Slice    string
+	Sites    []Site
+	WAN      []Link
+	Networks []Network
+	Nodes    []Node
+}
+
+// Site is a place with hosts.
+type Site struct {
+	Name  string
+	Hosts []string // names, unique over all sites
+}
+
+// Link is a WAN link between two sites. What it does, it does each way.
+type Link struct {
+	Between [2]string     // sites
+	Delay   time.Duration // propagation
+	Jitter  time.Duration // 0 <= Jitter <= Delay
+	Loss    Percent
+	Reorder Percent
+	Rate    int64 // bits a second; 0 is unlimited
+}
+
+// Percent is a probability in hundredths, 0 to 100.
+type Percent float64
+
+// Probability is p as a fraction of one.
+func (p Percent) Probability() float64 { return float64(p) / 100 }
+
+// Network is a layer-2 network that interfaces attach to.
+type Network struct {
+	Name   string
+	Subnet netip.Prefix // the zero Prefix if none is given
+	MTU    int          // bytes of payload in a frame, as an interface's MTU is
+}
+
+// Node is a VM.
+type Node struct {
+	Name string
+	Host string
+	Site string // the host's
+
+	// Image is the name of an image. It is empty if Kernel, and maybe Initrd
+	// and RootFS, say what boots; those are paths as written in the file.
+	Image  string
+	Kernel string
+	Initrd string
+	RootFS string
+	Append string // added to the kernel's command line
+
+	Memory     uint64 // bytes, whole MiB
+	CPUs       int
+	Interfaces []Interface
+	Run        string // command line started at boot; may be empty
+}
+
+// Interface is a node's attachment to a network.
+type Interface struct {
+	Network string
+	Address netip.Prefix // with the subnet's length; the zero Prefix if none is given
+	MAC     net.HardwareAddr
+}
+
+// Node returns the node of that name, or nil.
+func (t *Topology) Node(name string) *Node {
+	for i := range t.Nodes {
+		if t.Nodes[i].Name == name {
+			return &t.Nodes[i]
+		}
+	}
+	return nil
+}
+
+// Network returns the network of that name, or nil.
+func (t *Topology) Network(name string) *Network {
+	for i := range t.Networks {
+		if t.Networks[i].Name == name {
+			return &t.Networks[i]
+		}
+	}
+	return nil
+}
+
+// NodesOn returns the nodes of a host, in the order of the file.
+func (t *Topology) NodesOn(host string) []*Node {
+	var nodes []*Node
+	for i := range t.Nodes {
+		if t.Nodes[i].Host == host {
+			nodes = append(nodes, &t.Nodes[i])
+		}
+	}
+	return nodes
+}
