@@ -229,6 +229,8 @@ func (b *builder) gate(p Port) {
 	if c.Closed {
 		b.fs.add(openflow.FlowMod{
 			Table: TableGate, Priority: prioClosed, Cookie: cookie(KindClosed, c.Epoch),
+			// Its count is needed when it is gone: did all it handed over arrive?
+			Flags: openflow.FlagSendFlowRemoved | openflow.FlagResetCounts,
 			Match: openflow.Match{to}, Instructions: apply(controller),
 		})
 	}
@@ -241,6 +243,9 @@ func (b *builder) gate(p Port) {
 		Match: openflow.Match{to, openflow.Reg(regEpoch, uint32(c.Epoch-1))}, Instructions: apply(deliver),
 	}
 	if c.Recording {
+		// The entry takes the place of the one that delivered this epoch as the
+		// node's own; its counter is of the copies alone.
+		older.Flags = openflow.FlagResetCounts
 		older.Cookie = cookie(KindRecord, c.Epoch-1)
 		older.Instructions = apply(deliver, controller)
 	}

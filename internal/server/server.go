@@ -3,9 +3,26 @@ package server
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
 
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
+	"violin/internal/catalog"
+	"violin/internal/coordinator"
+	"violin/internal/cut"
+	"violin/internal/store"
+	"violin/internal/topology"
 )
 
 // Config says where a server keeps things and how it presents itself.
@@ -18,20 +35,295 @@ type Config struct {
 
 // Server implements the API. It holds the slices that run.
 type Server struct {
-	violinv1connect.UnimplementedSliceServiceHandler
+	cfg     Config
+	log     *slog.Logger
+	store   *store.Store
+	catalog *catalog.Catalog
 
-	config Config
+	mu     sync.Mutex
+	slices map[string]*slice // a nil slice is a name taken by one that is coming up
 }
 
 var _ violinv1connect.SliceServiceHandler = (*Server)(nil)
 
 // New makes a server with no slice. ctx bounds the making only.
 func New(ctx context.Context, config Config) (*Server, error) {
-	return &Server{config: config}, ctx.Err()
+	st, err := store.Open(ctx, filepath.Join(config.StateDir, "store"), store.Options{Logger: config.Logger})
+	if err != nil {
+		return nil, err
+	}
+	return &Server{
+		cfg: config, log: config.Logger, store: st, catalog: catalog.New(st), slices: map[string]*slice{},
+	}, nil
 }
 
 // Busy tells whether a slice runs: a busy server does not exit for being idle.
-func (s *Server) Busy() bool { return false }
+func (s *Server) Busy() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.slices) > 0
+}
 
 // Close stops every slice and releases what the server holds.
-func (s *Server) Close() error { return nil }
+func (s *Server) Close() error {
+	s.mu.Lock()
+	running := s.slices
+	s.slices = map[string]*slice{}
+	s.mu.Unlock()
+	var errs []error
+	for _, sl := range running {
+		if sl != nil {
+			errs = append(errs, sl.close())
+		}
+	}
+	errs = append(errs, s.store.Close())
+	return errors.Join(errs...)
+}
+
+// slice returns a slice that runs.
+func (s *Server) slice(name string) (*slice, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if sl := s.slices[name]; sl != nil {
+		return sl, nil
+	}
+	if _, ok := s.slices[name]; ok {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("slice %q is not up yet", name))
+	}
+	return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("no slice %q runs here", name))
+}
+
+// claim takes a slice's name until it is up or has failed.
+func (s *Server) claim(name string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.slices[name]; ok {
+		return connect.NewError(connect.CodeAlreadyExists, fmt.Errorf("slice %q runs already; take it down first, or give the other one another name", name))
+	}
+	s.slices[name] = nil
+	return nil
+}
+
+func (s *Server) settle(name string, sl *slice) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if sl == nil {
+		delete(s.slices, name)
+	} else {
+		s.slices[name] = sl
+	}
+}
+
+// Up implements the API.
+func (s *Server) Up(ctx context.Context, req *violinv1.UpRequest, stream *connect.ServerStream[violinv1.UpResponse]) error {
+	topo, err := topology.Parse(req.GetFile(), req.GetTopology())
+	if err != nil {
+		return connect.NewError(connect.CodeInvalidArgument, err)
+	}
+	resolvePaths(topo, req.GetDirectory())
+	tell := serialize(func(p *violinv1.Progress) error {
+		return stream.Send(&violinv1.UpResponse{Event: &violinv1.UpResponse_Progress{Progress: p}})
+	})
+	if err := s.claim(topo.Slice); err != nil {
+		return err
+	}
+	sl, err := s.build(ctx, topo, 0, "", tell, nil)
+	s.settle(topo.Slice, sl)
+	if err != nil {
+		return err
+	}
+	return stream.Send(&violinv1.UpResponse{Event: &violinv1.UpResponse_Slice{Slice: sl.message(ctx)}})
+}
+
+// Down implements the API.
+func (s *Server) Down(ctx context.Context, req *violinv1.DownRequest) (*violinv1.DownResponse, error) {
+	if (req.GetSlice() == "") != req.GetAll() {
+		return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("name either one slice or all"))
+	}
+	s.mu.Lock()
+	names := []string{req.GetSlice()}
+	if req.GetAll() {
+		names = nil
+		for name, sl := range s.slices {
+			if sl != nil {
+				names = append(names, name)
+			}
+		}
+	}
+	s.mu.Unlock()
+	slices.Sort(names)
+	for _, name := range names {
+		sl, err := s.slice(name)
+		if err != nil {
+			return nil, err
+		}
+		if err := sl.close(); err != nil {
+			s.log.Error("slice was not taken down cleanly", "slice", name, "err", err)
+		}
+		s.settle(name, nil)
+	}
+	return &violinv1.DownResponse{Slices: names}, nil
+}
+
+// ListSlices implements the API.
+func (s *Server) ListSlices(ctx context.Context, req *violinv1.ListSlicesRequest) (*violinv1.ListSlicesResponse, error) {
+	var found []*slice
+	if name := req.GetSlice(); name != "" {
+		sl, err := s.slice(name)
+		if err != nil {
+			return nil, err
+		}
+		found = append(found, sl)
+	} else {
+		s.mu.Lock()
+		for _, sl := range s.slices {
+			if sl != nil {
+				found = append(found, sl)
+			}
+		}
+		s.mu.Unlock()
+	}
+	slices.SortFunc(found, func(a, b *slice) int { return a.created.Compare(b.created) })
+	resp := &violinv1.ListSlicesResponse{}
+	for _, sl := range found {
+		resp.Slices = append(resp.Slices, sl.message(ctx))
+	}
+	return resp, nil
+}
+
+// Exec implements the API.
+func (s *Server) Exec(ctx context.Context, req *violinv1.ExecRequest) (*violinv1.ExecResponse, error) {
+	sl, err := s.slice(req.GetSlice())
+	if err != nil {
+		return nil, err
+	}
+	a, err := sl.agentOf(req.GetNode())
+	if err != nil {
+		return nil, err
+	}
+	if len(req.GetCommand()) == 0 {
+		return nil, connect.NewError(connect.CodeInvalidArgument, errors.New("no command was given"))
+	}
+	timeout := time.Minute
+	if d := req.GetTimeout(); d != nil && d.AsDuration() > 0 {
+		timeout = d.AsDuration()
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	r, err := a.Exec(ctx, req.GetSlice(), req.GetNode(), req.GetCommand(), req.GetStdin())
+	if err != nil {
+		if errors.Is(err, context.DeadlineExceeded) {
+			return nil, connect.NewError(connect.CodeDeadlineExceeded, fmt.Errorf("after %s: %w", timeout, err))
+		}
+		return nil, connect.NewError(connect.CodeUnavailable, err)
+	}
+	return &violinv1.ExecResponse{ExitCode: int32(r.ExitCode), Stdout: r.Stdout, Stderr: r.Stderr}, nil
+}
+
+// Console implements the API.
+func (s *Server) Console(ctx context.Context, stream *connect.BidiStream[violinv1.ConsoleRequest, violinv1.ConsoleResponse]) error {
+	first, err := stream.Receive()
+	if err != nil {
+		return err
+	}
+	sl, err := s.slice(first.GetSlice())
+	if err != nil {
+		return err
+	}
+	a, err := sl.agentOf(first.GetNode())
+	if err != nil {
+		return err
+	}
+	conn, err := a.Console(ctx, first.GetSlice(), first.GetNode())
+	if err != nil {
+		return connect.NewError(connect.CodeUnavailable, err)
+	}
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	go func() {
+		for {
+			m, err := stream.Receive()
+			if err != nil {
+				return
+			}
+			if _, err := conn.Write(m.GetData()); err != nil {
+				return
+			}
+		}
+	}()
+	buf := make([]byte, 4096)
+	for {
+		n, err := conn.Read(buf)
+		if n > 0 {
+			if err := stream.Send(&violinv1.ConsoleResponse{Data: buf[:n]}); err != nil {
+				return err
+			}
+		}
+		if err != nil {
+			return ctx.Err() // the node's end of its console: the node has ended
+		}
+	}
+}
+
+// Version implements the API.
+func (s *Server) Version(context.Context, *violinv1.VersionRequest) (*violinv1.VersionResponse, error) {
+	return &violinv1.VersionResponse{Version: s.cfg.Version, Go: runtime.Version(), Pid: int64(os.Getpid())}, nil
+}
+
+// resolvePaths makes the topology's paths independent of where it was read.
+func resolvePaths(t *topology.Topology, dir string) {
+	for i := range t.Nodes {
+		n := &t.Nodes[i]
+		for _, p := range []*string{&n.Kernel, &n.Initrd, &n.RootFS} {
+			if *p != "" && !filepath.IsAbs(*p) {
+				*p = filepath.Join(dir, *p)
+			}
+		}
+	}
+}
+
+// teller tells a long call's progress to its caller.
+type teller func(step, node, detail string)
+
+// serialize makes a teller of a stream's Send, which takes one message at a time.
+// A caller who has gone away shows in the context, not here.
+func serialize(send func(*violinv1.Progress) error) teller {
+	var mu sync.Mutex
+	return func(step, node, detail string) {
+		mu.Lock()
+		defer mu.Unlock()
+		_ = send(&violinv1.Progress{Step: step, Node: node, Detail: detail})
+	}
+}
+
+// apiError gives an error the code that its kind has in the API.
+func apiError(err error) error {
+	var coded *connect.Error
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &coded):
+		return err
+	case errors.Is(err, cut.ErrBusy):
+		return connect.NewError(connect.CodeFailedPrecondition, err)
+	case errors.Is(err, coordinator.ErrAborted):
+		return connect.NewError(connect.CodeAborted, err)
+	case errors.Is(err, catalog.ErrNotFound):
+		return connect.NewError(connect.CodeNotFound, err)
+	case errors.Is(err, catalog.ErrAmbiguous):
+		return connect.NewError(connect.CodeInvalidArgument, err)
+	case errors.Is(err, store.ErrExists):
+		return connect.NewError(connect.CodeAlreadyExists, err)
+	case errors.Is(err, context.Canceled):
+		return connect.NewError(connect.CodeCanceled, err)
+	}
+	return connect.NewError(connect.CodeInternal, err)
+}
+
+func timestamp(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t)
+}

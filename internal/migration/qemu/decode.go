@@ -65,6 +65,9 @@ type Decoder struct {
 	index map[string]int // RAM block ID to index
 	sent  []coverage     // by RAM block
 	last  int            // RAM block of the last page record, or -1
+	// flushed: there was a multifd flush. QEMU 8.1 sends it without multifd
+	// too, so it is no reason to refuse the stream as long as no page is missing.
+	flushed bool
 	// pageless is set for a skeleton's binary form, whose pages are elsewhere.
 	pageless bool
 
@@ -430,17 +433,22 @@ func (d *Decoder) blocks() error {
 		d.sk.Blocks = append(d.sk.Blocks, blk)
 	}
 	d.sent = make([]coverage, len(d.sk.Blocks))
-	at = d.off
-	if rec, err = d.uint64(ramName); err != nil {
-		return err
+	for {
+		at = d.off
+		if rec, err = d.uint64(ramName); err != nil {
+			return err
+		}
+		switch {
+		case rec == flagMultifdFlush:
+			d.flushed = true
+		case rec == flagEOS:
+			return nil
+		case rec&flagMask&^flagEOS != 0:
+			return &Error{Offset: at, Section: ramName, Err: refusedFlag(rec & flagMask)}
+		default:
+			return d.errorf(at, ramName, "RAM record %#x where the list of RAM blocks must end", rec)
+		}
 	}
-	switch {
-	case rec == flagEOS:
-		return nil
-	case rec&flagMask&^flagEOS != 0:
-		return &Error{Offset: at, Section: ramName, Err: refusedFlag(rec & flagMask)}
-	}
-	return d.errorf(at, ramName, "RAM record %#x where the list of RAM blocks must end", rec)
 }
 
 func (d *Decoder) footer() error {
@@ -493,6 +501,11 @@ func (d *Decoder) pages() error {
 				return d.errorf(at, ramName, "RAM record %#x is no end of a section", rec)
 			}
 			return nil
+		case flagMultifdFlush:
+			if rec != flagMultifdFlush {
+				return d.errorf(at, ramName, "RAM record %#x is no flush", rec)
+			}
+			d.flushed = true
 		case flagPage, flagZero:
 			if d.pageless {
 				return d.errorf(at, ramName, "a skeleton holds no pages")
@@ -586,7 +599,7 @@ func (d *Decoder) missing(at int64) error {
 			continue
 		}
 		d.stats.missing.Add(n)
-		if err == nil && !d.AllowMissing {
+		if err == nil && (!d.AllowMissing || d.flushed) {
 			err = d.errorf(at, ramName, "%d of %d pages of RAM block %q were never sent; switch off the migration capability multifd, and free page hinting of a balloon", n, blk.Pages(), blk.ID)
 		}
 	}

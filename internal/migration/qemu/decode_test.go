@@ -270,13 +270,15 @@ func TestDecodeRefuses(t *testing.T) {
 			b.u64(0xd0000)
 		}, "ram", -1, "RAM block"},
 		{"too much RAM", func(b *streamBuilder) { b.ram(qemu.RAMBlock{ID: "a", Length: 1 << 60}) }, "ram", 34, "at most"},
-		{"multifd in setup", func(b *streamBuilder) {
-			b.header()
-			b.start(1, 2, "ram", 4)
-			b.blocks(two...)
+		{"flush of a page", func(b *streamBuilder) { b.ram(two...); b.part(2); b.u64(0x1200) }, "ram", -1, "no flush"},
+		{"multifd", func(b *streamBuilder) { // QEMU 8.1 and later
+			b.ram(two...)
+			b.part(2)
+			b.zero("b", 0)
 			b.u64(0x200)
-		}, "ram", -1, "multifd"},
-		{"multifd", func(b *streamBuilder) { b.ram(two...); b.part(2); b.u64(0x200) }, "ram", -1, "multifd"},
+			b.partEnd()
+			b.devices()
+		}, "ram", -1, "switch off the migration capability multifd"},
 		{"xbzrle", func(b *streamBuilder) { b.ram(two...); b.part(2); b.u64(0x40) }, "ram", -1, "xbzrle"},
 		{"compress", func(b *streamBuilder) { b.ram(two...); b.part(2); b.u64(0x100) }, "ram", -1, "compress"},
 		{"rdma", func(b *streamBuilder) { b.ram(two...); b.part(2); b.u64(0x80) }, "ram", -1, "RDMA"},
@@ -380,6 +382,18 @@ func TestDecodeAccepts(t *testing.T) {
 			b.partEnd()
 			b.devices()
 		}},
+		{"flushes without multifd", func(b *streamBuilder) { // QEMU 8.1
+			b.header()
+			b.start(1, 2, "ram", 4)
+			b.blocks(block)
+			b.u64(0x200)
+			b.u64(0x10)
+			b.footer(2)
+			b.part(2)
+			b.zero("a", 0)
+			b.partEnd()
+			b.devices()
+		}},
 		{"page bits and uuid", func(b *streamBuilder) {
 			b.header()
 			b.u8(5)
@@ -450,6 +464,22 @@ func TestDecodeAllowMissing(t *testing.T) {
 	}
 	if got := d.Stats(); got.Missing != 2 || got.Pages != 1 {
 		t.Errorf("stats %+v", got)
+	}
+}
+
+// Missing pages that multifd may have carried are never zero pages.
+func TestDecodeAllowMissingNotWithMultifd(t *testing.T) {
+	var b streamBuilder
+	b.ram(qemu.RAMBlock{ID: "a", Length: 4096})
+	b.part(2)
+	b.u64(0x200)
+	b.partEnd()
+	b.devices()
+	var m memory
+	d := qemu.NewDecoder(bytes.NewReader(b))
+	d.AllowMissing = true
+	if sk, err := d.Decode(m.open); sk != nil || err == nil || !strings.Contains(err.Error(), "multifd") {
+		t.Errorf("skeleton %v, error %v", sk, err)
 	}
 }
 

@@ -5,8 +5,7 @@
 // [PageSink] as they arrive, and a [Skeleton], which is everything else
 // byte for byte (header, machine type, RAM block list, device state).
 // [Encode] puts the two together again as a stream that an unmodified
-// "qemu -incoming" accepts. [ServeLazy] does the same by post-copy: the
-// guest runs at once and its pages follow on demand.
+// "qemu -incoming" accepts.
 //
 // All integers are big-endian. A stream is, in this order:
 //

@@ -72,7 +72,6 @@ func refusedFlag(flags uint64) error {
 		flag uint64
 		what string
 	}{
-		{flagMultifdFlush, "pages travel on multifd channels of their own; switch off the migration capability multifd"},
 		{flagCompressPage, "pages are compressed; switch off the migration capability compress"},
 		{flagXBZRLE, "pages are sent as differences; switch off the migration capability xbzrle"},
 		{flagHook, "pages travel by RDMA; migrate to a unix socket"},

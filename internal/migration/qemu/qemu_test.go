@@ -141,7 +141,7 @@ func (v *vm) wait(what string, want func(map[string]any) bool) {
 	}
 }
 
-func (v *vm) execute(command string, args any) {
+func (v *vm) execute(command string, args any) (reply map[string]any) {
 	v.t.Helper()
 	msg := map[string]any{"execute": command, "id": command}
 	if args != nil {
@@ -150,7 +150,11 @@ func (v *vm) execute(command string, args any) {
 	if err := json.NewEncoder(v.qmp).Encode(msg); err != nil {
 		v.t.Fatal(err)
 	}
-	v.wait(command, func(m map[string]any) bool { return m["id"] == command })
+	v.wait(command, func(m map[string]any) bool {
+		reply, _ = m["return"].(map[string]any)
+		return m["id"] == command
+	})
+	return reply
 }
 
 func (v *vm) setCapabilities(names ...string) {
@@ -212,7 +216,10 @@ func (v *vm) snapshot(mode string) (*qemu.Skeleton, *memory, qemu.Stats) {
 	}()
 	migrate := map[string]any{"uri": "unix:" + l.Addr().String()}
 	switch mode {
-	case "background":
+	case "background", "stopped":
+		if mode == "stopped" {
+			v.execute("stop", nil) // QEMU resumes it all the same
+		}
 		v.setCapabilities("background-snapshot", "events")
 		v.execute("migrate", migrate)
 		v.waitMigration("completed")
@@ -273,9 +280,10 @@ func (v *vm) checkGoesOn(ram []byte) {
 	}
 }
 
-// TestQEMU snapshots and restores real guests, in both modes, on several
+// TestQEMU snapshots and restores real guests, in all modes, on several
 // machines, twice in a row, and checks that the restored guest goes on
-// exactly where it was.
+// exactly where it was. "stopped" is a guest that is stopped before a
+// background snapshot, as a cut does.
 func TestQEMU(t *testing.T) {
 	if os.Getenv("VIOLIN_E2E") == "" {
 		t.Skip("needs qemu-system-x86_64 and userfaultfd; set VIOLIN_E2E=1 to run it")
@@ -298,7 +306,7 @@ func TestQEMU(t *testing.T) {
 		{"pc", "pc.ram", append([]string{"-machine", "pc", "-m", "64", "-smp", "2"}, pci...)},
 		{"q35", "pc.ram", append([]string{"-machine", "q35", "-m", "64", "-vga", "std"}, pci...)},
 	} {
-		for _, mode := range []string{"background", "precopy"} {
+		for _, mode := range []string{"background", "stopped", "precopy"} {
 			t.Run(tt.name+"/"+mode, func(t *testing.T) {
 				args := append(tt.args, "-bios", guestFirmware(t))
 				v := startVM(t, nil, args...)
@@ -323,10 +331,18 @@ func TestQEMU(t *testing.T) {
 					ours, theirs := socketpair(t)
 					v = startVM(t, theirs, args...)
 					theirs.Close()
+					v.setCapabilities("events")
 					if err := qemu.Encode(ours, &restored, mem.source()); err != nil {
 						t.Fatal(err)
 					}
 					ours.Close()
+					v.waitMigration("completed")
+					if mode == "stopped" {
+						if s := v.execute("query-status", nil); s["status"] != "paused" {
+							t.Fatalf("restored from a stopped guest: %v", s)
+						}
+						v.execute("cont", nil)
+					}
 					v.checkGoesOn(ram)
 				}
 			})

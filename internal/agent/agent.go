@@ -1,0 +1,216 @@
+// Package agent is a host's half of Violin: it runs the host's nodes, owns its
+// Open vSwitch and the OpenFlow session with it, and carries out a cut's orders
+// on them.
+//
+// The controller's session, the holds and the records are here and not in the
+// server because a node is flipped while its vCPUs are stopped: a WAN between
+// host and server must not lengthen that pause.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"violin/internal/coloring"
+	"violin/internal/cut"
+	"violin/internal/fabric"
+	"violin/internal/hypervisor/qemu"
+)
+
+// Platform is the machine an agent works on: a real one, or a namespace that
+// stands for one.
+type Platform interface {
+	Start(cmd *exec.Cmd) error
+	Netlink() (*netlink.Handle, error)
+	CreateTap(name string, mtu int) error
+	DeleteTap(name string) error
+}
+
+// Underlay is where a host is attached to what joins the hosts.
+type Underlay struct {
+	Device string
+	Addr   netip.Prefix
+	MAC    net.HardwareAddr
+	MTU    int
+}
+
+// Config describes one host's agent.
+type Config struct {
+	Host     string
+	Dir      string // sockets, logs and databases of what the agent runs
+	Platform Platform
+	Underlay Underlay
+	// Limits bound what the gate of one node holds. At the bound the cut is aborted.
+	Limits cut.Limits
+	Logger *slog.Logger
+}
+
+// DefaultLimits bound a gate where Config gives no limits: 64 MiB of frames.
+var DefaultLimits = cut.Limits{Bytes: 64 << 20}
+
+// Agent runs one host.
+type Agent struct {
+	cfg    Config
+	log    *slog.Logger
+	fabric *fabric.Switch
+
+	mu    sync.Mutex // guards the maps; a node guards itself
+	nodes map[coloring.NodeKey]*node
+	ports map[uint32]*port
+	cuts  map[string]*hostCut // by slice
+	peers map[uint16]string   // host by peer number
+	taps  int                 // taps made so far, for their names
+}
+
+// Start brings the host's switch up.
+func Start(ctx context.Context, cfg Config) (*Agent, error) {
+	if cfg.Limits == (cut.Limits{}) {
+		cfg.Limits = DefaultLimits
+	}
+	a := &Agent{
+		cfg: cfg, log: cfg.Logger.With("host", cfg.Host),
+		nodes: map[coloring.NodeKey]*node{}, ports: map[uint32]*port{},
+		cuts: map[string]*hostCut{}, peers: map[uint16]string{},
+	}
+	sw, err := fabric.Start(ctx, fabric.Config{
+		Host: cfg.Host, Dir: filepath.Join(cfg.Dir, "ovs"), Launcher: cfg.Platform, Netlink: cfg.Platform.Netlink,
+		UnderlayDevice: cfg.Underlay.Device, UnderlayAddr: cfg.Underlay.Addr, UnderlayMAC: cfg.Underlay.MAC, MTU: cfg.Underlay.MTU,
+		OnPacket: a.packet, Logger: a.log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("host %s: %w", cfg.Host, err)
+	}
+	a.fabric = sw
+	return a, nil
+}
+
+// AddPeer joins the host to another one.
+func (a *Agent) AddPeer(ctx context.Context, peer fabric.Peer) error {
+	a.mu.Lock()
+	a.peers[peer.ID] = peer.Host
+	a.mu.Unlock()
+	if err := a.fabric.AddPeer(ctx, peer); err != nil {
+		return fmt.Errorf("host %s: %w", a.cfg.Host, err)
+	}
+	return nil
+}
+
+// SetRemotes tells where the interfaces on other hosts are; it takes effect
+// with the next node that is added.
+func (a *Agent) SetRemotes(remotes []coloring.Remote) { a.fabric.SetRemotes(remotes) }
+
+// Close stops the host's nodes and its switch.
+func (a *Agent) Close() error {
+	a.mu.Lock()
+	var keys []coloring.NodeKey
+	for k := range a.nodes {
+		keys = append(keys, k)
+	}
+	a.mu.Unlock()
+	var errs []error
+	for _, k := range keys {
+		errs = append(errs, a.stopNode(k))
+	}
+	errs = append(errs, a.fabric.Close())
+	return errors.Join(errs...)
+}
+
+// node is one VM with its gate.
+type node struct {
+	spec  NodeSpec
+	vm    *qemu.VM
+	ports []*port
+
+	mu       sync.Mutex // guards what follows; held while frames are given to the guest, so that they stay in order
+	gate     *cut.Gate[arrival]
+	arrived  time.Time // of the last frame that the switch handed over and did not deliver
+	recorded []Recorded
+	overflow func(error) // where a gate that is over its bound is reported
+}
+
+type port struct {
+	node   *node
+	number uint32
+	index  int // of the interface
+	tap    string
+	copies uint64 // for the record, that came from the switch in this cut; guarded by the node
+}
+
+// arrival is a frame on its way through a gate.
+type arrival struct {
+	port *port
+	data []byte
+	at   time.Time
+}
+
+// Recorded is a frame of the channel state.
+type Recorded struct {
+	Node      string
+	Interface int
+	Epoch     cut.Epoch
+	At        time.Time
+	Data      []byte
+}
+
+// packet takes a frame that the switch handed over. It runs on the session's
+// goroutine, in the order of the wire.
+func (a *Agent) packet(p coloring.Packet, data []byte) {
+	a.mu.Lock()
+	to := a.ports[p.Port]
+	a.mu.Unlock()
+	if to == nil {
+		return // the node is gone
+	}
+	to.node.arrive(a, p, arrival{port: to, data: data, at: time.Now()})
+}
+
+func (n *node) arrive(a *Agent, p coloring.Packet, f arrival) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if p.Delivered() {
+		f.port.copies++
+	} else {
+		n.arrived = f.at
+	}
+	v, err := n.gate.Arrive(cut.Frame[arrival]{Epoch: p.Epoch, Size: len(f.data), Delivered: p.Delivered(), Ref: f})
+	if err != nil && n.overflow != nil {
+		n.overflow(err)
+	}
+	if v.Record {
+		n.record(p.Epoch, f)
+	}
+	if v.Deliver {
+		n.deliver(a, f)
+	}
+}
+
+func (n *node) record(epoch cut.Epoch, f arrival) {
+	n.recorded = append(n.recorded, Recorded{
+		Node: n.spec.Name, Interface: f.port.index, Epoch: epoch, At: f.at, Data: f.data,
+	})
+}
+
+func (n *node) deliver(a *Agent, f arrival) {
+	if err := a.fabric.Output(f.port.number, f.data); err != nil {
+		a.log.Error("a held frame was not delivered", "node", n.spec.Name, "bytes", len(f.data), "err", err)
+	}
+}
+
+func (n *node) alive() bool {
+	select {
+	case <-n.vm.Done():
+		return false
+	default:
+		return true
+	}
+}

@@ -1,0 +1,548 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	"violin/internal/coloring"
+	"violin/internal/cut"
+	"violin/internal/fabric"
+	"violin/internal/hypervisor/qemu"
+	stream "violin/internal/migration/qemu"
+	"violin/internal/store"
+)
+
+// The bounds of the steps that wait for a queue to run empty, and of the
+// silence after which no frame is under way from the switch's closed gate.
+const (
+	queueBound = 2 * time.Second
+	openQuiet  = 10 * time.Millisecond
+)
+
+// Order is one of the coordinator's messages for this host. Mode and Session
+// go with SendPrepare.
+type Order struct {
+	Slice    string
+	Networks map[uint16]string // the slice's networks, by number: the counters' names
+	Effect   cut.Effect
+	Mode     qemu.Mode
+	Session  *store.Session
+}
+
+// NodeResult is what a node brings to a snapshot.
+type NodeResult struct {
+	Node      string
+	CutAt     time.Time // the vCPUs stopped
+	Pause     time.Duration
+	Device    store.BlobRef
+	Memory    store.BlobRef
+	Stats     store.MemoryStats
+	RawBytes  uint64 // of the migration stream
+	Held      uint64
+	Recorded  []Recorded
+	Interface []Interface
+}
+
+// hostCut is one cut on this host.
+type hostCut struct {
+	a      *Agent
+	order  Order
+	id     string
+	from   cut.Epoch
+	to     cut.Epoch
+	report func(cut.Event)
+	ctx    context.Context
+	cancel context.CancelFunc
+	work   sync.WaitGroup // everything that ctx ends
+
+	nodes   map[string]*nodeCut
+	ended   bool   // commit or abort has begun
+	unseen  uint64 // frames that had not come from the switch when the cut began
+	dropped uint64 // frames that have not come from the switch since
+}
+
+// nodeCut is one node's part in it.
+type nodeCut struct {
+	n       *node
+	capture *qemu.Capture
+	decoded chan error // one value: the stream has been read and stored
+	begun   cut.Step
+	base    cut.GateStats
+	result  NodeResult
+}
+
+// Handle takes an order and returns at once; orders are taken in the order of
+// the calls. What comes of it is reported as the cut package's events, from
+// other goroutines.
+func (a *Agent) Handle(o Order, report func(cut.Event)) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	hc := a.cuts[o.Slice]
+	switch e := o.Effect.(type) {
+	case cut.SendPrepare:
+		if hc != nil {
+			report(cut.Failed{Cut: e.Cut, Host: a.cfg.Host, Reason: fmt.Sprintf("cut %s has not ended on this host", hc.id)})
+			return
+		}
+		hc = a.newCut(o, e, report)
+		a.cuts[o.Slice] = hc
+		hc.spawn(hc.prepare)
+	case cut.SendCut:
+		if hc != nil && hc.id == e.Cut && !hc.ended {
+			for _, name := range e.Nodes {
+				hc.spawn(func() { hc.cutNode(name) })
+			}
+		}
+	case cut.SendPoll:
+		if hc != nil && hc.id == e.Cut && !hc.ended {
+			hc.spawn(func() { hc.poll(e.Round, e.Epoch) })
+		}
+	case cut.SendCollect:
+		if hc != nil && hc.id == e.Cut && !hc.ended {
+			hc.spawn(hc.collect)
+		}
+	case cut.SendCommit:
+		switch {
+		case hc == nil || hc.id != e.Cut:
+			report(cut.Committed{Cut: e.Cut, Host: a.cfg.Host})
+		case !hc.ended:
+			hc.ended = true
+			go hc.commit()
+		}
+	case cut.SendAbort:
+		switch {
+		case hc == nil || hc.id != e.Cut:
+			report(cut.Aborted{Cut: e.Cut, Host: a.cfg.Host})
+		case !hc.ended:
+			hc.ended = true
+			go hc.abort(e.To)
+		}
+	}
+}
+
+func (a *Agent) newCut(o Order, e cut.SendPrepare, report func(cut.Event)) *hostCut {
+	hc := &hostCut{a: a, order: o, id: e.Cut, from: e.From, to: e.To, report: report, nodes: map[string]*nodeCut{}}
+	hc.ctx, hc.cancel = context.WithCancel(context.Background())
+	for key, n := range a.nodes {
+		if key.Slice == o.Slice {
+			nc := &nodeCut{n: n, decoded: make(chan error, 1)}
+			nc.result.Node = key.Node
+			nc.result.Interface = n.spec.Interfaces
+			hc.nodes[key.Node] = nc
+		}
+	}
+	return hc
+}
+
+func (hc *hostCut) spawn(f func()) {
+	hc.work.Add(1)
+	go func() {
+		defer hc.work.Done()
+		f()
+	}()
+}
+
+func (hc *hostCut) fail(node string, err error) {
+	hc.a.log.Warn("cut failed on host", "cut", hc.id, "node", node, "err", err)
+	hc.report(cut.Failed{Cut: hc.id, Host: hc.a.cfg.Host, Node: node, Reason: err.Error()})
+}
+
+// count says of which epochs the frames are counted.
+func (hc *hostCut) count(ctx context.Context, epochs ...cut.Epoch) error {
+	return hc.a.fabric.Update(ctx, func(st *coloring.State) {
+		for n := range hc.order.Networks {
+			if _, ok := st.Counted[n]; ok {
+				st.Counted[n] = epochs
+			}
+		}
+	})
+}
+
+// prepare counts the new epoch's frames and sets the captures up: whatever takes
+// time is done while the nodes run.
+func (hc *hostCut) prepare() {
+	if err := hc.count(hc.ctx, hc.from, hc.to); err != nil {
+		hc.fail("", err)
+		return
+	}
+	counters, err := hc.a.fabric.Counters(hc.ctx)
+	if err != nil {
+		hc.fail("", err)
+		return
+	}
+	hc.unseen = hc.a.unseen(counters)
+	var arming sync.WaitGroup
+	var failed sync.Once
+	ok := true
+	for name, nc := range hc.nodes {
+		arming.Add(1)
+		go func() {
+			defer arming.Done()
+			if err := hc.arm(nc); err != nil {
+				failed.Do(func() { ok = false; hc.fail(name, err) })
+			}
+		}()
+	}
+	arming.Wait()
+	if ok {
+		hc.report(cut.Prepared{Cut: hc.id, Host: hc.a.cfg.Host})
+	}
+}
+
+func (hc *hostCut) arm(nc *nodeCut) error {
+	if !nc.n.alive() {
+		return fmt.Errorf("its hypervisor is gone: %w", errors.Join(nc.n.vm.Err()))
+	}
+	nc.n.mu.Lock()
+	nc.base = nc.n.gate.Stats()
+	nc.n.recorded = nil
+	nc.n.overflow = func(err error) { hc.fail(nc.n.spec.Name, err) }
+	nc.n.mu.Unlock()
+	capture, err := nc.n.vm.Arm(hc.ctx, hc.order.Mode)
+	if err != nil {
+		return err
+	}
+	nc.capture = capture
+	hc.spawn(func() { nc.decoded <- hc.receive(nc) })
+	return nil
+}
+
+// receive is the far end of the migration: the node's state goes to the store.
+func (hc *hostCut) receive(nc *nodeCut) error {
+	var pages *store.PageWriter
+	d := stream.NewDecoder(nc.capture.Stream())
+	skeleton, err := d.Decode(func(blocks []stream.RAMBlock) (stream.PageSink, error) {
+		regions := make([]store.Region, len(blocks))
+		for i, b := range blocks {
+			regions[i] = store.Region(b)
+		}
+		var err error
+		pages, err = hc.order.Session.NewPageWriter(hc.ctx, regions)
+		return pages, err
+	})
+	if err != nil {
+		// QEMU must not wait for a reader that has given up.
+		io.Copy(io.Discard, nc.capture.Stream()) //nolint:errcheck // the first error is the one that counts
+		return fmt.Errorf("receive its state: %w", err)
+	}
+	if nc.result.Memory, err = pages.Close(); err != nil {
+		return fmt.Errorf("store its memory: %w", err)
+	}
+	b, err := skeleton.MarshalBinary()
+	if err != nil {
+		return fmt.Errorf("store its devices: %w", err)
+	}
+	if nc.result.Device, err = hc.order.Session.PutBlob(hc.ctx, b); err != nil {
+		return fmt.Errorf("store its devices: %w", err)
+	}
+	nc.result.Stats = pages.Stats()
+	nc.result.RawBytes = d.Stats().RawBytes
+	return nil
+}
+
+func (hc *hostCut) cutNode(name string) {
+	nc := hc.nodes[name]
+	if nc == nil {
+		hc.fail(name, fmt.Errorf("host %s has no such node", hc.a.cfg.Host))
+		return
+	}
+	for _, step := range cut.Steps() {
+		nc.begun = step
+		began := time.Now()
+		if err := hc.step(nc, step); err != nil {
+			hc.fail(name, fmt.Errorf("%s: %w", step, err))
+			return
+		}
+		hc.a.log.Debug("step done", "cut", hc.id, "node", name, "step", step.String(), "took", time.Since(began))
+	}
+	hc.report(cut.NodeCut{Cut: hc.id, Node: name})
+
+	select {
+	case err := <-nc.decoded:
+		if err == nil {
+			err = nc.capture.Wait(hc.ctx)
+		}
+		if err != nil {
+			hc.fail(name, err)
+			return
+		}
+		hc.report(cut.Stored{Cut: hc.id, Node: name})
+	case <-hc.ctx.Done():
+	}
+}
+
+func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {
+	a, n, ctx := hc.a, nc.n, hc.ctx
+	var err error
+	switch step {
+	case cut.StepClose:
+		return hc.close(ctx, n)
+	case cut.StepSettle:
+		return n.eachPort(ctx, a.fabric.Settle)
+	case cut.StepStop:
+		nc.result.CutAt, err = nc.capture.Stop(ctx)
+		return err
+	case cut.StepFlush:
+		return n.eachPort(ctx, a.fabric.Flush)
+	case cut.StepFlip:
+		return hc.flip(ctx, n, hc.to, true)
+	case cut.StepCapture:
+		return nc.capture.Release(ctx)
+	case cut.StepResume:
+		resumed, err := nc.capture.Resumed(ctx)
+		nc.result.Pause = resumed.Sub(nc.result.CutAt)
+		return err
+	case cut.StepOpen:
+		return hc.open(ctx, n)
+	}
+	return fmt.Errorf("unknown step %d", step)
+}
+
+func (hc *hostCut) close(ctx context.Context, n *node) error {
+	n.mu.Lock()
+	n.gate.Close()
+	n.mu.Unlock()
+	return hc.a.recolor(ctx, n, func(c *coloring.Color) { c.Closed = true })
+}
+
+func (hc *hostCut) flip(ctx context.Context, n *node, to cut.Epoch, record bool) error {
+	n.mu.Lock()
+	for _, p := range n.ports {
+		p.copies = 0 // the record entries are new, and so are their counters
+	}
+	n.mu.Unlock()
+	if err := hc.a.recolor(ctx, n, func(c *coloring.Color) { c.Epoch, c.Recording = to, record }); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	n.gate.Flip(to, record)
+	n.mu.Unlock()
+	return nil
+}
+
+// open opens gate and switch, and waits until what the switch had handed over
+// while it was closed has been through the gate.
+func (hc *hostCut) open(ctx context.Context, n *node) error {
+	if err := hc.a.open(ctx, n); err != nil {
+		return err
+	}
+	opened := time.Now()
+	for {
+		n.mu.Lock()
+		last := n.arrived
+		n.mu.Unlock()
+		if last.Before(opened) {
+			last = opened
+		}
+		wait := openQuiet - time.Since(last)
+		if wait <= 0 {
+			return nil
+		}
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (n *node) eachPort(ctx context.Context, wait func(context.Context, string) error) error {
+	ctx, cancel := context.WithTimeout(ctx, queueBound)
+	defer cancel()
+	for _, p := range n.ports {
+		if err := wait(ctx, p.tap); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// poll reports Mattern's counters, and beside them the way of the copies from
+// the switch to the gates.
+func (hc *hostCut) poll(round int, epoch cut.Epoch) {
+	counters, err := hc.a.fabric.Counters(hc.ctx)
+	if err != nil {
+		hc.fail("", err)
+		return
+	}
+	host := hc.a.cfg.Host
+	var counts []cut.ChannelCount
+	for ch, sent := range counters.Sent {
+		if name, ok := hc.order.Networks[ch.Network]; ok && ch.Epoch == epoch {
+			counts = append(counts, cut.ChannelCount{Channel: cut.Channel{From: host, To: hc.a.peer(ch.Peer), Network: name}, Sent: sent})
+		}
+	}
+	for ch, received := range counters.Received {
+		if name, ok := hc.order.Networks[ch.Network]; ok && ch.Epoch == epoch {
+			counts = append(counts, cut.ChannelCount{Channel: cut.Channel{From: hc.a.peer(ch.Peer), To: host, Network: name}, Received: received})
+		}
+	}
+	counts = append(counts, hc.copies(counters)...)
+	hc.report(cut.Counters{Cut: hc.id, Host: host, Round: round, Counts: counts})
+}
+
+func (a *Agent) peer(id uint16) string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.peers[id]
+}
+
+// collect ends the recording.
+func (hc *hostCut) collect() {
+	counters, err := hc.a.fabric.Counters(hc.ctx)
+	if err != nil {
+		hc.fail("", err)
+		return
+	}
+	hc.dropped = hc.a.unseen(counters) - min(hc.unseen, hc.a.unseen(counters))
+	for name, nc := range hc.nodes {
+		n := nc.n
+		n.mu.Lock()
+		n.gate.StopRecording()
+		nc.result.Recorded, n.recorded = n.recorded, nil
+		st := n.gate.Stats()
+		nc.result.Held = st.Held - nc.base.Held
+		n.overflow = nil
+		n.mu.Unlock()
+		if err := hc.a.recolor(hc.ctx, n, func(c *coloring.Color) { c.Recording = false }); err != nil {
+			hc.fail(name, err)
+			return
+		}
+	}
+	hc.report(cut.Collected{Cut: hc.id, Host: hc.a.cfg.Host})
+}
+
+// unseen is how many frames the switch has handed over that never came here:
+// the session between the two dropped them.
+func (a *Agent) unseen(c fabric.Counters) uint64 {
+	return c.Handed - min(c.Seen, c.Handed)
+}
+
+// HostResult is what a host brings to a snapshot.
+type HostResult struct {
+	Nodes   []NodeResult
+	Dropped uint64 // frames that the cut has dropped on this host
+}
+
+// Results returns what the host brings to the snapshot: complete once it has
+// reported Collected, and Stored for each node.
+func (a *Agent) Results(slice, id string) (HostResult, error) {
+	a.mu.Lock()
+	hc := a.cuts[slice]
+	a.mu.Unlock()
+	if hc == nil || hc.id != id {
+		return HostResult{}, fmt.Errorf("host %s: knows of no cut %s", a.cfg.Host, id)
+	}
+	r := HostResult{Dropped: hc.dropped}
+	for _, nc := range hc.nodes {
+		r.Nodes = append(r.Nodes, nc.result)
+	}
+	return r, nil
+}
+
+func (hc *hostCut) commit() {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if err := hc.count(ctx, hc.to); err != nil {
+		hc.a.log.Warn("counters of the old epoch stay", "cut", hc.id, "err", err)
+	}
+	hc.end()
+	hc.report(cut.Committed{Cut: hc.id, Host: hc.a.cfg.Host})
+}
+
+// abort undoes the preparation if no node has been cut anywhere, and else brings
+// the host's nodes forward into the new epoch without a capture.
+func (hc *hostCut) abort(to cut.Epoch) {
+	hc.cancel()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	var captures sync.WaitGroup
+	for name, nc := range hc.nodes {
+		if nc.capture == nil {
+			continue
+		}
+		captures.Add(1)
+		go func() {
+			defer captures.Done()
+			if err := nc.capture.Abort(ctx); err != nil && nc.n.alive() {
+				hc.a.log.Error("capture was not given up cleanly", "cut", hc.id, "node", name, "err", err)
+			}
+		}()
+	}
+	captures.Wait()
+	hc.work.Wait()
+	ok := true
+	for name, nc := range hc.nodes {
+		n := nc.n
+		n.mu.Lock()
+		n.gate.StopRecording()
+		n.recorded, n.overflow = nil, nil
+		n.mu.Unlock()
+		if to == hc.from {
+			continue
+		}
+		for _, step := range cut.AbortSteps(nc.begun) {
+			if err := hc.abortStep(ctx, nc, step, to); err != nil {
+				hc.a.log.Error("abort", "cut", hc.id, "node", name, "step", step.String(), "err", err)
+				ok = ok && !n.alive()
+				break
+			}
+		}
+	}
+	if err := hc.count(ctx, to); err != nil {
+		hc.a.log.Warn("counters of the old epoch stay", "cut", hc.id, "err", err)
+	}
+	if !ok {
+		// The coordinator repeats the order.
+		hc.a.mu.Lock()
+		hc.ended = false
+		hc.a.mu.Unlock()
+		return
+	}
+	hc.end()
+	hc.report(cut.Aborted{Cut: hc.id, Host: hc.a.cfg.Host})
+}
+
+func (hc *hostCut) abortStep(ctx context.Context, nc *nodeCut, step cut.Step, to cut.Epoch) error {
+	switch step {
+	case cut.StepClose:
+		return hc.close(ctx, nc.n)
+	case cut.StepFlip:
+		return hc.flip(ctx, nc.n, to, false)
+	case cut.StepResume:
+		return nil // Capture.Abort left the node running
+	case cut.StepOpen:
+		return hc.open(ctx, nc.n)
+	}
+	return fmt.Errorf("unknown step %d of an abort", step)
+}
+
+func (hc *hostCut) end() {
+	hc.cancel()
+	hc.a.mu.Lock()
+	delete(hc.a.cuts, hc.order.Slice)
+	hc.a.mu.Unlock()
+}
+
+// copies is the way of the copies for the record: from the switch, which counts
+// what its record entries hand over, to the gates.
+func (hc *hostCut) copies(counters fabric.Counters) []cut.ChannelCount {
+	host := hc.a.cfg.Host
+	var counts []cut.ChannelCount
+	for _, nc := range hc.nodes {
+		for _, p := range nc.n.ports {
+			nc.n.mu.Lock()
+			seen := p.copies
+			nc.n.mu.Unlock()
+			name := hc.order.Networks[nc.n.spec.Interfaces[p.index].Network]
+			counts = append(counts, cut.ChannelCount{
+				Channel: cut.Channel{From: host, To: host, Network: name}, Sent: counters.Records[p.number], Received: seen,
+			})
+		}
+	}
+	return counts
+}

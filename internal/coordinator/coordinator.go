@@ -1,0 +1,231 @@
+// Package coordinator drives the cuts of one slice: it feeds the cut package's
+// state machine with what the hosts report and the clock says, and carries its
+// effects to the hosts and to the store.
+package coordinator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"violin/internal/agent"
+	"violin/internal/cut"
+	"violin/internal/hypervisor/qemu"
+	"violin/internal/store"
+)
+
+// ErrAborted is wrapped in the error of a cut that was given up: the nodes run
+// on, and no frame was lost by it.
+var ErrAborted = errors.New("the cut was aborted; the nodes run on")
+
+// Host is what a coordinator asks of a host: an [agent.Agent], here or far away.
+type Host interface {
+	// Handle takes an order without waiting; orders of one slice are taken in
+	// the order of the calls.
+	Handle(o agent.Order, report func(cut.Event))
+	Results(slice, id string) (agent.HostResult, error)
+}
+
+// Config is a slice as its coordinator finds it.
+type Config struct {
+	Slice    string
+	Epoch    cut.Epoch
+	Hosts    map[string]Host
+	Nodes    map[string][]string // by host
+	Networks map[uint16]string
+	Timing   cut.Timing
+	Logger   *slog.Logger
+}
+
+// Coordinator takes the cuts of one slice, one at a time.
+type Coordinator struct {
+	cfg    Config
+	origin time.Time
+
+	mu      sync.Mutex // guards the machine
+	machine *cut.Coordinator
+}
+
+// New returns the idle coordinator of a slice.
+func New(cfg Config) *Coordinator {
+	return &Coordinator{
+		cfg: cfg, origin: time.Now(),
+		machine: cut.NewCoordinator(cut.Config{Epoch: cfg.Epoch, Hosts: cfg.Nodes, Timing: cfg.Timing}),
+	}
+}
+
+// Cutting tells whether a cut runs.
+func (c *Coordinator) Cutting() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.machine.Phase() != cut.PhaseIdle
+}
+
+// Epoch is that of the slice's nodes.
+func (c *Coordinator) Epoch() cut.Epoch {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.machine.Epoch()
+}
+
+// Cut is a snapshot in the making.
+type Cut struct {
+	ID      string
+	Mode    qemu.Mode
+	Session *store.Session
+	// Seal makes the snapshot visible by one atomic write. Its error aborts the cut.
+	Seal func(ctx context.Context, hosts []agent.HostResult, lost []cut.ChannelLoss) error
+	// Progress is told what happens, for people; nil for none.
+	Progress func(step, node, detail string)
+}
+
+// Take runs one cut to its end. It is refused with [cut.ErrBusy] while another
+// runs. If ctx ends, the cut is aborted, and Take returns once it is.
+func (c *Coordinator) Take(ctx context.Context, req Cut) error {
+	if req.Progress == nil {
+		req.Progress = func(_, _, _ string) {}
+	}
+	r := &run{c: c, req: req, events: make(chan cut.Event, 64), gone: make(chan struct{}), log: c.cfg.Logger.With("slice", c.cfg.Slice, "cut", req.ID)}
+	defer close(r.gone)
+	effects, err := c.step(cut.Begin{Cut: req.ID})
+	if err != nil {
+		return fmt.Errorf("snapshot slice %q: %w", c.cfg.Slice, err)
+	}
+	return r.loop(ctx, effects)
+}
+
+func (c *Coordinator) step(ev cut.Event) ([]cut.Effect, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.machine.Step(time.Since(c.origin), ev)
+}
+
+// run is one cut being driven.
+type run struct {
+	c      *Coordinator
+	req    Cut
+	log    *slog.Logger
+	events chan cut.Event
+	gone   chan struct{} // closed when nobody reads events any more
+	lost   []cut.ChannelLoss
+	sealed error
+}
+
+func (r *run) report(ev cut.Event) {
+	switch e := ev.(type) {
+	case cut.Prepared:
+		r.req.Progress("prepare", "", "host "+e.Host+" is ready")
+	case cut.NodeCut:
+		r.req.Progress("cut", e.Node, "has cut")
+	case cut.Stored:
+		r.req.Progress("store", e.Node, "state stored")
+	}
+	select {
+	case r.events <- ev:
+	case <-r.gone:
+	}
+}
+
+func (r *run) loop(ctx context.Context, effects []cut.Effect) error {
+	cancelled := ctx.Done()
+	for {
+		done, err := r.apply(ctx, effects)
+		if done {
+			return err
+		}
+		var timer <-chan time.Time
+		r.c.mu.Lock()
+		deadline, ok := r.c.machine.Deadline()
+		r.c.mu.Unlock()
+		if ok {
+			timer = time.After(deadline - time.Since(r.c.origin))
+		}
+		var ev cut.Event
+		select {
+		case ev = <-r.events:
+		case <-timer:
+			ev = cut.Tick{}
+		case <-cancelled:
+			cancelled = nil
+			ev = cut.Cancel{Cut: r.req.ID, Reason: "cancelled"}
+		}
+		r.log.Debug("event", "event", fmt.Sprintf("%T%+v", ev, ev))
+		if effects, err = r.c.step(ev); err != nil {
+			r.log.Error("event refused", "event", fmt.Sprintf("%T", ev), "err", err)
+		}
+	}
+}
+
+// apply carries the effects out, in order. It tells whether the cut has ended.
+func (r *run) apply(ctx context.Context, effects []cut.Effect) (bool, error) {
+	for _, ef := range effects {
+		switch e := ef.(type) {
+		case cut.Seal:
+			r.lost = e.Lost
+			r.req.Progress("seal", "", "")
+			go func() { r.report(r.seal(ctx)) }()
+		case cut.Done:
+			if e.Outcome == cut.OutcomeCommitted {
+				return true, nil
+			}
+			err := fmt.Errorf("snapshot slice %q: %w: %s", r.c.cfg.Slice, ErrAborted, e.Reason)
+			if r.sealed != nil {
+				err = fmt.Errorf("%w: %w", err, r.sealed)
+			}
+			return true, err
+		default:
+			r.send(ef)
+		}
+	}
+	return false, nil
+}
+
+func (r *run) send(ef cut.Effect) {
+	host := hostOf(ef)
+	h := r.c.cfg.Hosts[host]
+	if h == nil {
+		r.log.Error("an order for a host that is none of the slice's", "host", host)
+		return
+	}
+	h.Handle(agent.Order{
+		Slice: r.c.cfg.Slice, Networks: r.c.cfg.Networks, Effect: ef, Mode: r.req.Mode, Session: r.req.Session,
+	}, r.report)
+}
+
+func hostOf(ef cut.Effect) string {
+	switch e := ef.(type) {
+	case cut.SendPrepare:
+		return e.Host
+	case cut.SendCut:
+		return e.Host
+	case cut.SendPoll:
+		return e.Host
+	case cut.SendCollect:
+		return e.Host
+	case cut.SendCommit:
+		return e.Host
+	case cut.SendAbort:
+		return e.Host
+	}
+	return ""
+}
+
+func (r *run) seal(ctx context.Context) cut.Event {
+	var all []agent.HostResult
+	for host := range r.c.cfg.Nodes {
+		result, err := r.c.cfg.Hosts[host].Results(r.c.cfg.Slice, r.req.ID)
+		if err != nil {
+			r.sealed = err
+			return cut.SealFailed{Cut: r.req.ID, Reason: err.Error()}
+		}
+		all = append(all, result)
+	}
+	if err := r.req.Seal(ctx, all, r.lost); err != nil {
+		r.sealed = err
+		return cut.SealFailed{Cut: r.req.ID, Reason: err.Error()}
+	}
+	return cut.Sealed{Cut: r.req.ID}
+}

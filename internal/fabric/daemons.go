@@ -1,0 +1,157 @@
+package fabric
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// schema is where Debian's package has Open vSwitch's database schema.
+const schema = "/usr/share/openvswitch/vswitch.ovsschema"
+
+// receiveBuffer is what each of the switch's packet sockets may hold, in bytes.
+const receiveBuffer = 16 << 20
+
+// Launcher starts a child in the host's network namespace.
+type Launcher interface{ Start(cmd *exec.Cmd) error }
+
+// daemons are the two processes of an Open vSwitch, with a directory of their own.
+type daemons struct {
+	dir      string
+	launcher Launcher
+	ovsdb    *process
+	vswitchd *process
+}
+
+type process struct {
+	cmd  *exec.Cmd
+	done chan struct{}
+}
+
+func startDaemons(ctx context.Context, cfg Config) (_ *daemons, err error) {
+	d := &daemons{dir: cfg.Dir, launcher: cfg.Launcher}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.stop())
+		}
+	}()
+	db := filepath.Join(d.dir, "conf.db")
+	for _, f := range []string{db, filepath.Join(d.dir, ".conf.db.~lock~"), d.socket(), d.control()} {
+		if err := os.Remove(f); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+	}
+	if out, err := exec.CommandContext(ctx, "ovsdb-tool", "create", db, schema).CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("ovsdb-tool create %s (is openvswitch-switch installed?): %w: %s", db, err, out)
+	}
+	if d.ovsdb, err = d.start("ovsdb-server", db, "--remote=punix:"+d.socket(), "--unixctl="+filepath.Join(d.dir, "ovsdb.ctl")); err != nil {
+		return nil, err
+	}
+	if err := d.ovsdb.await(ctx, d.socket()); err != nil {
+		return nil, err
+	}
+	if d.vswitchd, err = d.start("ovs-vswitchd", "unix:"+d.socket(), "--unixctl="+d.control()); err != nil {
+		return nil, err
+	}
+	return d, d.vswitchd.await(ctx, d.control())
+}
+
+func (d *daemons) socket() string  { return filepath.Join(d.dir, "db.sock") }
+func (d *daemons) control() string { return filepath.Join(d.dir, "vswitchd.ctl") }
+
+func (d *daemons) start(name string, args ...string) (*process, error) {
+	args = append(args, "--log-file="+filepath.Join(d.dir, name+".log"), "-vconsole:off", "-vsyslog:off")
+	cmd := exec.Command(name, args...)
+	cmd.Env = append(os.Environ(), "OVS_RUNDIR="+d.dir, "OVS_DBDIR="+d.dir, "OVS_LOGDIR="+d.dir)
+	if err := d.launcher.Start(cmd); err != nil {
+		return nil, fmt.Errorf("start %s (is openvswitch-switch installed?): %w", name, err)
+	}
+	p := &process{cmd: cmd, done: make(chan struct{})}
+	go func() {
+		_ = cmd.Wait() // how it ended is in its log
+		close(p.done)
+	}()
+	return p, nil
+}
+
+// await returns once the daemon has made its socket.
+func (p *process) await(ctx context.Context, socket string) error {
+	for {
+		if _, err := os.Stat(socket); err == nil {
+			return nil
+		}
+		select {
+		case <-p.done:
+			return fmt.Errorf("%s ended at once (%s); see its log beside %s", p.cmd.Path, p.cmd.ProcessState, socket)
+		case <-ctx.Done():
+			return fmt.Errorf("wait for %s to make %s: %w", p.cmd.Path, socket, ctx.Err())
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+func (d *daemons) stop() error {
+	var errs []error
+	for _, p := range []*process{d.vswitchd, d.ovsdb} {
+		if p == nil {
+			continue
+		}
+		if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+			errs = append(errs, fmt.Errorf("stop %s (pid %d): %w", p.cmd.Path, p.cmd.Process.Pid, err))
+			continue
+		}
+		<-p.done
+	}
+	return errors.Join(errs...)
+}
+
+func (d *daemons) pid() int { return d.vswitchd.cmd.Process.Pid }
+
+// raiseBuffers gives the packet sockets by which the switch in user space reads
+// its devices room for a burst. They are made with the machine's default, some 90
+// full frames, which are lost whenever the switch does not run for a moment; the
+// default is not ours to change, but an open socket's option can be set.
+// It is called again after each port that is added.
+func (d *daemons) raiseBuffers() error {
+	pid := d.pid()
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return fmt.Errorf("raise the switch's receive buffers: %w", err)
+	}
+	defer unix.Close(pidfd)
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("raise the switch's receive buffers: %w", err)
+	}
+	for _, e := range entries {
+		link, err := os.Readlink(filepath.Join(dir, e.Name()))
+		if err != nil || !strings.HasPrefix(link, "socket:") {
+			continue
+		}
+		n, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		fd, err := unix.PidfdGetfd(pidfd, n, 0)
+		if err != nil {
+			continue // closed meanwhile
+		}
+		if domain, derr := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN); derr == nil && domain == unix.AF_PACKET {
+			err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, receiveBuffer)
+		}
+		unix.Close(fd)
+		if err != nil {
+			return fmt.Errorf("raise the switch's receive buffers: %w", err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,425 @@
+// Package fabric is the live network of one host: its private Open vSwitch, the
+// ports and tunnels on it, and the OpenFlow session that colours, holds and
+// records.
+//
+// What the switch should hold is computed by the coloring package; this package
+// brings it there, and takes back what the switch hands over.
+package fabric
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+
+	"github.com/vishvananda/netlink"
+
+	"violin/internal/coloring"
+	"violin/internal/cut"
+	"violin/internal/openflow"
+)
+
+// The bridges of a host: the nodes' and, with the user-space datapath, the
+// underlay's, which holds the underlay device so that the switch reaches it.
+const (
+	integration = "br-int"
+	physical    = "br-phy"
+)
+
+// Config describes one host's switch.
+type Config struct {
+	Host     string
+	Dir      string // sockets, database and logs
+	Launcher Launcher
+	Netlink  func() (*netlink.Handle, error) // into the host's network namespace
+
+	UnderlayDevice string
+	UnderlayAddr   netip.Prefix
+	UnderlayMAC    net.HardwareAddr
+	MTU            int // of the underlay
+
+	// OnPacket takes what the gate table hands over, in the order of the wire. It
+	// may call Output; it must not wait for the switch.
+	OnPacket func(coloring.Packet, []byte)
+	Logger   *slog.Logger
+}
+
+// Peer is another host, to be reached by VXLAN.
+type Peer struct {
+	ID   uint16 // the same on every host; not 0
+	Host string
+	Addr netip.Addr
+	MAC  net.HardwareAddr // of its underlay address, so that no frame waits for ARP
+}
+
+// Port is a node's interface, on a TAP device.
+type Port struct {
+	Tap       string
+	Slice     string
+	Node      string
+	Interface int
+	Network   uint16
+	Address   net.HardwareAddr
+}
+
+// Entry names the gate entries of one kind at one port.
+type Entry struct {
+	Kind coloring.Kind
+	Port uint32
+}
+
+// Counters are a switch's counters, exact when they are returned.
+type Counters struct {
+	coloring.Counters
+	Records map[uint32]uint64 // by port: copies handed over by the present record entries
+	// Handed and Seen count the frames that the switch gave to the controller
+	// alone, by hold and closed entries, and those that came here. A difference
+	// is frames that the session between the two has dropped.
+	Handed, Seen uint64
+}
+
+// Switch is one host's running Open vSwitch.
+type Switch struct {
+	cfg     Config
+	log     *slog.Logger
+	run     uint16
+	daemons *daemons
+	db      *database
+	control *unixctl
+	nl      *netlink.Handle
+	conn    *openflow.Conn
+	served  chan struct{}
+
+	mu        sync.Mutex // guards the desired and the installed state
+	sw        coloring.Switch
+	state     coloring.State
+	installed coloring.FlowSet
+	taps      map[string]uint32
+
+	counts sync.Mutex
+	handed map[coloring.Kind]uint64 // by entries that are gone
+	seen   uint64
+}
+
+// Start starts the switch. A failure leaves nothing running.
+func Start(ctx context.Context, cfg Config) (_ *Switch, err error) {
+	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("start Open vSwitch: %w", err)
+	}
+	var run [2]byte
+	if _, err := rand.Read(run[:]); err != nil {
+		return nil, err
+	}
+	s := &Switch{
+		cfg: cfg, log: cfg.Logger, run: binary.BigEndian.Uint16(run[:]) | 1,
+		state:     coloring.State{Nodes: map[coloring.NodeKey]coloring.Color{}, Counted: map[uint16][]cut.Epoch{}},
+		installed: coloring.FlowSet{}, taps: map[string]uint32{}, handed: map[coloring.Kind]uint64{},
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("start Open vSwitch on %s: %w", cfg.Host, err), s.Close())
+		}
+	}()
+	if s.nl, err = cfg.Netlink(); err != nil {
+		return nil, err
+	}
+	if s.daemons, err = startDaemons(ctx, cfg); err != nil {
+		return nil, err
+	}
+	if s.db, err = openDatabase(ctx, s.daemons.socket(), s.log); err != nil {
+		return nil, err
+	}
+	if err := s.bridges(ctx); err != nil {
+		return nil, err
+	}
+	if s.control, err = dialControl(ctx, s.daemons.control()); err != nil {
+		return nil, err
+	}
+	if err := s.connect(ctx); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// userspace tells whether this machine's switch must do without the kernel's datapath.
+func userspace() bool {
+	_, err := os.Stat("/sys/module/openvswitch")
+	return err != nil
+}
+
+func (s *Switch) bridges(ctx context.Context) error {
+	datapath := "system"
+	if userspace() {
+		datapath = "netdev"
+		if err := s.db.addBridge(ctx, physical, datapath, s.cfg.UnderlayMAC); err != nil {
+			return err
+		}
+		if _, err := s.db.addPort(ctx, physical, s.cfg.UnderlayDevice, "", nil); err != nil {
+			return err
+		}
+		if err := s.moveUnderlay(); err != nil {
+			return err
+		}
+	}
+	if err := s.db.addBridge(ctx, integration, datapath, nil); err != nil {
+		return err
+	}
+	return s.daemons.raiseBuffers()
+}
+
+// moveUnderlay puts the underlay address where the switch's tunnels look for it.
+// The device gets another address of its own, or the host's stack would answer
+// on it as well.
+func (s *Switch) moveUnderlay() error {
+	device, err := s.nl.LinkByName(s.cfg.UnderlayDevice)
+	if err != nil {
+		return fmt.Errorf("underlay device %s: %w", s.cfg.UnderlayDevice, err)
+	}
+	bridge, err := s.nl.LinkByName(physical)
+	if err != nil {
+		return fmt.Errorf("bridge %s: %w", physical, err)
+	}
+	addrs, err := s.nl.AddrList(device, netlink.FAMILY_ALL)
+	if err != nil {
+		return fmt.Errorf("addresses of %s: %w", s.cfg.UnderlayDevice, err)
+	}
+	for _, a := range addrs {
+		if err := s.nl.AddrDel(device, &a); err != nil {
+			return fmt.Errorf("take %s off %s: %w", a.IPNet, s.cfg.UnderlayDevice, err)
+		}
+	}
+	own := slices.Clone(s.cfg.UnderlayMAC)
+	own[2] ^= 0x80
+	steps := []func() error{
+		func() error { return s.nl.LinkSetDown(device) },
+		func() error { return s.nl.LinkSetHardwareAddr(device, own) },
+		func() error { return s.nl.LinkSetUp(device) },
+		func() error { return s.nl.LinkSetMTU(bridge, s.cfg.MTU) },
+		func() error { return s.nl.LinkSetTxQLen(bridge, 4096) },
+		func() error {
+			return s.nl.AddrAdd(bridge, &netlink.Addr{IPNet: &net.IPNet{
+				IP: s.cfg.UnderlayAddr.Addr().AsSlice(), Mask: net.CIDRMask(s.cfg.UnderlayAddr.Bits(), s.cfg.UnderlayAddr.Addr().BitLen()),
+			}})
+		},
+		func() error { return s.nl.LinkSetUp(bridge) },
+	}
+	for _, step := range steps {
+		if err := step(); err != nil {
+			return fmt.Errorf("move the underlay address %s from %s to %s: %w", s.cfg.UnderlayAddr, s.cfg.UnderlayDevice, physical, err)
+		}
+	}
+	return nil
+}
+
+// connect opens the OpenFlow session: by the bridge's management socket, which is
+// always there, so the session needs no address and no namespace.
+func (s *Switch) connect(ctx context.Context) error {
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "unix", filepath.Join(s.cfg.Dir, integration+".mgmt"))
+	if err != nil {
+		return fmt.Errorf("reach the switch by OpenFlow: %w", err)
+	}
+	s.conn = openflow.NewConn(c, openflow.Options{Handler: s.handle, Logger: s.log})
+	if _, err := s.conn.Handshake(ctx); err != nil {
+		return err
+	}
+	s.served = make(chan struct{})
+	go func() {
+		defer close(s.served)
+		if err := s.conn.Serve(context.Background()); err != nil {
+			s.log.Debug("the OpenFlow session has ended", "err", err)
+		}
+	}()
+	return s.conn.EnableAsync(ctx)
+}
+
+// handle takes what the switch sends of its own accord.
+func (s *Switch) handle(m openflow.Message) {
+	switch m := m.(type) {
+	case *openflow.PacketIn:
+		p, err := coloring.ReadPacket(m)
+		if err != nil {
+			s.log.Warn("packet-in", "err", err)
+			return
+		}
+		if !p.Delivered() {
+			s.counts.Lock()
+			s.seen++
+			s.counts.Unlock()
+		}
+		s.cfg.OnPacket(p, m.Data)
+	case *openflow.FlowRemoved:
+		if k := coloring.UnpackCookie(m.Cookie); k.Run == s.run {
+			s.counts.Lock()
+			s.handed[k.Kind] += m.Packets
+			s.counts.Unlock()
+		}
+	case *openflow.ErrorMessage:
+		s.log.Error("the switch refuses a message", "err", m)
+	}
+}
+
+// AddPeer adds the tunnel to another host; it carries frames from the next Update on.
+func (s *Switch) AddPeer(ctx context.Context, p Peer) error {
+	number, err := s.db.addPort(ctx, integration, fmt.Sprintf("vx%d", p.ID), "vxlan", map[string]string{
+		"remote_ip": p.Addr.String(), "local_ip": s.cfg.UnderlayAddr.Addr().String(), "key": "flow",
+	})
+	if err != nil {
+		return fmt.Errorf("tunnel to %s: %w", p.Host, err)
+	}
+	if userspace() && p.MAC != nil {
+		if err := s.control.call(ctx, "tnl/neigh/set", physical, p.Addr.String(), p.MAC.String()); err != nil {
+			return fmt.Errorf("tunnel to %s: %w", p.Host, err)
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.sw.Peers = append(s.sw.Peers, coloring.Peer{ID: p.ID, Host: p.Host, Port: number})
+	return nil
+}
+
+// SetRemotes tells where the interfaces on other hosts are, from the next Update on.
+func (s *Switch) SetRemotes(remotes []coloring.Remote) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.sw.Remotes = slices.Clone(remotes)
+}
+
+// Attach plugs a TAP device in. Frames pass from the next Update on that gives
+// the port's node a colour.
+func (s *Switch) Attach(ctx context.Context, p Port) (uint32, error) {
+	if err := s.accountQueue(p.Tap); err != nil {
+		return 0, err
+	}
+	number, err := s.db.addPort(ctx, integration, p.Tap, "", nil)
+	if err != nil {
+		return 0, err
+	}
+	if err := s.daemons.raiseBuffers(); err != nil {
+		return 0, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.taps[p.Tap] = number
+	s.sw.Ports = append(s.sw.Ports, coloring.Port{
+		Number: number, Slice: p.Slice, Node: p.Node, Interface: p.Interface, Network: p.Network, Address: p.Address,
+	})
+	return number, nil
+}
+
+// Detach unplugs a TAP device.
+func (s *Switch) Detach(ctx context.Context, tap string) error {
+	s.mu.Lock()
+	number, ok := s.taps[tap]
+	delete(s.taps, tap)
+	s.sw.Ports = slices.DeleteFunc(s.sw.Ports, func(p coloring.Port) bool { return p.Number == number })
+	s.mu.Unlock()
+	if !ok {
+		return nil
+	}
+	return s.db.removePort(ctx, integration, tap)
+}
+
+// Update changes the desired state and brings the switch to it in one atomic
+// bundle. It returns after a barrier; decisions that the datapath has cached may
+// still be in force then, until Purge. After an error the state is as it was.
+func (s *Switch) Update(ctx context.Context, change func(*coloring.State)) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	state := s.state.Clone()
+	change(&state)
+	sw := s.sw
+	sw.Ports = nil
+	for _, p := range s.sw.Ports {
+		if _, ok := state.Nodes[coloring.NodeKey{Slice: p.Slice, Node: p.Node}]; ok {
+			sw.Ports = append(sw.Ports, p)
+		}
+	}
+	flows, err := coloring.Flows(s.run, sw, state)
+	if err != nil {
+		return err
+	}
+	if mods := coloring.Diff(s.installed, flows); len(mods) > 0 {
+		if err := s.conn.Bundle(ctx, mods); err != nil {
+			return fmt.Errorf("switch of %s: install %d flow mods: %w", s.cfg.Host, len(mods), err)
+		}
+	}
+	s.state, s.installed = state, flows
+	return nil
+}
+
+// Purge empties the datapath's caches, so that no frame is judged by entries that
+// are gone, and brings the flow entries' counters up to date.
+func (s *Switch) Purge(ctx context.Context) error {
+	return s.control.call(ctx, "revalidator/purge")
+}
+
+// Counters reads the counters.
+func (s *Switch) Counters(ctx context.Context) (Counters, error) {
+	if err := s.Purge(ctx); err != nil {
+		return Counters{}, err
+	}
+	stats, err := s.conn.FlowStats(ctx, openflow.FlowStatsRequest{
+		Table: openflow.TableAll, Cookie: uint64(s.run) << 48, CookieMask: 0xffff << 48,
+	})
+	if err != nil {
+		return Counters{}, fmt.Errorf("switch of %s: read the counters: %w", s.cfg.Host, err)
+	}
+	c := Counters{Counters: coloring.ReadCounters(stats), Records: map[uint32]uint64{}}
+	s.counts.Lock()
+	defer s.counts.Unlock()
+	for _, n := range s.handed {
+		c.Handed += n
+	}
+	for _, st := range stats {
+		switch k := coloring.UnpackCookie(st.Cookie); k.Kind {
+		case coloring.KindRecord:
+			c.Records[uint32(k.Port)] += st.Packets
+		case coloring.KindHold, coloring.KindClosed:
+			c.Handed += st.Packets
+		}
+	}
+	c.Seen = s.seen
+	return c, nil
+}
+
+// Output sends a frame out of a port.
+func (s *Switch) Output(port uint32, frame []byte) error {
+	return s.conn.Send(&openflow.PacketOut{
+		Match:   openflow.Match{openflow.InPort(openflow.PortController)},
+		Actions: []openflow.Action{openflow.Output{Port: port}},
+		Data:    frame,
+	})
+}
+
+// Close stops the switch and waits until it is gone.
+func (s *Switch) Close() error {
+	if s.conn != nil {
+		s.conn.Close()
+		if s.served != nil {
+			<-s.served
+		}
+	}
+	if s.control != nil {
+		s.control.close()
+	}
+	if s.db != nil {
+		s.db.close()
+	}
+	var err error
+	if s.daemons != nil {
+		err = s.daemons.stop()
+	}
+	if s.nl != nil {
+		s.nl.Close()
+	}
+	return err
+}

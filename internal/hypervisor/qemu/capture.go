@@ -1,0 +1,394 @@
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"violin/internal/qmp"
+)
+
+// Mode is how a VM's memory is captured.
+type Mode int
+
+// The modes.
+const (
+	// Background is QEMU's background-snapshot: the state is that of the beginning,
+	// and memory leaves by copy-on-write while the VM runs.
+	Background Mode = iota
+	// Precopy is a live migration with pause-before-switchover: the state is that of
+	// the end.
+	Precopy
+)
+
+func (m Mode) String() string {
+	if m == Precopy {
+		return "precopy"
+	}
+	return "background"
+}
+
+// armBound bounds the wait for a background snapshot's set-up. Going on too
+// early only makes the pause longer.
+const armBound = 5 * time.Second
+
+// Capture is a migration to nowhere that waits for its moment.
+//
+// Setting a background snapshot up takes QEMU tens of milliseconds, since it
+// touches every page. So that none of it falls into the pause, QEMU is given a
+// socket that is full: it does its set-up while the VM runs, and then blocks in
+// its first write, until [Capture.Release] makes room. There is nothing to wait
+// for in the pause but the devices' state and the protection of memory.
+type Capture struct {
+	vm     *VM
+	mode   Mode
+	events *qmp.Subscription
+	ours   *os.File
+	theirs *os.File // our duplicate of QEMU's end, until the capture is released
+	junk   int      // bytes that fill the socket
+
+	released chan struct{} // closed when the stream may be read
+	once     sync.Once
+	paused   bool // pre-copy: QEMU has stopped and waits to switch over
+	stopped  time.Time
+
+	mu        sync.Mutex
+	completed bool
+	aborted   bool
+}
+
+// Arm sets a capture up. The VM runs on.
+func (vm *VM) Arm(ctx context.Context, mode Mode) (_ *Capture, err error) {
+	c := &Capture{vm: vm, mode: mode, released: make(chan struct{})}
+	if c.ours, c.theirs, err = socketpair(); err != nil {
+		return nil, fmt.Errorf("capture: %w", err)
+	}
+	c.events = vm.qmp.Subscribe(256, "STOP", "RESUME", "MIGRATION")
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("capture (%s): %w", mode, err), c.Abort(context.WithoutCancel(ctx)))
+		}
+	}()
+	caps := []string{"background-snapshot"}
+	if mode == Precopy {
+		caps = []string{"pause-before-switchover"}
+		// Not to switch over before it is told to: no pause is short enough.
+		if err := vm.setParameters(ctx, map[string]any{"downtime-limit": 0, "max-bandwidth": 1 << 30}); err != nil {
+			return nil, err
+		}
+	}
+	if err := vm.setCapabilities(ctx, caps); err != nil {
+		return nil, err
+	}
+	if mode == Background {
+		if c.junk, err = fill(c.theirs); err != nil {
+			return nil, err
+		}
+	}
+	vm.mu.Lock()
+	vm.number++
+	name := "capture" + strconv.Itoa(vm.number)
+	vm.mu.Unlock()
+	if err := vm.qmp.ExecuteWithFD(ctx, "getfd", map[string]string{"fdname": name}, nil, c.theirs); err != nil {
+		return nil, err
+	}
+	if err := vm.qmp.Execute(ctx, "migrate", map[string]string{"uri": "fd:" + name}, nil); err != nil {
+		return nil, err
+	}
+	if mode == Background {
+		return c, c.awaitSetup(ctx)
+	}
+	c.theirs.Close()
+	close(c.released)
+	return c, c.converge(ctx)
+}
+
+func (vm *VM) setParameters(ctx context.Context, p map[string]any) error {
+	return vm.qmp.Execute(ctx, "migrate-set-parameters", p, nil)
+}
+
+// fill makes a socket's buffer as small as can be and fills it.
+func fill(f *os.File) (int, error) {
+	fd := int(f.Fd())
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 1); err != nil {
+		return 0, fmt.Errorf("make the stream's buffer small: %w", err)
+	}
+	for n := 0; ; {
+		m, err := unix.SendmsgN(fd, []byte{0}, nil, nil, unix.MSG_DONTWAIT)
+		switch {
+		case errors.Is(err, unix.EAGAIN):
+			return n, nil
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return 0, fmt.Errorf("fill the stream's buffer: %w", err)
+		default:
+			n += m
+		}
+	}
+}
+
+// awaitSetup returns once QEMU's snapshot thread is stuck in its first write.
+func (c *Capture) awaitSetup(ctx context.Context) error {
+	deadline := time.Now().Add(armBound)
+	for time.Now().Before(deadline) {
+		if c.vm.snapshotThreadWaits() {
+			return nil
+		}
+		select {
+		case <-time.After(time.Millisecond):
+		case <-c.vm.done:
+			return c.vm.err
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	c.vm.log.Warn("the snapshot's set-up was not seen to end; the pause will be longer", "waited", armBound)
+	return nil
+}
+
+// snapshotThreadWaits tells whether the thread that writes the stream is in
+// sendmsg(2).
+func (vm *VM) snapshotThreadWaits() bool {
+	dir := fmt.Sprintf("/proc/%d/task", vm.PID())
+	tasks, err := os.ReadDir(dir)
+	if err != nil {
+		return false
+	}
+	for _, t := range tasks {
+		comm, err := os.ReadFile(dir + "/" + t.Name() + "/comm")
+		if err != nil || !strings.HasPrefix(string(comm), "bg_snapshot") {
+			continue
+		}
+		call, err := os.ReadFile(dir + "/" + t.Name() + "/syscall")
+		number, _, _ := strings.Cut(string(call), " ")
+		return err == nil && number == strconv.Itoa(unix.SYS_SENDMSG)
+	}
+	return false
+}
+
+// converge returns once all memory has been sent at least once.
+func (c *Capture) converge(ctx context.Context) error {
+	for {
+		var m struct {
+			Status string
+			RAM    struct {
+				Syncs int `json:"dirty-sync-count"`
+			}
+			Error string `json:"error-desc"`
+		}
+		if err := c.vm.qmp.Execute(ctx, "query-migrate", nil, &m); err != nil {
+			return err
+		}
+		switch m.Status {
+		case "failed", "cancelled":
+			return fmt.Errorf("QEMU's migration has %s: %s", m.Status, m.Error)
+		case "pre-switchover":
+			return nil // it had nothing left to send, and has stopped already
+		}
+		if m.RAM.Syncs >= 2 {
+			return nil
+		}
+		select {
+		case <-time.After(5 * time.Millisecond):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// Stream is the migration stream. Reading waits until Release, in the background
+// mode.
+func (c *Capture) Stream() io.Reader { return (*captureStream)(c) }
+
+type captureStream Capture
+
+func (s *captureStream) Read(p []byte) (int, error) {
+	<-s.released
+	return s.ours.Read(p)
+}
+
+// Stop stops the vCPUs and returns when they stopped.
+func (c *Capture) Stop(ctx context.Context) (time.Time, error) {
+	var err error
+	if c.mode == Background {
+		err = c.vm.qmp.Execute(ctx, "stop", nil, nil)
+	} else {
+		err = c.vm.setParameters(ctx, map[string]any{"downtime-limit": 60_000})
+	}
+	if err != nil {
+		return time.Time{}, fmt.Errorf("stop the vCPUs: %w", err)
+	}
+	for {
+		e, err := c.events.Next(ctx)
+		if err != nil {
+			return time.Time{}, fmt.Errorf("stop the vCPUs: %w", err)
+		}
+		switch {
+		case e.Name == "STOP":
+			c.stopped = e.Timestamp
+			if c.mode == Background {
+				return c.stopped, nil
+			}
+		case e.Name == "MIGRATION" && strings.Contains(string(e.Data), `"pre-switchover"`):
+			c.paused = true
+			return c.stopped, nil
+		case e.Name == "MIGRATION" && (strings.Contains(string(e.Data), `"failed"`) || strings.Contains(string(e.Data), `"cancelled"`)):
+			return time.Time{}, errors.New("stop the vCPUs: QEMU's migration has failed")
+		}
+	}
+}
+
+// Release lets QEMU capture. In the background mode it then lets the vCPUs run
+// by itself.
+func (c *Capture) Release(ctx context.Context) error {
+	if c.mode == Precopy {
+		if err := c.vm.qmp.Execute(ctx, "migrate-continue", map[string]string{"state": "pre-switchover"}, nil); err != nil {
+			return fmt.Errorf("capture: %w", err)
+		}
+		return nil
+	}
+	return c.unblock()
+}
+
+// unblock makes room in the stream and throws away what filled it.
+func (c *Capture) unblock() (err error) {
+	c.once.Do(func() {
+		if c.mode == Precopy {
+			return
+		}
+		defer close(c.released)
+		err = unix.SetsockoptInt(int(c.theirs.Fd()), unix.SOL_SOCKET, unix.SO_SNDBUF, 4<<20)
+		c.theirs.Close()
+		if _, rerr := io.CopyN(io.Discard, c.ours, int64(c.junk)); rerr != nil {
+			err = errors.Join(err, rerr)
+		}
+	})
+	if err != nil {
+		return fmt.Errorf("capture: let the stream go: %w", err)
+	}
+	return nil
+}
+
+// Resumed waits until the vCPUs run again and returns when they began to.
+func (c *Capture) Resumed(ctx context.Context) (time.Time, error) {
+	if c.mode == Precopy {
+		if err := c.Wait(ctx); err != nil {
+			return time.Time{}, err
+		}
+		return c.vm.Resume(ctx)
+	}
+	for {
+		e, err := c.events.Next(ctx)
+		if err != nil {
+			return time.Time{}, fmt.Errorf("wait for the vCPUs to run again: %w", err)
+		}
+		if err := c.note(e); err != nil {
+			return time.Time{}, err
+		}
+		if e.Name == "RESUME" {
+			return e.Timestamp, nil
+		}
+	}
+}
+
+// note takes in what an event says of the migration.
+func (c *Capture) note(e qmp.Event) error {
+	if e.Name != "MIGRATION" {
+		return nil
+	}
+	switch {
+	case strings.Contains(string(e.Data), `"completed"`):
+		c.mu.Lock()
+		c.completed = true
+		c.mu.Unlock()
+	case strings.Contains(string(e.Data), `"failed"`), strings.Contains(string(e.Data), `"cancelled"`):
+		return fmt.Errorf("QEMU's migration ended with %s%s", e.Data, c.vm.logTail())
+	}
+	return nil
+}
+
+// Wait returns once QEMU has sent everything.
+func (c *Capture) Wait(ctx context.Context) error {
+	for {
+		c.mu.Lock()
+		completed := c.completed
+		c.mu.Unlock()
+		if completed {
+			c.events.Close()
+			c.ours.Close()
+			return nil
+		}
+		e, err := c.events.Next(ctx)
+		if err != nil {
+			return fmt.Errorf("wait for the end of the capture: %w", err)
+		}
+		if err := c.note(e); err != nil {
+			return err
+		}
+	}
+}
+
+// Abort gives the capture up, at whatever step it is. The VM runs afterwards. It
+// may be called again.
+func (c *Capture) Abort(ctx context.Context) error {
+	c.mu.Lock()
+	if c.aborted {
+		c.mu.Unlock()
+		return nil
+	}
+	c.aborted = true
+	completed := c.completed
+	c.mu.Unlock()
+	defer c.events.Close()
+	if !completed {
+		// The cancel shuts QEMU's end down, which also ends a write that is stuck.
+		if err := c.vm.qmp.Execute(ctx, "migrate_cancel", nil, nil); err != nil {
+			return fmt.Errorf("give the capture up: %w", err)
+		}
+	}
+	c.once.Do(func() {
+		if c.mode == Background {
+			c.theirs.Close()
+			close(c.released)
+		}
+	})
+	c.ours.Close()
+	if err := c.settled(ctx); err != nil {
+		return fmt.Errorf("give the capture up: %w", err)
+	}
+	if status, err := c.vm.Status(ctx); err != nil {
+		return fmt.Errorf("give the capture up: %w", err)
+	} else if status != "running" {
+		if err := c.vm.qmp.Execute(ctx, "cont", nil, nil); err != nil {
+			return fmt.Errorf("let the vCPUs run again: %w", err)
+		}
+	}
+	return nil
+}
+
+// settled returns once QEMU has no migration under way.
+func (c *Capture) settled(ctx context.Context) error {
+	for {
+		var m struct{ Status string }
+		if err := c.vm.qmp.Execute(ctx, "query-migrate", nil, &m); err != nil {
+			return err
+		}
+		switch m.Status {
+		case "", "none", "completed", "failed", "cancelled":
+			return nil
+		}
+		select {
+		case <-time.After(5 * time.Millisecond):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}

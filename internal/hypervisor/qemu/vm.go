@@ -1,0 +1,365 @@
+// Package qemu runs a node on QEMU: it starts the VM, captures its state by a
+// migration that never leaves the host, and gives a state back to a new VM.
+package qemu
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"violin/internal/qmp"
+	"violin/internal/topology"
+)
+
+// Program is QEMU's name; it is looked up in PATH.
+const Program = "qemu-system-x86_64"
+
+// vcpuNice is the vCPU threads' niceness. Under TCG they use all the processor
+// time there is; QEMU's main loop and the switch must come before them, or the
+// pause of a cut grows by what they wait.
+const vcpuNice = 5
+
+// Launcher starts a child where the node's TAP devices are.
+type Launcher interface{ Start(cmd *exec.Cmd) error }
+
+// NIC is one virtio network interface on a TAP device that exists.
+type NIC struct {
+	Tap string
+	MAC net.HardwareAddr
+	MTU int
+}
+
+// Spec is a VM.
+type Spec struct {
+	Name        string
+	Memory      uint64 // bytes, a multiple of 1 MiB
+	CPUs        int
+	Kernel      string // path
+	Initrd      string // path, may be empty
+	RootFS      string // path of a read-only disk, may be empty
+	Append      string // to the kernel's command line
+	GuestConfig []byte // the fw_cfg file topology.GuestConfigName
+	NICs        []NIC
+	Dir         string // sockets and logs
+}
+
+// VM is a running QEMU.
+type VM struct {
+	spec Spec
+	log  *slog.Logger
+	cmd  *exec.Cmd
+	qmp  *qmp.Client
+
+	done chan struct{}
+	err  error // valid once done is closed
+
+	mu     sync.Mutex
+	closed bool
+	number int // of captures so far, for their descriptors' names
+}
+
+// Start starts QEMU with its vCPUs stopped. An incoming VM then waits for
+// [VM.Load]; the other boots with the first [VM.Resume].
+func Start(ctx context.Context, l Launcher, spec Spec, incoming bool, log *slog.Logger) (*VM, error) {
+	if err := os.MkdirAll(spec.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("start QEMU: %w", err)
+	}
+	vm := &VM{spec: spec, log: log.With("vm", spec.Name), done: make(chan struct{})}
+	for _, path := range []string{vm.path("qmp.sock"), vm.ConsolePath(), vm.AgentPath()} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("start QEMU: remove what an earlier one left: %w", err)
+		}
+	}
+	config := vm.path("guest.conf")
+	if err := os.WriteFile(config, spec.GuestConfig, 0o600); err != nil {
+		return nil, fmt.Errorf("start QEMU: %w", err)
+	}
+	// QEMU is given a socket that listens already, so that there is nothing to poll for.
+	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: vm.path("qmp.sock")})
+	if err != nil {
+		return nil, fmt.Errorf("start QEMU: %w", err)
+	}
+	listener.SetUnlinkOnClose(false)
+	control, err := listener.File()
+	listener.Close()
+	if err != nil {
+		return nil, fmt.Errorf("start QEMU: %w", err)
+	}
+	defer control.Close()
+	output, err := os.Create(vm.path("qemu.log"))
+	if err != nil {
+		return nil, fmt.Errorf("start QEMU: %w", err)
+	}
+	defer output.Close()
+
+	cmd := exec.Command(Program, vm.args(incoming, config)...)
+	cmd.ExtraFiles = []*os.File{control}
+	cmd.Stdout, cmd.Stderr = output, output
+	if err := l.Start(cmd); err != nil {
+		return nil, fmt.Errorf("start %s (is qemu-system-x86 installed?): %w", Program, err)
+	}
+	vm.cmd = cmd
+	go func() {
+		err := cmd.Wait()
+		vm.mu.Lock()
+		if !vm.closed {
+			vm.err = fmt.Errorf("QEMU of %s ended: %v%s", spec.Name, exitText(err), vm.logTail())
+		}
+		vm.mu.Unlock()
+		close(vm.done)
+	}()
+	if vm.qmp, err = qmp.Dial(ctx, vm.path("qmp.sock")); err != nil {
+		tail := vm.logTail()
+		return nil, errors.Join(fmt.Errorf("start QEMU of %s: %w%s", spec.Name, err, tail), vm.Close())
+	}
+	if err = vm.setCapabilities(ctx, nil); err == nil {
+		err = vm.lowerVCPUs(ctx)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("start QEMU of %s: %w", spec.Name, err), vm.Close())
+	}
+	return vm, nil
+}
+
+// args is QEMU's command line. Every device on it can be migrated; segmentation
+// and checksum offloads are off, since a switch in user space does neither.
+func (vm *VM) args(incoming bool, config string) []string {
+	s := vm.spec
+	args := []string{
+		"-name", strings.ReplaceAll(s.Name, ",", ",,") + ",debug-threads=on",
+		"-nodefaults", "-no-user-config", "-display", "none", "-vga", "none",
+		"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max",
+		"-m", strconv.FormatUint(s.Memory>>20, 10), "-smp", strconv.Itoa(s.CPUs), "-S",
+		"-chardev", "socket,id=qmp,fd=3,server=on,wait=off", "-mon", "chardev=qmp,mode=control",
+		"-chardev", "socket,id=console,path=" + vm.ConsolePath() + ",server=on,wait=off,logfile=" + vm.ConsoleLog() + ",logappend=on",
+		"-serial", "chardev:console",
+		"-device", "virtio-serial-pci",
+		"-chardev", "socket,id=agent,path=" + vm.AgentPath() + ",server=on,wait=off",
+		"-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0",
+		"-device", "virtio-rng-pci",
+		"-fw_cfg", "name=" + topology.GuestConfigName + ",file=" + config,
+		"-kernel", s.Kernel, "-append", strings.TrimSpace("console=ttyS0 " + s.Append),
+	}
+	if s.Initrd != "" {
+		args = append(args, "-initrd", s.Initrd)
+	}
+	if s.RootFS != "" {
+		args = append(args,
+			"-blockdev", `{"driver":"raw","node-name":"root","read-only":true,"file":{"driver":"file","filename":`+quote(s.RootFS)+`,"locking":"off"}}`,
+			"-device", "virtio-blk-pci,drive=root")
+	}
+	for i, n := range s.NICs {
+		id := "net" + strconv.Itoa(i)
+		args = append(args,
+			"-netdev", "tap,id="+id+",ifname="+n.Tap+",script=no,downscript=no,vhost=off",
+			"-device", "virtio-net-pci,netdev="+id+",mac="+n.MAC.String()+",romfile=,"+
+				"csum=off,gso=off,guest_csum=off,guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off,"+
+				"host_tso4=off,host_tso6=off,host_ecn=off,host_ufo=off")
+	}
+	if incoming {
+		args = append(args, "-incoming", "defer")
+	}
+	return args
+}
+
+func quote(s string) string {
+	b, err := json.Marshal(s)
+	if err != nil {
+		panic(err) // a string always marshals
+	}
+	return string(b)
+}
+
+func (vm *VM) path(name string) string { return filepath.Join(vm.spec.Dir, name) }
+
+// ConsolePath is the unix socket of the serial console, AgentPath that of the
+// guest agent, and ConsoleLog where all that the console printed is kept.
+func (vm *VM) ConsolePath() string { return vm.path("console.sock") }
+func (vm *VM) AgentPath() string   { return vm.path("agent.sock") }
+func (vm *VM) ConsoleLog() string  { return vm.path("console.log") }
+
+// PID is QEMU's process.
+func (vm *VM) PID() int { return vm.cmd.Process.Pid }
+
+// Done is closed when QEMU has ended.
+func (vm *VM) Done() <-chan struct{} { return vm.done }
+
+// Err says why QEMU has ended; nil while it runs, and after Close.
+func (vm *VM) Err() error {
+	select {
+	case <-vm.done:
+		return vm.err
+	default:
+		return nil
+	}
+}
+
+// Close ends QEMU and waits until it is gone.
+func (vm *VM) Close() error {
+	vm.mu.Lock()
+	vm.closed = true
+	vm.mu.Unlock()
+	if vm.qmp != nil {
+		vm.qmp.Close()
+	}
+	if err := vm.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("stop QEMU of %s (pid %d): %w", vm.spec.Name, vm.PID(), err)
+	}
+	<-vm.done
+	return nil
+}
+
+func exitText(err error) string {
+	if err == nil {
+		return "exit status 0"
+	}
+	return err.Error()
+}
+
+// logTail is the end of what QEMU printed, for an error's text.
+func (vm *VM) logTail() string {
+	b, err := os.ReadFile(vm.path("qemu.log"))
+	if err != nil || len(b) == 0 {
+		return ""
+	}
+	if len(b) > 1000 {
+		b = b[len(b)-1000:]
+	}
+	return ": " + strings.TrimSpace(string(b))
+}
+
+func (vm *VM) lowerVCPUs(ctx context.Context) error {
+	var cpus []struct {
+		Thread int `json:"thread-id"`
+	}
+	if err := vm.qmp.Execute(ctx, "query-cpus-fast", nil, &cpus); err != nil {
+		return err
+	}
+	for _, c := range cpus {
+		if err := unix.Setpriority(unix.PRIO_PROCESS, c.Thread, vcpuNice); err != nil {
+			return fmt.Errorf("lower the priority of vCPU thread %d: %w", c.Thread, err)
+		}
+	}
+	return nil
+}
+
+// Status is QEMU's run state, such as "running" or "paused".
+func (vm *VM) Status(ctx context.Context) (string, error) {
+	var s struct{ Status string }
+	err := vm.qmp.Execute(ctx, "query-status", nil, &s)
+	return s.Status, err
+}
+
+// Resume lets the vCPUs run. It returns when they began to.
+func (vm *VM) Resume(ctx context.Context) (time.Time, error) {
+	events := vm.qmp.Subscribe(64, "RESUME")
+	defer events.Close()
+	if err := vm.qmp.Execute(ctx, "cont", nil, nil); err != nil {
+		return time.Time{}, err
+	}
+	e, err := events.Next(ctx)
+	return e.Timestamp, err
+}
+
+// Load gives an incoming VM its state: write writes a migration stream. The
+// vCPUs stay stopped.
+func (vm *VM) Load(ctx context.Context, write func(io.Writer) error) error {
+	ours, theirs, err := socketpair()
+	if err != nil {
+		return fmt.Errorf("load: %w", err)
+	}
+	defer ours.Close()
+	stop := context.AfterFunc(ctx, func() { ours.Close() })
+	defer stop()
+	events := vm.qmp.Subscribe(64, "MIGRATION")
+	defer events.Close()
+	err = vm.qmp.ExecuteWithFD(ctx, "getfd", map[string]string{"fdname": "incoming"}, nil, theirs)
+	theirs.Close()
+	if err != nil {
+		return fmt.Errorf("load: %w", err)
+	}
+	if err := vm.qmp.Execute(ctx, "migrate-incoming", map[string]string{"uri": "fd:incoming"}, nil); err != nil {
+		return fmt.Errorf("load: %w", err)
+	}
+	if err := write(ours); err != nil {
+		return fmt.Errorf("load: send the state to QEMU: %w%s", err, vm.logTail())
+	}
+	ours.Close()
+	if err := migrated(ctx, events); err != nil {
+		return fmt.Errorf("load: %w%s", err, vm.logTail())
+	}
+	return nil
+}
+
+// migrated waits until a migration has completed.
+func migrated(ctx context.Context, events *qmp.Subscription) error {
+	for {
+		status, _, err := nextStatus(ctx, events)
+		if err != nil {
+			return err
+		}
+		switch status {
+		case "completed":
+			return nil
+		case "failed", "cancelled":
+			return fmt.Errorf("QEMU says that the migration has %s", status)
+		}
+	}
+}
+
+func nextStatus(ctx context.Context, events *qmp.Subscription) (string, time.Time, error) {
+	e, err := events.Next(ctx)
+	if err != nil {
+		return "", time.Time{}, err
+	}
+	var data struct{ Status string }
+	if len(e.Data) > 0 {
+		if err := json.Unmarshal(e.Data, &data); err != nil {
+			return "", time.Time{}, fmt.Errorf("event %s: %w", e.Name, err)
+		}
+	}
+	return data.Status, e.Timestamp, nil
+}
+
+// socketpair returns two ends of a unix stream, as files.
+func socketpair() (ours, theirs *os.File, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("make a socket pair: %w", err)
+	}
+	if err := unix.SetNonblock(fds[0], true); err != nil {
+		unix.Close(fds[0])
+		unix.Close(fds[1])
+		return nil, nil, fmt.Errorf("make a socket pair: %w", err)
+	}
+	return os.NewFile(uintptr(fds[0]), "migration"), os.NewFile(uintptr(fds[1]), "migration, QEMU's end"), nil
+}
+
+// The migration capabilities that Violin sets.
+var capabilities = []string{"events", "background-snapshot", "pause-before-switchover"}
+
+// setCapabilities switches the named capabilities on, beside events, and the rest off.
+func (vm *VM) setCapabilities(ctx context.Context, on []string) error {
+	var caps []map[string]any
+	for _, c := range capabilities {
+		state := c == "events"
+		for _, o := range on {
+			state = state || o == c
+		}
+		caps = append(caps, map[string]any{"capability": c, "state": state})
+	}
+	return vm.qmp.Execute(ctx, "migrate-set-capabilities", map[string]any{"capabilities": caps}, nil)
+}

@@ -1,0 +1,328 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sync/errgroup"
+
+	violinv1 "violin/api/violin/v1"
+	"violin/internal/agent"
+	"violin/internal/coloring"
+	"violin/internal/coordinator"
+	"violin/internal/cut"
+	"violin/internal/fabric"
+	"violin/internal/hypervisor/qemu"
+	"violin/internal/lab"
+	"violin/internal/topology"
+)
+
+// slice is a slice that runs, on a lab of its own.
+type slice struct {
+	topo    *topology.Topology
+	created time.Time
+	lab     *lab.Lab
+	agents  map[string]*agent.Agent // by host
+	coord   *coordinator.Coordinator
+
+	closing sync.Once
+	closed  error
+
+	mu   sync.Mutex
+	head string // the snapshot it descends from
+}
+
+// build brings a slice's hosts, switches and nodes up. With load, the nodes wait
+// for their state and load gives it to them; without, they boot. A failure
+// leaves nothing behind.
+func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.Epoch, head string, tell teller, load func(context.Context, *slice) error) (_ *slice, err error) {
+	machines := map[string]qemu.Spec{}
+	for i := range topo.Nodes {
+		spec, err := s.machine(topo, &topo.Nodes[i])
+		if err != nil {
+			return nil, connect.NewError(connect.CodeFailedPrecondition, err)
+		}
+		machines[topo.Nodes[i].Name] = spec
+	}
+	sl := &slice{topo: topo, created: time.Now(), agents: map[string]*agent.Agent{}, head: head}
+	defer func() {
+		if err != nil {
+			if cerr := sl.close(); cerr != nil {
+				s.log.Error("a slice that did not come up was not removed cleanly", "slice", topo.Slice, "err", cerr)
+			}
+			err = apiError(fmt.Errorf("bring up slice %q: %w", topo.Slice, err))
+		}
+	}()
+
+	tell("hosts", "", fmt.Sprintf("%d sites, %d hosts", len(topo.Sites), countHosts(topo)))
+	if sl.lab, err = lab.New(ctx, labConfig(topo, s)); err != nil {
+		return nil, err
+	}
+	if err := sl.startAgents(ctx, s); err != nil {
+		return nil, err
+	}
+	tell("switches", "", fmt.Sprintf("%d Open vSwitches joined by VXLAN", len(sl.agents)))
+	networks := sl.networks()
+	numbers := map[string]uint16{}
+	for number, name := range networks {
+		numbers[name] = number
+	}
+	sl.coord = coordinator.New(coordinator.Config{
+		Slice: topo.Slice, Epoch: epoch, Hosts: sl.hosts(), Nodes: sl.nodesByHost(), Networks: networks, Logger: s.log,
+	})
+
+	g, gctx := errgroup.WithContext(ctx)
+	for i := range topo.Nodes {
+		n := &topo.Nodes[i]
+		g.Go(func() error {
+			spec := agent.NodeSpec{Slice: topo.Slice, Name: n.Name, Epoch: epoch, Machine: machines[n.Name]}
+			for _, ifc := range n.Interfaces {
+				spec.Interfaces = append(spec.Interfaces, agent.Interface{
+					Network: numbers[ifc.Network], Address: ifc.MAC, MTU: topo.Network(ifc.Network).MTU,
+				})
+			}
+			if err := sl.agents[n.Host].AddNode(gctx, spec, load != nil); err != nil {
+				return err
+			}
+			tell("node", n.Name, "on "+n.Host)
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	if load != nil {
+		return sl, load(ctx, sl)
+	}
+	g, gctx = errgroup.WithContext(ctx)
+	for i := range topo.Nodes {
+		n := &topo.Nodes[i]
+		g.Go(func() error {
+			_, err := sl.agents[n.Host].RunNode(gctx, topo.Slice, n.Name, nil, nil)
+			return err
+		})
+	}
+	return sl, g.Wait()
+}
+
+// machine is a node's VM. What it boots from must be there before anything starts.
+func (s *Server) machine(topo *topology.Topology, n *topology.Node) (qemu.Spec, error) {
+	spec := qemu.Spec{
+		Name: topo.Slice + "/" + n.Name, Memory: n.Memory, CPUs: n.CPUs,
+		Kernel: n.Kernel, Initrd: n.Initrd, RootFS: n.RootFS, Append: n.Append, GuestConfig: topo.GuestConfig(n),
+	}
+	if n.Image != "" {
+		dir := filepath.Join(s.cfg.StateDir, "images", n.Image)
+		if _, err := os.Stat(dir); err != nil {
+			return spec, fmt.Errorf("node %q: image %q is not in %s; build it with `make image`", n.Name, n.Image, filepath.Dir(dir))
+		}
+		spec.Kernel, spec.Initrd, spec.RootFS = filepath.Join(dir, "vmlinuz"), filepath.Join(dir, "initrd.img"), filepath.Join(dir, "rootfs.squashfs")
+	}
+	for _, f := range []string{spec.Kernel, spec.Initrd, spec.RootFS} {
+		if f == "" {
+			continue
+		}
+		if _, err := os.Stat(f); err != nil {
+			return spec, fmt.Errorf("node %q: %w", n.Name, err)
+		}
+	}
+	return spec, nil
+}
+
+func labConfig(topo *topology.Topology, s *Server) lab.Config {
+	cfg := lab.Config{Logger: s.log}
+	for _, site := range topo.Sites {
+		cfg.Sites = append(cfg.Sites, lab.Site{Name: site.Name, Hosts: site.Hosts})
+	}
+	for _, l := range topo.WAN {
+		cfg.Links = append(cfg.Links, lab.LinkConfig{A: l.Between[0], B: l.Between[1], Shape: lab.Shape{
+			Delay: l.Delay, Jitter: l.Jitter, Loss: l.Loss.Probability(), Reorder: l.Reorder.Probability(), Rate: l.Rate,
+		}})
+	}
+	return cfg
+}
+
+// startAgents starts an agent on every host that has nodes, and joins them.
+func (sl *slice) startAgents(ctx context.Context, s *Server) error {
+	hosts := map[string]*lab.Host{}
+	ids := map[string]uint16{}
+	for i, h := range sl.lab.Hosts() {
+		hosts[h.Name] = h
+		ids[h.Name] = uint16(i + 1)
+	}
+	var mu sync.Mutex
+	g, gctx := errgroup.WithContext(ctx)
+	for name := range sl.nodesByHost() {
+		h := hosts[name]
+		g.Go(func() error {
+			a, err := agent.Start(gctx, agent.Config{
+				Host: name, Dir: filepath.Join(s.cfg.RunDir, sl.topo.Slice, name), Platform: h,
+				Underlay: agent.Underlay{Device: h.UnderlayDevice, Addr: h.UnderlayAddr, MAC: h.UnderlayMAC, MTU: h.MTU},
+				Logger:   s.log.With("slice", sl.topo.Slice),
+			})
+			if err != nil {
+				return err
+			}
+			mu.Lock()
+			sl.agents[name] = a
+			mu.Unlock()
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	g, gctx = errgroup.WithContext(ctx)
+	for name, a := range sl.agents {
+		a.SetRemotes(sl.remotes(name, ids))
+		g.Go(func() error {
+			for peer := range sl.agents {
+				if peer == name {
+					continue
+				}
+				h := hosts[peer]
+				if err := a.AddPeer(gctx, fabric.Peer{ID: ids[peer], Host: peer, Addr: h.UnderlayAddr.Addr(), MAC: h.UnderlayMAC}); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	return g.Wait()
+}
+
+// remotes are the interfaces that lie on other hosts, as seen from one.
+func (sl *slice) remotes(host string, ids map[string]uint16) []coloring.Remote {
+	numbers := map[string]uint16{}
+	for number, name := range sl.networks() {
+		numbers[name] = number
+	}
+	var rs []coloring.Remote
+	for i := range sl.topo.Nodes {
+		n := &sl.topo.Nodes[i]
+		if n.Host == host {
+			continue
+		}
+		for _, ifc := range n.Interfaces {
+			rs = append(rs, coloring.Remote{Network: numbers[ifc.Network], Address: ifc.MAC, Peer: ids[n.Host]})
+		}
+	}
+	return rs
+}
+
+// networks numbers the slice's networks.
+func (sl *slice) networks() map[uint16]string {
+	m := map[uint16]string{}
+	for i, n := range sl.topo.Networks {
+		m[uint16(i+1)] = n.Name
+	}
+	return m
+}
+
+func (sl *slice) nodesByHost() map[string][]string {
+	m := map[string][]string{}
+	for i := range sl.topo.Nodes {
+		n := &sl.topo.Nodes[i]
+		m[n.Host] = append(m[n.Host], n.Name)
+	}
+	return m
+}
+
+func (sl *slice) hosts() map[string]coordinator.Host {
+	m := map[string]coordinator.Host{}
+	for name, a := range sl.agents {
+		m[name] = a
+	}
+	return m
+}
+
+func (sl *slice) agentOf(node string) (*agent.Agent, error) {
+	n := sl.topo.Node(node)
+	if n == nil {
+		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("slice %q has no node %q", sl.topo.Slice, node))
+	}
+	return sl.agents[n.Host], nil
+}
+
+// close stops everything of the slice. It may be called again.
+func (sl *slice) close() error {
+	sl.closing.Do(func() {
+		var g errgroup.Group
+		errs := make(chan error, len(sl.agents)+1)
+		for _, a := range maps.Clone(sl.agents) {
+			g.Go(func() error { errs <- a.Close(); return nil })
+		}
+		_ = g.Wait()
+		if sl.lab != nil {
+			errs <- sl.lab.Close()
+		}
+		close(errs)
+		var all []error
+		for err := range errs {
+			all = append(all, err)
+		}
+		sl.closed = errors.Join(all...)
+	})
+	return sl.closed
+}
+
+func (sl *slice) setHead(id string) {
+	sl.mu.Lock()
+	defer sl.mu.Unlock()
+	sl.head = id
+}
+
+func (sl *slice) getHead() string {
+	sl.mu.Lock()
+	defer sl.mu.Unlock()
+	return sl.head
+}
+
+// message is the slice as the API tells it.
+func (sl *slice) message(ctx context.Context) *violinv1.Slice {
+	m := &violinv1.Slice{Name: sl.topo.Slice, Created: timestamp(sl.created), Head: sl.getHead(), Cutting: sl.coord.Cutting()}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	for i := range sl.topo.Nodes {
+		n := &sl.topo.Nodes[i]
+		node := &violinv1.Node{
+			Name: n.Name, Host: n.Host, Site: n.Site, MemoryBytes: n.Memory, Cpus: uint32(n.CPUs),
+		}
+		for _, ifc := range n.Interfaces {
+			address := ""
+			if ifc.Address.IsValid() {
+				address = ifc.Address.String()
+			}
+			node.Interfaces = append(node.Interfaces, &violinv1.Interface{Network: ifc.Network, Address: address, Mac: ifc.MAC.String()})
+		}
+		st, err := sl.agents[n.Host].Status(ctx, sl.topo.Slice, n.Name)
+		switch {
+		case err != nil:
+			node.State, node.Detail = violinv1.NodeState_NODE_STATE_DEAD, err.Error()
+		case st.PID == 0:
+			node.State, node.Detail = violinv1.NodeState_NODE_STATE_DEAD, st.Problem
+		case st.Status == "running":
+			node.State = violinv1.NodeState_NODE_STATE_RUNNING
+		default:
+			node.State, node.Detail = violinv1.NodeState_NODE_STATE_PAUSED, st.Status+st.Problem
+		}
+		node.Pid, node.Epoch = int64(st.PID), uint32(st.Epoch)
+		m.Nodes = append(m.Nodes, node)
+	}
+	return m
+}
+
+func countHosts(t *topology.Topology) int {
+	n := 0
+	for _, s := range t.Sites {
+		n += len(s.Hosts)
+	}
+	return n
+}

@@ -1,0 +1,319 @@
+package server
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	violinv1 "violin/api/violin/v1"
+	"violin/internal/agent"
+	"violin/internal/catalog"
+	"violin/internal/coordinator"
+	"violin/internal/cut"
+	"violin/internal/frames"
+	"violin/internal/hypervisor/qemu"
+	stream "violin/internal/migration/qemu"
+	"violin/internal/store"
+	"violin/internal/topology"
+)
+
+// Snapshot implements the API.
+func (s *Server) Snapshot(ctx context.Context, req *violinv1.SnapshotRequest, out *connect.ServerStream[violinv1.SnapshotResponse]) error {
+	sl, err := s.slice(req.GetSlice())
+	if err != nil {
+		return err
+	}
+	if tag := req.GetTag(); tag != "" {
+		if err := catalog.CheckTag(tag); err != nil {
+			return connect.NewError(connect.CodeInvalidArgument, err)
+		}
+		if old, err := s.catalog.Resolve(ctx, sl.topo.Slice+"@"+tag); err == nil {
+			return connect.NewError(connect.CodeAlreadyExists, fmt.Errorf("the tag %q names snapshot %s already", tag, old.Ref()))
+		}
+	}
+	tell := serialize(func(p *violinv1.Progress) error {
+		return out.Send(&violinv1.SnapshotResponse{Event: &violinv1.SnapshotResponse_Progress{Progress: p}})
+	})
+	snap, err := s.take(ctx, sl, req, tell)
+	if err != nil {
+		return apiError(err)
+	}
+	return out.Send(&violinv1.SnapshotResponse{Event: &violinv1.SnapshotResponse_Snapshot{Snapshot: snapshotMessage(snap)}})
+}
+
+func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequest, tell teller) (_ *catalog.Snapshot, err error) {
+	began := time.Now()
+	id, err := catalog.NewID(began, rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	mode, name := qemu.Background, "background"
+	if req.GetMode() == violinv1.CaptureMode_CAPTURE_MODE_PRECOPY {
+		mode, name = qemu.Precopy, "precopy"
+	}
+	session, err := s.store.Begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, session.Abort(context.WithoutCancel(ctx)))
+		}
+	}()
+	snap := &catalog.Snapshot{
+		ID: id, Slice: sl.topo.Slice, Tag: req.GetTag(), Parent: sl.getHead(), Mode: name,
+		Epoch: uint8(sl.coord.Epoch()), Topology: sl.topo.Marshal(),
+	}
+	err = sl.coord.Take(ctx, coordinator.Cut{
+		ID: id, Mode: mode, Session: session, Progress: tell,
+		Seal: func(ctx context.Context, hosts []agent.HostResult, lost []cut.ChannelLoss) error {
+			return s.seal(ctx, sl, snap, session, began, hosts, lost)
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	sl.setHead(id)
+	return snap, nil
+}
+
+// seal writes what belongs to the snapshot and, last, makes it visible.
+func (s *Server) seal(ctx context.Context, sl *slice, snap *catalog.Snapshot, session *store.Session, began time.Time, hosts []agent.HostResult, lost []cut.ChannelLoss) error {
+	var results []agent.NodeResult
+	for _, h := range hosts {
+		results = append(results, h.Nodes...)
+		snap.Totals.Dropped += int64(h.Dropped)
+	}
+	slices.SortFunc(results, func(a, b agent.NodeResult) int { return cmp.Compare(a.Node, b.Node) })
+	channel := channelState(sl, snap, results)
+	var buf bytes.Buffer
+	if err := frames.Write(&buf, channel); err != nil {
+		return fmt.Errorf("write the channel state: %w", err)
+	}
+	ref, err := session.PutBlob(ctx, buf.Bytes())
+	if err != nil {
+		return fmt.Errorf("store the channel state: %w", err)
+	}
+	snap.Channel = catalog.Channel{Ref: ref, Frames: int64(len(channel.Frames)), Bytes: int64(buf.Len())}
+	var first, last time.Time
+	for _, r := range results {
+		snap.Nodes = append(snap.Nodes, catalog.Node{
+			Name: r.Node, Host: sl.topo.Node(r.Node).Host, CutAt: r.CutAt, Pause: r.Pause, Device: r.Device, Memory: r.Memory,
+			RawBytes: int64(r.RawBytes), StoredBytes: r.Stats.StoredBytes, Pages: r.Stats.Pages, ZeroPages: r.Stats.ZeroPages,
+			Held: int64(r.Held), Recorded: int64(len(r.Recorded)),
+		})
+		snap.Totals.Held += int64(r.Held)
+		snap.Totals.Recorded += int64(len(r.Recorded))
+		snap.Totals.RawBytes += int64(r.RawBytes)
+		if first.IsZero() || r.CutAt.Before(first) {
+			first = r.CutAt
+		}
+		if r.CutAt.After(last) {
+			last = r.CutAt
+		}
+	}
+	for _, l := range lost {
+		snap.Totals.Lost += int64(l.Frames)
+	}
+	st := session.Stats()
+	snap.Totals.StoredBytes = st.StoredBytes + st.BlobBytesKept
+	snap.Totals.Skew = last.Sub(first)
+	return session.Commit(ctx, func(ctx context.Context) error {
+		snap.Created = time.Now()
+		snap.Totals.Duration = snap.Created.Sub(began)
+		return s.catalog.Put(ctx, snap)
+	})
+}
+
+// channelState gathers what was in flight: a receiver for each interface, and
+// the frames by the time that had passed at their receiver since its cut.
+func channelState(sl *slice, snap *catalog.Snapshot, results []agent.NodeResult) *frames.ChannelState {
+	names := sl.networks()
+	cs := &frames.ChannelState{Slice: snap.Slice, Snapshot: snap.ID}
+	for _, r := range results {
+		base := len(cs.Receivers)
+		for i, ifc := range r.Interface {
+			cs.Receivers = append(cs.Receivers, frames.Receiver{
+				Node: r.Node, Interface: i, Network: names[ifc.Network], Epoch: cut.Epoch(snap.Epoch).Next(), Cut: r.CutAt.UTC().Round(0),
+			})
+		}
+		for _, f := range r.Recorded {
+			cs.Frames = append(cs.Frames, frames.Frame{
+				// A frame that waited at the closed gate came before the instant of the
+				// cut; to the node it comes right after.
+				Receiver: base + f.Interface, Epoch: f.Epoch, At: max(0, f.At.Sub(r.CutAt)), Data: f.Data,
+			})
+		}
+	}
+	slices.SortStableFunc(cs.Frames, func(a, b frames.Frame) int { return cmp.Compare(a.At, b.At) })
+	return cs
+}
+
+// ListSnapshots implements the API.
+func (s *Server) ListSnapshots(ctx context.Context, req *violinv1.ListSnapshotsRequest) (*violinv1.ListSnapshotsResponse, error) {
+	all, err := s.catalog.List(ctx, req.GetSlice())
+	if err != nil {
+		return nil, apiError(err)
+	}
+	resp := &violinv1.ListSnapshotsResponse{}
+	for _, snap := range all {
+		resp.Snapshots = append(resp.Snapshots, snapshotMessage(snap))
+	}
+	return resp, nil
+}
+
+// Restore implements the API.
+func (s *Server) Restore(ctx context.Context, req *violinv1.RestoreRequest, out *connect.ServerStream[violinv1.RestoreResponse]) error {
+	began := time.Now()
+	snap, err := s.catalog.Resolve(ctx, req.GetSnapshot())
+	if err != nil {
+		return apiError(err)
+	}
+	topo, err := topology.Parse("snapshot "+snap.Ref(), snap.Topology)
+	if err != nil {
+		return connect.NewError(connect.CodeDataLoss, err)
+	}
+	tell := serialize(func(p *violinv1.Progress) error {
+		return out.Send(&violinv1.RestoreResponse{Event: &violinv1.RestoreResponse_Progress{Progress: p}})
+	})
+	channel, err := s.channelOf(ctx, snap)
+	if err != nil {
+		return apiError(err)
+	}
+	if sl, err := s.slice(topo.Slice); err == nil {
+		tell("stop", "", "what still runs of slice "+topo.Slice)
+		if err := sl.close(); err != nil {
+			s.log.Error("slice was not taken down cleanly", "slice", topo.Slice, "err", err)
+		}
+		s.settle(topo.Slice, nil)
+	}
+	if err := s.claim(topo.Slice); err != nil {
+		return err
+	}
+	var skew time.Duration
+	sl, err := s.build(ctx, topo, cut.Epoch(snap.Epoch).Next(), snap.ID, tell, func(ctx context.Context, sl *slice) error {
+		var err error
+		skew, err = s.load(ctx, sl, snap, channel, tell)
+		return err
+	})
+	s.settle(topo.Slice, sl)
+	if err != nil {
+		return err
+	}
+	return out.Send(&violinv1.RestoreResponse{Event: &violinv1.RestoreResponse_Restored{Restored: &violinv1.Restored{
+		Slice: sl.message(ctx), Snapshot: snapshotMessage(snap), Duration: durationpb.New(time.Since(began)),
+		Skew: durationpb.New(skew), FramesInjected: uint64(len(channel.Frames)),
+	}}})
+}
+
+func (s *Server) channelOf(ctx context.Context, snap *catalog.Snapshot) (*frames.ChannelState, error) {
+	b, err := s.store.GetBlob(ctx, snap.Channel.Ref)
+	if err != nil {
+		return nil, fmt.Errorf("channel state of snapshot %s: %w", snap.Ref(), err)
+	}
+	cs, err := frames.Read(bytes.NewReader(b))
+	if err != nil {
+		return nil, fmt.Errorf("channel state of snapshot %s: %w", snap.Ref(), err)
+	}
+	return cs, nil
+}
+
+// load gives all nodes their state, and only when every one has it lets them
+// run, together. It returns the skew of the instants at which they began.
+func (s *Server) load(ctx context.Context, sl *slice, snap *catalog.Snapshot, channel *frames.ChannelState, tell teller) (time.Duration, error) {
+	g, gctx := errgroup.WithContext(ctx)
+	for _, n := range snap.Nodes {
+		g.Go(func() error {
+			if err := s.loadNode(gctx, sl, n); err != nil {
+				return fmt.Errorf("node %q from snapshot %s: %w", n.Name, snap.Ref(), err)
+			}
+			tell("load", n.Name, "")
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return 0, err
+	}
+	var mu sync.Mutex
+	var first, last time.Time
+	g, gctx = errgroup.WithContext(ctx)
+	for _, n := range snap.Nodes {
+		g.Go(func() error {
+			a, err := sl.agentOf(n.Name)
+			if err != nil {
+				return err
+			}
+			at, err := a.RunNode(gctx, sl.topo.Slice, n.Name, channel.Frames, channel.Receivers)
+			mu.Lock()
+			defer mu.Unlock()
+			if first.IsZero() || at.Before(first) {
+				first = at
+			}
+			if at.After(last) {
+				last = at
+			}
+			return err
+		})
+	}
+	err := g.Wait()
+	return last.Sub(first), err
+}
+
+func (s *Server) loadNode(ctx context.Context, sl *slice, n catalog.Node) error {
+	a, err := sl.agentOf(n.Name)
+	if err != nil {
+		return err
+	}
+	b, err := s.store.GetBlob(ctx, n.Device)
+	if err != nil {
+		return err
+	}
+	var skeleton stream.Skeleton
+	if err := skeleton.UnmarshalBinary(b); err != nil {
+		return err
+	}
+	pages, err := s.store.OpenMemory(ctx, n.Memory)
+	if err != nil {
+		return err
+	}
+	defer pages.Close()
+	return a.LoadNode(ctx, sl.topo.Slice, n.Name, &skeleton, pages)
+}
+
+func snapshotMessage(s *catalog.Snapshot) *violinv1.Snapshot {
+	m := &violinv1.Snapshot{
+		Id: s.ID, Slice: s.Slice, Tag: s.Tag, Parent: s.Parent, Created: timestamp(s.Created),
+		Duration: durationpb.New(s.Totals.Duration), Skew: durationpb.New(s.Totals.Skew),
+		FramesHeld: uint64(s.Totals.Held), FramesRecorded: uint64(s.Totals.Recorded),
+		FramesDropped: uint64(s.Totals.Dropped), FramesLostByNetwork: uint64(s.Totals.Lost),
+		RawBytes: uint64(s.Totals.RawBytes), StoredBytes: uint64(s.Totals.StoredBytes),
+		Mode: violinv1.CaptureMode_CAPTURE_MODE_BACKGROUND,
+	}
+	if s.Mode == "precopy" {
+		m.Mode = violinv1.CaptureMode_CAPTURE_MODE_PRECOPY
+	}
+	var first time.Time
+	for _, n := range s.Nodes {
+		if first.IsZero() || n.CutAt.Before(first) {
+			first = n.CutAt
+		}
+	}
+	for _, n := range s.Nodes {
+		m.Nodes = append(m.Nodes, &violinv1.SnapshotNode{
+			Name: n.Name, Host: n.Host, Pause: durationpb.New(n.Pause), CutAt: timestamp(n.CutAt), CutOffset: durationpb.New(n.CutAt.Sub(first)),
+			FramesHeld: uint64(n.Held), FramesRecorded: uint64(n.Recorded), RawBytes: uint64(n.RawBytes),
+			StoredBytes: uint64(n.StoredBytes), Pages: uint64(n.Pages), ZeroPages: uint64(n.ZeroPages),
+		})
+	}
+	return m
+}
