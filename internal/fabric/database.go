@@ -43,7 +43,7 @@ func openDatabase(ctx context.Context, socket string, log *slog.Logger) (*databa
 	db := &database{client: c}
 	rows, err := db.query(ctx, "Open_vSwitch", nil, "_uuid")
 	if err == nil && len(rows) == 0 {
-		_, err = db.transact(ctx, ovsdb.Operation{Op: ovsdb.OperationInsert, Table: "Open_vSwitch", Row: ovsdb.Row{}})
+		_, err = db.transact(ctx, ovsdb.Operation{Op: ovsdb.OperationInsert, Table: "Open_vSwitch", Row: ovsdb.Row{"next_cfg": 0}})
 	}
 	if err != nil {
 		c.Close()
@@ -67,13 +67,19 @@ func (db *database) transact(ctx context.Context, ops ...ovsdb.Operation) ([]ovs
 
 func (db *database) query(ctx context.Context, table string, where []ovsdb.Condition, columns ...string) ([]ovsdb.Row, error) {
 	if where == nil {
-		where = []ovsdb.Condition{}
+		where = everyRow()
 	}
 	rs, err := db.transact(ctx, ovsdb.Operation{Op: ovsdb.OperationSelect, Table: table, Where: where, Columns: columns})
 	if err != nil {
 		return nil, err
 	}
 	return rs[0].Rows, nil
+}
+
+// everyRow matches all rows: an empty list would do, but the library leaves it
+// out of the message, which the server refuses.
+func everyRow() []ovsdb.Condition {
+	return []ovsdb.Condition{ovsdb.NewCondition("_uuid", ovsdb.ConditionNotEqual, ovsdb.UUID{GoUUID: "00000000-0000-0000-0000-000000000000"})}
 }
 
 func named(name string) []ovsdb.Condition {
@@ -96,10 +102,10 @@ func stringMap(m map[string]string) ovsdb.OvsMap {
 // (next_cfg and cur_cfg, as ovs-vsctl does).
 func (db *database) configure(ctx context.Context, ops ...ovsdb.Operation) error {
 	ops = append(ops, ovsdb.Operation{
-		Op: ovsdb.OperationMutate, Table: "Open_vSwitch", Where: []ovsdb.Condition{},
+		Op: ovsdb.OperationMutate, Table: "Open_vSwitch", Where: everyRow(),
 		Mutations: []ovsdb.Mutation{*ovsdb.NewMutation("next_cfg", ovsdb.MutateOperationAdd, 1)},
 	}, ovsdb.Operation{
-		Op: ovsdb.OperationSelect, Table: "Open_vSwitch", Where: []ovsdb.Condition{}, Columns: []string{"next_cfg"},
+		Op: ovsdb.OperationSelect, Table: "Open_vSwitch", Where: everyRow(), Columns: []string{"next_cfg"},
 	})
 	rs, err := db.transact(ctx, ops...)
 	if err != nil {
@@ -142,7 +148,7 @@ func (db *database) addBridge(ctx context.Context, name, datapath string, addres
 		ovsdb.Operation{Op: ovsdb.OperationInsert, Table: "Port", UUIDName: "port", Row: ovsdb.Row{"name": name, "interfaces": uuidSet("interface")}},
 		ovsdb.Operation{Op: ovsdb.OperationInsert, Table: "Bridge", UUIDName: "bridge", Row: row},
 		ovsdb.Operation{
-			Op: ovsdb.OperationMutate, Table: "Open_vSwitch", Where: []ovsdb.Condition{},
+			Op: ovsdb.OperationMutate, Table: "Open_vSwitch", Where: everyRow(),
 			Mutations: []ovsdb.Mutation{*ovsdb.NewMutation("bridges", ovsdb.MutateOperationInsert, uuidSet("bridge"))},
 		},
 	)

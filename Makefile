@@ -1,0 +1,69 @@
+# make demo   the whole story, on this machine (Debian 12, root)
+# make test   every test
+# Both install what they need.
+
+STATE   ?= /var/lib/violin
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+GO      ?= go
+
+PACKAGES = qemu-system-x86 openvswitch-switch mmdebstrap squashfs-tools cpio kmod gcc libc6-dev \
+	libopenmpi-dev busybox-static iproute2 ca-certificates
+
+STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
+
+.PHONY: demo test deps build image lint unit fuzz e2e soak bench generate clean
+
+demo: deps build image
+	$(GO) run ./demo -violin bin/violin -state $(STATE)
+
+test: deps lint build unit fuzz image e2e
+
+deps:
+	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f='$${db:Status-Status}' $$p 2>/dev/null | grep -qx installed || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+		echo "installing" $$missing; \
+		apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$missing >/dev/null; \
+	fi
+
+build:
+	$(GO) build -ldflags "-X main.version=$(VERSION)" -o bin/violin ./cmd/violin
+
+image: deps
+	@images/mpi/build.sh $(STATE)/images/mpi
+
+lint:
+	@bad=$$(gofmt -l api cmd demo internal test); if [ -n "$$bad" ]; then echo "gofmt:" $$bad; exit 1; fi
+	$(GO) vet ./...
+	$(GO) run $(STATICCHECK) ./...
+
+unit:
+	$(GO) test -race -timeout 15m ./...
+
+# A few seconds for everything that parses foreign bytes.
+FUZZTIME ?= 5s
+fuzz:
+	@set -e; for d in $$(grep -rlE '^func Fuzz' --include=*_test.go internal | xargs -n1 dirname | sort -u); do \
+		for f in $$(grep -rhoE '^func Fuzz[A-Za-z0-9_]*' $$d/*_test.go | sed 's/func //'); do \
+			$(GO) test -run XXX -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1x ./$$d; \
+		done; done
+
+# Real QEMU, Open vSwitch and namespaces; as root.
+e2e: image
+	VIOLIN_E2E=1 VIOLIN_STATE_DIR=$(STATE) $(GO) test -p 1 -timeout 30m ./internal/lab ./internal/openflow ./internal/qmp ./internal/migration/... ./test/...
+
+# The long form of the protocol's exploration.
+soak:
+	VIOLIN_LONG=1 $(GO) test -timeout 60m ./internal/cut
+
+bench:
+	$(GO) test -run XXX -bench . ./internal/store ./internal/migration/...
+
+# Needs protobuf-compiler and libprotobuf-dev.
+generate:
+	$(GO) install google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12
+	$(GO) install connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.1
+	PATH="$$PATH:$$($(GO) env GOPATH)/bin" protoc --proto_path=api --go_out=. --go_opt=module=violin \
+		--connect-go_out=. --connect-go_opt=module=violin,simple api/violin/v1/violin.proto
+
+clean:
+	rm -rf bin
