@@ -213,6 +213,7 @@ func (hc *hostCut) arm(nc *nodeCut) error {
 
 // receive is the far end of the migration: the node's state goes to the store.
 func (hc *hostCut) receive(nc *nodeCut) error {
+	Background(hc.a.log)
 	var pages *store.PageWriter
 	d := stream.NewDecoder(nc.capture.Stream())
 	skeleton, err := d.Decode(func(blocks []stream.RAMBlock) (stream.PageSink, error) {

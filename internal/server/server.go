@@ -18,6 +18,7 @@ import (
 
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
+	"violin/internal/agent"
 	"violin/internal/catalog"
 	"violin/internal/coordinator"
 	"violin/internal/cut"
@@ -48,7 +49,9 @@ var _ violinv1connect.SliceServiceHandler = (*Server)(nil)
 
 // New makes a server with no slice. ctx bounds the making only.
 func New(ctx context.Context, config Config) (*Server, error) {
-	st, err := store.Open(ctx, filepath.Join(config.StateDir, "store"), store.Options{Logger: config.Logger})
+	st, err := store.Open(ctx, filepath.Join(config.StateDir, "store"), store.Options{
+		Logger: config.Logger, StartWorker: func() { agent.Background(config.Logger) },
+	})
 	if err != nil {
 		return nil, err
 	}

@@ -306,7 +306,7 @@ func (sl *slice) message(ctx context.Context) *violinv1.Slice {
 		switch {
 		case err != nil:
 			node.State, node.Detail = violinv1.NodeState_NODE_STATE_DEAD, err.Error()
-		case st.PID == 0:
+		case st.PID == 0 || st.Status == "":
 			node.State, node.Detail = violinv1.NodeState_NODE_STATE_DEAD, st.Problem
 		case st.Status == "running":
 			node.State = violinv1.NodeState_NODE_STATE_RUNNING

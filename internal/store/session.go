@@ -98,6 +98,9 @@ func (s *Store) Begin(ctx context.Context) (*Session, error) {
 	se.jobs = make(chan *batch, 2*n)
 	for range n {
 		se.workers.Go(func() {
+			if s.opts.StartWorker != nil {
+				s.opts.StartWorker()
+			}
 			se.work()
 		})
 	}

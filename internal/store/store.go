@@ -44,6 +44,10 @@ type Options struct {
 	// Workers is how many goroutines hash and compress for a session, and
 	// decompress for a reader; 0 means one a CPU.
 	Workers int
+
+	// StartWorker is called on each worker's goroutine as it starts, for the
+	// caller to lower its thread's priority. Nil for nothing.
+	StartWorker func()
 	// Compression chooses between speed and size; it may change from one
 	// opening to the next.
 	Compression Compression

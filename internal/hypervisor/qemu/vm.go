@@ -30,7 +30,7 @@ const Program = "qemu-system-x86_64"
 // vcpuNice is the vCPU threads' niceness. Under TCG they use all the processor
 // time there is; QEMU's main loop and the switch must come before them, or the
 // pause of a cut grows by what they wait.
-const vcpuNice = 5
+const vcpuNice = 10
 
 // Launcher starts a child where the node's TAP devices are.
 type Launcher interface{ Start(cmd *exec.Cmd) error }
