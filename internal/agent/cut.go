@@ -208,7 +208,7 @@ func (hc *hostCut) arm(nc *nodeCut) error {
 	}
 	nc.capture = capture
 	hc.spawn(func() { nc.decoded <- hc.receive(nc) })
-	return nil
+	return capture.Ready(hc.ctx)
 }
 
 // receive is the far end of the migration: the node's state goes to the store.

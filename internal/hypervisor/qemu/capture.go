@@ -65,7 +65,7 @@ type Capture struct {
 	aborted   bool
 }
 
-// Arm sets a capture up. The VM runs on.
+// Arm begins to set a capture up; the VM runs on. [Capture.Ready] waits for it.
 func (vm *VM) Arm(ctx context.Context, mode Mode) (_ *Capture, err error) {
 	c := &Capture{vm: vm, mode: mode, released: make(chan struct{})}
 	if c.ours, c.theirs, err = socketpair(); err != nil {
@@ -103,12 +103,21 @@ func (vm *VM) Arm(ctx context.Context, mode Mode) (_ *Capture, err error) {
 	if err := vm.qmp.Execute(ctx, "migrate", map[string]string{"uri": "fd:" + name}, nil); err != nil {
 		return nil, err
 	}
-	if mode == Background {
-		return c, c.awaitSetup(ctx)
+	if mode == Precopy {
+		c.theirs.Close()
+		close(c.released)
 	}
-	c.theirs.Close()
-	close(c.released)
-	return c, c.converge(ctx)
+	return c, nil
+}
+
+// Ready returns once stopping the VM will be short: in the background mode when
+// QEMU has set up, in pre-copy when all memory has been sent once, for which the
+// stream must be read meanwhile.
+func (c *Capture) Ready(ctx context.Context) error {
+	if c.mode == Background {
+		return c.awaitSetup(ctx)
+	}
+	return c.converge(ctx)
 }
 
 func (vm *VM) setParameters(ctx context.Context, p map[string]any) error {
@@ -212,7 +221,11 @@ type captureStream Capture
 
 func (s *captureStream) Read(p []byte) (int, error) {
 	<-s.released
-	return s.ours.Read(p)
+	n, err := s.ours.Read(p)
+	if err == io.EOF {
+		s.ours.Close()
+	}
+	return n, err
 }
 
 // Stop stops the vCPUs and returns when they stopped.
@@ -323,7 +336,6 @@ func (c *Capture) Wait(ctx context.Context) error {
 		c.mu.Unlock()
 		if completed {
 			c.events.Close()
-			c.ours.Close()
 			return nil
 		}
 		e, err := c.events.Next(ctx)
@@ -348,19 +360,21 @@ func (c *Capture) Abort(ctx context.Context) error {
 	completed := c.completed
 	c.mu.Unlock()
 	defer c.events.Close()
-	if !completed {
-		// The cancel shuts QEMU's end down, which also ends a write that is stuck.
+	if c.mode == Precopy && !completed {
 		if err := c.vm.qmp.Execute(ctx, "migrate_cancel", nil, nil); err != nil {
 			return fmt.Errorf("give the capture up: %w", err)
 		}
 	}
-	c.once.Do(func() {
-		if c.mode == Background {
-			c.theirs.Close()
-			close(c.released)
+	if c.mode == Background {
+		// A background snapshot that is cancelled leaves QEMU (7.2) unable to take
+		// another: the guest's memory stays registered with userfaultfd. So it is
+		// let through, and its stream thrown away.
+		if err := c.unblock(); err != nil && !completed {
+			return err
 		}
-	})
-	c.ours.Close()
+		go func() { _, _ = io.Copy(io.Discard, c.ours) }()
+	}
+	defer c.ours.Close()
 	if err := c.settled(ctx); err != nil {
 		return fmt.Errorf("give the capture up: %w", err)
 	}

@@ -1,0 +1,187 @@
+package qemu
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"time"
+
+	migration "violin/internal/migration/qemu"
+)
+
+type launcher struct{}
+
+func (launcher) Start(cmd *exec.Cmd) error {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	return cmd.Start()
+}
+
+// guest is a kernel in the boot protocol of old: four sectors of set-up code
+// behind the boot sector, run in real mode. It counts in memory for ever, at
+// 0x20000, so that there is always a page to send again.
+func guest(t *testing.T) string {
+	image := make([]byte, 8192)
+	copy(image[512:], []byte{
+		0xfb,             // sti
+		0xb8, 0x00, 0x20, // mov ax, 0x2000
+		0x8e, 0xd8, // mov ds, ax
+		0xff, 0x06, 0x00, 0x00, // again: inc word [0]
+		0xeb, 0xfa, // jmp again
+	})
+	path := filepath.Join(t.TempDir(), "kernel")
+	if err := os.WriteFile(path, image, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func start(t *testing.T, ctx context.Context, kernel string, incoming bool) *VM {
+	t.Helper()
+	vm, err := Start(ctx, launcher{}, Spec{
+		Name: "a", Memory: 32 << 20, CPUs: 1, Kernel: kernel, GuestConfig: []byte("{}"), Dir: t.TempDir(),
+	}, incoming, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := vm.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return vm
+}
+
+func wantStatus(t *testing.T, ctx context.Context, vm *VM, want string) {
+	t.Helper()
+	if got, err := vm.Status(ctx); err != nil || got != want {
+		t.Fatalf("the VM is %q (%v), want %q", got, err, want)
+	}
+}
+
+// pages keeps a stream's pages. It is both ends of the store.
+type pages map[int]map[uint64][]byte
+
+func (p pages) put(block int, offset uint64, data []byte) {
+	if p[block] == nil {
+		p[block] = map[uint64][]byte{}
+	}
+	p[block][offset] = data
+}
+
+func (p pages) Zero(block int, offset uint64) error {
+	p.put(block, offset, nil)
+	return nil
+}
+
+type sink struct{ pages }
+
+func (s sink) Page(block int, offset uint64, data []byte) error {
+	s.put(block, offset, bytes.Clone(data))
+	return nil
+}
+
+type source struct{ pages }
+
+func (s source) Page(block int, offset uint64, buf []byte) (bool, error) {
+	data := s.pages[block][offset]
+	copy(buf, data)
+	return data == nil, nil
+}
+
+// steps are a capture, from beginning to end.
+var steps = []struct {
+	name string
+	run  func(context.Context, *testing.T, *Capture) error
+}{
+	{"arm", func(context.Context, *testing.T, *Capture) error { return nil }},
+	{"stop", func(ctx context.Context, _ *testing.T, c *Capture) error { _, err := c.Stop(ctx); return err }},
+	{"release", func(ctx context.Context, _ *testing.T, c *Capture) error { return c.Release(ctx) }},
+	{"resumed", func(ctx context.Context, _ *testing.T, c *Capture) error { _, err := c.Resumed(ctx); return err }},
+	{"wait", func(ctx context.Context, _ *testing.T, c *Capture) error { return c.Wait(ctx) }},
+}
+
+// A VM is captured and goes on; a second VM goes on from the capture. Before
+// that, captures are given up after each of their steps.
+func TestCapture(t *testing.T) {
+	if os.Getenv("VIOLIN_E2E") != "1" {
+		t.Skip("runs real QEMUs: set VIOLIN_E2E=1")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	kernel := guest(t)
+	vm := start(t, ctx, kernel, false)
+	wantStatus(t, ctx, vm, "prelaunch")
+	if _, err := vm.Resume(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for _, mode := range []Mode{Background, Precopy, Background} {
+		for last := range steps {
+			c, err := vm.Arm(ctx, mode)
+			if err != nil {
+				t.Fatalf("%v, to be given up after %s: %v", mode, steps[last].name, err)
+			}
+			read := make(chan struct{})
+			go func() { defer close(read); io.Copy(io.Discard, c.Stream()) }()
+			for _, s := range steps[:last+1] {
+				if err := s.run(ctx, t, c); err != nil {
+					t.Fatalf("%v: %s: %v", mode, s.name, err)
+				}
+			}
+			for range 2 {
+				if err := c.Abort(ctx); err != nil {
+					t.Fatalf("%v: abort after %s: %v", mode, steps[last].name, err)
+				}
+			}
+			<-read
+			wantStatus(t, ctx, vm, "running")
+		}
+
+		c, err := vm.Arm(ctx, mode)
+		if err != nil {
+			t.Fatal(err)
+		}
+		memory := pages{}
+		var skeleton *migration.Skeleton
+		decoded := make(chan error, 1)
+		go func() {
+			var err error
+			skeleton, err = migration.Decode(c.Stream(), func([]migration.RAMBlock) (migration.PageSink, error) { return sink{memory}, nil })
+			decoded <- err
+		}()
+		stopped, err := c.Stop(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Release(ctx); err != nil {
+			t.Fatal(err)
+		}
+		resumed, err := c.Resumed(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Wait(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-decoded; err != nil {
+			t.Fatalf("%v: decode: %v", mode, err)
+		}
+		wantStatus(t, ctx, vm, "running")
+		t.Logf("%v: paused for %v", mode, resumed.Sub(stopped))
+
+		second := start(t, ctx, kernel, true)
+		if err := second.Load(ctx, func(w io.Writer) error { return migration.Encode(w, skeleton, source{memory}) }); err != nil {
+			t.Fatalf("%v: %v", mode, err)
+		}
+		wantStatus(t, ctx, second, "paused")
+		if _, err := second.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		wantStatus(t, ctx, second, "running")
+	}
+}
