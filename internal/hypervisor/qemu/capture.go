@@ -40,6 +40,9 @@ func (m Mode) String() string {
 // early only makes the pause longer.
 const armBound = 5 * time.Second
 
+// nearlyDone is how much memory a pre-copy keeps back, in bytes.
+const nearlyDone = 32 << 20
+
 // Capture is a migration to nowhere that waits for its moment.
 //
 // Setting a background snapshot up takes QEMU tens of milliseconds, since it
@@ -54,6 +57,7 @@ type Capture struct {
 	ours   *os.File
 	theirs *os.File // our duplicate of QEMU's end, until the capture is released
 	junk   int      // bytes that fill the socket
+	thread int      // QEMU's snapshot thread; 0 if it was not seen
 
 	released chan struct{} // closed when the stream may be read
 	once     sync.Once
@@ -81,7 +85,7 @@ func (vm *VM) Arm(ctx context.Context, mode Mode) (_ *Capture, err error) {
 	if mode == Precopy {
 		caps = []string{"pause-before-switchover"}
 		// Not to switch over before it is told to: no pause is short enough.
-		if err := vm.setParameters(ctx, map[string]any{"downtime-limit": 0, "max-bandwidth": 1 << 30}); err != nil {
+		if err := vm.setParameters(ctx, map[string]any{"downtime-limit": 0, "max-bandwidth": 256 << 20}); err != nil {
 			return nil, err
 		}
 	}
@@ -111,7 +115,7 @@ func (vm *VM) Arm(ctx context.Context, mode Mode) (_ *Capture, err error) {
 }
 
 // Ready returns once stopping the VM will be short: in the background mode when
-// QEMU has set up, in pre-copy when all memory has been sent once, for which the
+// QEMU has set up, in pre-copy when nearly all memory has been sent, for which the
 // stream must be read meanwhile.
 func (c *Capture) Ready(ctx context.Context) error {
 	if c.mode == Background {
@@ -148,7 +152,8 @@ func fill(f *os.File) (int, error) {
 func (c *Capture) awaitSetup(ctx context.Context) error {
 	deadline := time.Now().Add(armBound)
 	for time.Now().Before(deadline) {
-		if c.vm.snapshotThreadWaits() {
+		if thread, waits := c.vm.snapshotThread(); waits {
+			c.thread = thread
 			return nil
 		}
 		select {
@@ -163,13 +168,13 @@ func (c *Capture) awaitSetup(ctx context.Context) error {
 	return nil
 }
 
-// snapshotThreadWaits tells whether the thread that writes the stream is in
-// sendmsg(2).
-func (vm *VM) snapshotThreadWaits() bool {
+// snapshotThread finds the thread that writes the stream, and tells whether it is
+// in sendmsg(2).
+func (vm *VM) snapshotThread() (id int, waits bool) {
 	dir := fmt.Sprintf("/proc/%d/task", vm.PID())
 	tasks, err := os.ReadDir(dir)
 	if err != nil {
-		return false
+		return 0, false
 	}
 	for _, t := range tasks {
 		comm, err := os.ReadFile(dir + "/" + t.Name() + "/comm")
@@ -177,19 +182,25 @@ func (vm *VM) snapshotThreadWaits() bool {
 			continue
 		}
 		call, err := os.ReadFile(dir + "/" + t.Name() + "/syscall")
+		if err != nil {
+			continue
+		}
 		number, _, _ := strings.Cut(string(call), " ")
-		return err == nil && number == strconv.Itoa(unix.SYS_SENDMSG)
+		if id, err = strconv.Atoi(t.Name()); err == nil {
+			return id, number == strconv.Itoa(unix.SYS_SENDMSG)
+		}
 	}
-	return false
+	return 0, false
 }
 
-// converge returns once all memory has been sent at least once.
+// converge returns once nearly all memory has been sent.
 func (c *Capture) converge(ctx context.Context) error {
 	for {
 		var m struct {
 			Status string
 			RAM    struct {
-				Syncs int `json:"dirty-sync-count"`
+				Syncs     int `json:"dirty-sync-count"`
+				Remaining int64
 			}
 			Error string `json:"error-desc"`
 		}
@@ -202,11 +213,13 @@ func (c *Capture) converge(ctx context.Context) error {
 		case "pre-switchover":
 			return nil // it had nothing left to send, and has stopped already
 		}
-		if m.RAM.Syncs >= 2 {
-			return nil
+		if m.Status == "active" && (m.RAM.Syncs >= 2 || m.RAM.Remaining < nearlyDone) {
+			// An idle guest would have nothing left to send, and QEMU would then
+			// stop it by itself: keep a little back until it is told to.
+			return c.vm.setParameters(ctx, map[string]any{"max-bandwidth": 1})
 		}
 		select {
-		case <-time.After(5 * time.Millisecond):
+		case <-time.After(2 * time.Millisecond):
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -234,7 +247,7 @@ func (c *Capture) Stop(ctx context.Context) (time.Time, error) {
 	if c.mode == Background {
 		err = c.vm.qmp.Execute(ctx, "stop", nil, nil)
 	} else {
-		err = c.vm.setParameters(ctx, map[string]any{"downtime-limit": 60_000})
+		err = c.vm.setParameters(ctx, map[string]any{"downtime-limit": 60_000, "max-bandwidth": 1 << 30})
 	}
 	if err != nil {
 		return time.Time{}, fmt.Errorf("stop the vCPUs: %w", err)
@@ -296,6 +309,9 @@ func (c *Capture) Resumed(ctx context.Context) (time.Time, error) {
 		if err := c.Wait(ctx); err != nil {
 			return time.Time{}, err
 		}
+		if err := c.finalized(ctx); err != nil {
+			return time.Time{}, err
+		}
 		return c.vm.Resume(ctx)
 	}
 	for {
@@ -307,8 +323,36 @@ func (c *Capture) Resumed(ctx context.Context) (time.Time, error) {
 			return time.Time{}, err
 		}
 		if e.Name == "RESUME" {
+			c.yield()
 			return e.Timestamp, nil
 		}
+	}
+}
+
+// finalized returns once QEMU has tidied up after a pre-copy and may run again,
+// some time after it said that the migration has completed.
+func (c *Capture) finalized(ctx context.Context) error {
+	for {
+		status, err := c.vm.Status(ctx)
+		if err != nil || status == "postmigrate" {
+			return err
+		}
+		select {
+		case <-time.After(time.Millisecond):
+		case <-ctx.Done():
+			return fmt.Errorf("QEMU does not leave the state %q: %w", status, ctx.Err())
+		}
+	}
+}
+
+// yield puts the rest of the capture behind the pauses of nodes that are being cut
+// beside this one, and still before the vCPUs: it must keep up with their writes.
+func (c *Capture) yield() {
+	if c.thread == 0 {
+		return
+	}
+	if err := unix.Setpriority(unix.PRIO_PROCESS, c.thread, 0); err != nil {
+		c.vm.log.Debug("the snapshot thread's priority was not lowered", "err", err)
 	}
 }
 
