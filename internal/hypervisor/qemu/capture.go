@@ -92,6 +92,9 @@ func (vm *VM) Arm(ctx context.Context, mode Mode) (_ *Capture, err error) {
 	if err := vm.setCapabilities(ctx, caps); err != nil {
 		return nil, err
 	}
+	if err := vm.idle(ctx); err != nil {
+		return nil, err
+	}
 	if mode == Background {
 		if c.junk, err = fill(c.theirs); err != nil {
 			return nil, err
@@ -122,6 +125,29 @@ func (c *Capture) Ready(ctx context.Context) error {
 		return c.awaitSetup(ctx)
 	}
 	return c.converge(ctx)
+}
+
+// idle returns once QEMU has forgotten the migration before: some time after it
+// said that it has completed. One that is begun earlier is refused, and ends QEMU 7.2.
+func (vm *VM) idle(ctx context.Context) error {
+	for {
+		var instances []struct{ Type string }
+		if err := vm.qmp.Execute(ctx, "query-yank", nil, &instances); err != nil {
+			return err
+		}
+		busy := false
+		for _, i := range instances {
+			busy = busy || i.Type == "migration"
+		}
+		if !busy {
+			return nil
+		}
+		select {
+		case <-time.After(time.Millisecond):
+		case <-ctx.Done():
+			return fmt.Errorf("QEMU does not end its last migration: %w", ctx.Err())
+		}
+	}
 }
 
 func (vm *VM) setParameters(ctx context.Context, p map[string]any) error {
