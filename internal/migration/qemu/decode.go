@@ -9,7 +9,7 @@ import (
 )
 
 // DefaultMaxDeviceBytes is the default of [Decoder.MaxDeviceBytes]: 64 MiB.
-// A PC with virtio devices needs some 150 KiB.
+// A PC with virtio devices needs some 300 KiB.
 const DefaultMaxDeviceBytes = 64 << 20
 
 // A RAMBlock is one of the guest's memories: its RAM ("pc.ram"), a ROM

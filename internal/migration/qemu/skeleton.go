@@ -39,8 +39,7 @@ var (
 )
 
 // MarshalBinary returns the skeleton as a stream that holds no page record.
-// So it has QEMU's own format and version, and QEMU's tools read it too
-// (scripts/analyze-migration.py).
+// So it has QEMU's own format and version.
 func (s *Skeleton) MarshalBinary() ([]byte, error) {
 	if len(s.head) == 0 {
 		return nil, errors.New("marshal skeleton: it is empty")
