@@ -17,8 +17,9 @@ import (
 // schema is where Debian's package has Open vSwitch's database schema.
 const schema = "/usr/share/openvswitch/vswitch.ovsschema"
 
-// receiveBuffer is what each of the switch's packet sockets may hold, in bytes.
-const receiveBuffer = 16 << 20
+// socketBuffer is what each of the switch's packet and OpenFlow sockets may hold,
+// in bytes.
+const socketBuffer = 16 << 20
 
 // Launcher starts a child in the host's network namespace.
 type Launcher interface{ Start(cmd *exec.Cmd) error }
@@ -118,19 +119,21 @@ func (d *daemons) pid() int { return d.vswitchd.cmd.Process.Pid }
 // raiseBuffers gives the packet sockets by which the switch in user space reads
 // its devices room for a burst. They are made with the machine's default, some 90
 // full frames, which are lost whenever the switch does not run for a moment; the
-// default is not ours to change, but an open socket's option can be set.
-// It is called again after each port that is added.
+// default is not ours to change, but an open socket's option can be set. The same
+// goes for the OpenFlow session: of what does not fit its socket the switch keeps
+// 512 packet-ins, and drops held frames beyond.
+// It is called again after each port and session that is added.
 func (d *daemons) raiseBuffers() error {
 	pid := d.pid()
 	pidfd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
-		return fmt.Errorf("raise the switch's receive buffers: %w", err)
+		return fmt.Errorf("raise the switch's socket buffers: %w", err)
 	}
 	defer unix.Close(pidfd)
 	dir := fmt.Sprintf("/proc/%d/fd", pid)
 	entries, err := os.ReadDir(dir)
 	if err != nil {
-		return fmt.Errorf("raise the switch's receive buffers: %w", err)
+		return fmt.Errorf("raise the switch's socket buffers: %w", err)
 	}
 	for _, e := range entries {
 		link, err := os.Readlink(filepath.Join(dir, e.Name()))
@@ -145,12 +148,16 @@ func (d *daemons) raiseBuffers() error {
 		if err != nil {
 			continue // closed meanwhile
 		}
-		if domain, derr := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN); derr == nil && domain == unix.AF_PACKET {
-			err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, receiveBuffer)
+		switch domain, derr := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN); {
+		case derr != nil:
+		case domain == unix.AF_PACKET:
+			err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, socketBuffer)
+		case domain == unix.AF_UNIX: // what waits in a unix socket counts against its sender
+			err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, socketBuffer)
 		}
 		unix.Close(fd)
 		if err != nil {
-			return fmt.Errorf("raise the switch's receive buffers: %w", err)
+			return fmt.Errorf("raise the switch's socket buffers: %w", err)
 		}
 	}
 	return nil

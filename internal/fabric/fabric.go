@@ -238,7 +238,10 @@ func (s *Switch) connect(ctx context.Context) error {
 			s.log.Debug("the OpenFlow session has ended", "err", err)
 		}
 	}()
-	return s.conn.EnableAsync(ctx)
+	if err := s.conn.EnableAsync(ctx); err != nil {
+		return err
+	}
+	return s.daemons.raiseBuffers()
 }
 
 // handle takes what the switch sends of its own accord.
@@ -348,6 +351,12 @@ func (s *Switch) Update(ctx context.Context, change func(*coloring.State)) error
 		return err
 	}
 	if mods := coloring.Diff(s.installed, flows); len(mods) > 0 {
+		// What the datapath has counted and not yet told is credited, once the
+		// tables have changed, to the entry that matches then: frames of the old
+		// epoch would count as the new one's. It must tell before.
+		if err := s.Purge(ctx); err != nil {
+			return err
+		}
 		if err := s.conn.Bundle(ctx, mods); err != nil {
 			return fmt.Errorf("switch of %s: install %d flow mods: %w", s.cfg.Host, len(mods), err)
 		}
@@ -357,7 +366,8 @@ func (s *Switch) Update(ctx context.Context, change func(*coloring.State)) error
 }
 
 // Purge empties the datapath's caches, so that no frame is judged by entries that
-// are gone, and brings the flow entries' counters up to date.
+// are gone, and brings the flow entries' counters up to date. It does not tell by
+// which entries a frame was judged: see Update, which purges before it changes any.
 func (s *Switch) Purge(ctx context.Context) error {
 	return s.control.call(ctx, "revalidator/purge")
 }

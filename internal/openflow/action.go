@@ -188,7 +188,7 @@ func (a Clone) String() string { return "clone(" + actionsString(a.Actions) + ")
 // (NXAST_CONTROLLER2). Unlike an [Output] to [PortController] it can carry data
 // of the controller's own, which come back in [PacketIn.UserData].
 type Controller struct {
-	MaxLen       uint16 // bytes of the frame; 0 stands for all, as ControllerNoBuffer does
+	MaxLen       uint16 // bytes of the frame; 0 stands for all, as ControllerNoBuffer does. Open vSwitch 3.1 sends all in any case
 	Reason       uint8  // one of Reason...; 0 stands for ReasonAction
 	ControllerID uint16 // 0 for all controllers that have not chosen another
 	UserData     []byte

@@ -61,8 +61,8 @@ func (c *Conn) StageBundle(ctx context.Context, mods []FlowMod) (*Bundle, error)
 		}
 	}
 	for i, xid := range b.xids {
-		c.expect(xid, func(r received) (last bool) {
-			if e, ok := r.m.(*ErrorMessage); ok {
+		c.expect(xid, func(m Message, _ int) (last bool) {
+			if e, ok := m.(*ErrorMessage); ok {
 				b.fail(b.failure(i, e))
 			}
 			return false // a flow mod may be refused when it is added, or not before the commit
@@ -134,7 +134,7 @@ func (b *Bundle) Discard() {
 		return
 	}
 	// Nobody needs the answer: a bundle that could not be opened cannot be discarded either.
-	b.c.expect(xid, func(received) bool { return true })
+	b.c.expect(xid, func(Message, int) bool { return true })
 	if err := b.c.enqueue(m); err != nil {
 		b.c.forget(xid)
 	}

@@ -57,21 +57,14 @@ type Conn struct {
 	pending  map[uint32]callback
 	out      net.Buffers // waits to be written
 	outBytes int         // in out, and being written
-	in       []received  // waits for dispatch
+	in       [][]byte    // messages that wait for dispatch
 	inBytes  int         // in in, and being dispatched
 	readErr  error       // why nothing more will be received
 }
 
-// received is a message of the switch, and its length in bytes.
-type received struct {
-	m    Message
-	xid  uint32
-	size int
-}
-
-// callback gets what came with the xid it waits for, and tells whether it was
-// the last. It runs on Serve's goroutine, without the lock.
-type callback func(received) (last bool)
+// callback gets a message with the xid it waits for, of size bytes, and tells
+// whether it was the last. It runs on Serve's goroutine, without the lock.
+type callback func(m Message, size int) (last bool)
 
 // NewConn makes a session of a connection that the switch opened or accepted.
 func NewConn(c net.Conn, opts Options) *Conn {
@@ -86,7 +79,7 @@ func NewConn(c net.Conn, opts Options) *Conn {
 	}
 	conn := &Conn{
 		nc:      c,
-		r:       bufio.NewReaderSize(c, 64<<10),
+		r:       bufio.NewReaderSize(c, 256<<10),
 		handler: opts.Handler,
 		log:     opts.Logger,
 		limit:   opts.QueueBytes,
@@ -149,11 +142,11 @@ func (c *Conn) handshake() (*FeaturesReply, error) {
 	if err := c.writeNow(&Hello{Versions: []uint8{Version}}); err != nil {
 		return nil, err
 	}
-	r, err := c.read()
+	m, err := c.readNow()
 	if err != nil {
 		return nil, err
 	}
-	switch m := r.m.(type) {
+	switch m := m.(type) {
 	case *ErrorMessage:
 		return nil, m
 	case *Hello:
@@ -169,11 +162,11 @@ func (c *Conn) handshake() (*FeaturesReply, error) {
 		return nil, err
 	}
 	for {
-		r, err := c.read()
+		m, err := c.readNow()
 		if err != nil {
 			return nil, err
 		}
-		switch m := r.m.(type) {
+		switch m := m.(type) {
 		case *FeaturesReply:
 			return m, nil
 		case *EchoRequest:
@@ -186,6 +179,16 @@ func (c *Conn) handshake() (*FeaturesReply, error) {
 			c.early = append(c.early, m)
 		}
 	}
+}
+
+// readNow reads before Serve does.
+func (c *Conn) readNow() (Message, error) {
+	b, err := c.read()
+	if err != nil {
+		return nil, err
+	}
+	_, m, err := Unmarshal(b)
+	return m, err
 }
 
 // writeNow writes without the queue, before Serve.
@@ -202,9 +205,9 @@ func (c *Conn) writeNow(m Message) error {
 // connection or ctx ends; then it closes the connection and tells why. It
 // answers the switch's echo requests itself.
 //
-// Reading does not wait for the handler: Open vSwitch drops packet-ins when
-// more than a hundred wait for us (up to 512 with the bridge's
-// other_config:controller-queue-size).
+// Reading waits neither for the handler nor for decoding: Open vSwitch drops
+// packet-ins when more than a hundred wait for us (with the bridge's
+// other_config:controller-queue-size up to 512), besides those in the socket.
 func (c *Conn) Serve(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { c.end(context.Cause(ctx)) })
 	defer stop()
@@ -235,8 +238,10 @@ func (c *Conn) dispatchLoop() error {
 		if err != nil {
 			return err
 		}
-		for _, r := range batch {
-			c.dispatch(r)
+		for _, b := range batch {
+			if err := c.dispatch(b); err != nil {
+				return err
+			}
 		}
 		c.mu.Lock()
 		c.inBytes -= bytes
@@ -246,45 +251,46 @@ func (c *Conn) dispatchLoop() error {
 }
 
 // dispatch gives a message to who waits for it.
-func (c *Conn) dispatch(r received) {
-	switch r.m.(type) {
+func (c *Conn) dispatch(b []byte) error {
+	xid, m, err := Unmarshal(b)
+	if err != nil {
+		return err
+	}
+	switch m.(type) {
 	case *PacketIn, *PortStatus, *FlowRemoved:
 		// A switch chooses the xids of these; they answer nothing.
-		c.handler(r.m)
-		return
+		c.handler(m)
+		return nil
 	}
 	c.mu.Lock()
-	f := c.pending[r.xid]
+	f := c.pending[xid]
 	c.mu.Unlock()
 	if f == nil {
-		c.handler(r.m)
-	} else if f(r) {
-		c.forget(r.xid)
+		c.handler(m)
+	} else if f(m, len(b)) {
+		c.forget(xid)
 	}
+	return nil
 }
 
 func (c *Conn) readLoop() {
 	for {
-		r, err := c.read()
+		b, err := c.read()
 		if errors.Is(err, io.EOF) {
 			err = errors.New("the switch closed it")
 		}
-		if m, ok := r.m.(*EchoRequest); ok && err == nil {
-			var b []byte
-			if b, err = Marshal(r.xid, &EchoReply{Data: m.Data}); err == nil {
-				err = c.enqueue(b)
-			}
-			if err == nil {
+		if err == nil && b[1] == typeEchoRequest { // answered even while the handler is busy
+			b[1] = typeEchoReply
+			if err = c.enqueue(b); err == nil {
 				continue
 			}
 		}
 		c.mu.Lock()
-		if err != nil {
-			c.readErr = err
-		} else {
-			c.in = append(c.in, r)
-			c.inBytes += r.size
+		if err == nil {
+			c.in = append(c.in, b)
+			c.inBytes += len(b)
 		}
+		c.readErr = err
 		c.change.Broadcast()
 		for c.inBytes > c.limit && c.err == nil {
 			c.change.Wait()
@@ -297,25 +303,22 @@ func (c *Conn) readLoop() {
 	}
 }
 
-// read reads one message.
-func (c *Conn) read() (received, error) {
+// read reads one message, into memory of its own.
+func (c *Conn) read() ([]byte, error) {
 	h, err := c.r.Peek(headerSize)
 	if err != nil {
 		if len(h) > 0 && errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}
-		return received{}, err
+		return nil, err
 	}
 	size := int(binary.BigEndian.Uint16(h[2:]))
 	if size < headerSize {
-		return received{}, &Error{Section: "header", Offset: 2, Reason: fmt.Sprintf("length %d, at least %d wanted", size, headerSize)}
+		return nil, &Error{Section: "header", Offset: 2, Reason: fmt.Sprintf("length %d, at least %d wanted", size, headerSize)}
 	}
-	b := make([]byte, size) // a message of its own, for what Unmarshal returns refers to it
-	if _, err := io.ReadFull(c.r, b); err != nil {
-		return received{}, err
-	}
-	xid, m, err := Unmarshal(b)
-	return received{m: m, xid: xid, size: size}, err
+	b := make([]byte, size)
+	_, err = io.ReadFull(c.r, b)
+	return b, err
 }
 
 // enqueue has bytes written, in order, by the write loop.
@@ -413,17 +416,17 @@ func (c *Conn) call(ctx context.Context, m Message) ([]Message, error) {
 	var parts []Message
 	total := 0
 	done := make(chan error, 1)
-	c.expect(xid, func(r received) (last bool) {
-		if e, ok := r.m.(*ErrorMessage); ok {
+	c.expect(xid, func(m Message, size int) (last bool) {
+		if e, ok := m.(*ErrorMessage); ok {
 			done <- e
 			return true
 		}
-		parts = append(parts, r.m)
-		if total += r.size; total > maxMultipartBytes {
+		parts = append(parts, m)
+		if total += size; total > maxMultipartBytes {
 			done <- fmt.Errorf("openflow: the answer is longer than %d bytes", maxMultipartBytes)
 			return true
 		}
-		if moreParts(r.m) {
+		if moreParts(m) {
 			return false
 		}
 		done <- nil

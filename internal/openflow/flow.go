@@ -14,7 +14,7 @@ type FlowModCommand uint8
 
 // The commands of a flow mod.
 const (
-	FlowAdd          FlowModCommand = 0 // an entry with the same table, priority and match is replaced
+	FlowAdd          FlowModCommand = 0 // replaces an entry with the same table, priority and match, and counts on where that was
 	FlowModify       FlowModCommand = 1 // instructions of all entries that the match covers
 	FlowModifyStrict FlowModCommand = 2 // instructions of the one entry with that priority and match
 	FlowDelete       FlowModCommand = 3 // all entries that the match covers
