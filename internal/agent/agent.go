@@ -25,6 +25,7 @@ import (
 	"violin/internal/cut"
 	"violin/internal/fabric"
 	"violin/internal/hypervisor/qemu"
+	"violin/internal/priority"
 )
 
 // Platform is the machine an agent works on: a real one, or a namespace that
@@ -52,7 +53,9 @@ type Config struct {
 	Underlay Underlay
 	// Limits bound what the gate of one node holds. At the bound the cut is aborted.
 	Limits cut.Limits
-	Logger *slog.Logger
+	// Urgency is that of the agent's own process: agents of one process share it.
+	Urgency *priority.Shared
+	Logger  *slog.Logger
 }
 
 // DefaultLimits bound a gate where Config gives no limits: 64 MiB of frames.

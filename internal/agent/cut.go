@@ -13,6 +13,7 @@ import (
 	"violin/internal/fabric"
 	"violin/internal/hypervisor/qemu"
 	stream "violin/internal/migration/qemu"
+	"violin/internal/priority"
 	"violin/internal/store"
 )
 
@@ -213,7 +214,7 @@ func (hc *hostCut) arm(nc *nodeCut) error {
 
 // receive is the far end of the migration: the node's state goes to the store.
 func (hc *hostCut) receive(nc *nodeCut) error {
-	Background(hc.a.log)
+	priority.Background(hc.a.log)
 	var pages *store.PageWriter
 	d := stream.NewDecoder(nc.capture.Stream())
 	skeleton, err := d.Decode(func(blocks []stream.RAMBlock) (stream.PageSink, error) {
@@ -251,14 +252,9 @@ func (hc *hostCut) cutNode(name string) {
 		hc.fail(name, fmt.Errorf("host %s has no such node", hc.a.cfg.Host))
 		return
 	}
-	for _, step := range cut.Steps() {
-		nc.begun = step
-		began := time.Now()
-		if err := hc.step(nc, step); err != nil {
-			hc.fail(name, fmt.Errorf("%s: %w", step, err))
-			return
-		}
-		hc.a.log.Debug("step done", "cut", hc.id, "node", name, "step", step.String(), "took", time.Since(began))
+	if err := hc.steps(nc); err != nil {
+		hc.fail(name, err)
+		return
 	}
 	hc.report(cut.NodeCut{Cut: hc.id, Node: name})
 
@@ -274,6 +270,20 @@ func (hc *hostCut) cutNode(name string) {
 		hc.report(cut.Stored{Cut: hc.id, Node: name})
 	case <-hc.ctx.Done():
 	}
+}
+
+func (hc *hostCut) steps(nc *nodeCut) error {
+	defer hc.a.cfg.Urgency.Raise()()
+	defer hc.a.fabric.Urgency().Raise()()
+	for _, step := range cut.Steps() {
+		nc.begun = step
+		began := time.Now()
+		if err := hc.step(nc, step); err != nil {
+			return fmt.Errorf("%s: %w", step, err)
+		}
+		hc.a.log.Debug("step done", "cut", hc.id, "node", nc.n.spec.Name, "step", step.String(), "took", time.Since(began))
+	}
+	return nil
 }
 
 func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {

@@ -25,6 +25,7 @@ import (
 	"violin/internal/coloring"
 	"violin/internal/cut"
 	"violin/internal/openflow"
+	"violin/internal/priority"
 )
 
 // The bridges of a host: the nodes' and, with the user-space datapath, the
@@ -92,6 +93,7 @@ type Switch struct {
 	log     *slog.Logger
 	run     uint16
 	daemons *daemons
+	urgency *priority.Shared
 	db      *database
 	control *unixctl
 	nl      *netlink.Handle
@@ -134,6 +136,7 @@ func Start(ctx context.Context, cfg Config) (_ *Switch, err error) {
 	if s.daemons, err = startDaemons(ctx, cfg); err != nil {
 		return nil, err
 	}
+	s.urgency = &priority.Shared{PID: s.daemons.pid(), Log: s.log}
 	if s.db, err = openDatabase(ctx, s.daemons.socket(), s.log); err != nil {
 		return nil, err
 	}
@@ -400,6 +403,9 @@ func (s *Switch) Counters(ctx context.Context) (Counters, error) {
 	c.Seen = s.seen
 	return c, nil
 }
+
+// Urgency is that of the switch's process.
+func (s *Switch) Urgency() *priority.Shared { return s.urgency }
 
 // Output sends a frame out of a port.
 func (s *Switch) Output(port uint32, frame []byte) error {

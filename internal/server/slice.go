@@ -165,6 +165,7 @@ func (sl *slice) startAgents(ctx context.Context, s *Server) error {
 			a, err := agent.Start(gctx, agent.Config{
 				Host: name, Dir: filepath.Join(s.cfg.RunDir, sl.topo.Slice, name), Platform: h,
 				Underlay: agent.Underlay{Device: h.UnderlayDevice, Addr: h.UnderlayAddr, MAC: h.UnderlayMAC, MTU: h.MTU},
+				Urgency:  s.urgency,
 				Logger:   s.log.With("slice", sl.topo.Slice),
 			})
 			if err != nil {
