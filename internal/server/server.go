@@ -102,7 +102,10 @@ func (s *Server) slice(name string) (*slice, error) {
 func (s *Server) claim(name string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, ok := s.slices[name]; ok {
+	switch sl, ok := s.slices[name]; {
+	case ok && sl == nil:
+		return connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("slice %q is coming up or going down just now; wait until it has", name))
+	case ok:
 		return connect.NewError(connect.CodeAlreadyExists, fmt.Errorf("slice %q runs already; take it down first, or give the other one another name", name))
 	}
 	s.slices[name] = nil
