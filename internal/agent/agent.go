@@ -88,7 +88,7 @@ func Start(ctx context.Context, cfg Config) (*Agent, error) {
 	sw, err := fabric.Start(ctx, fabric.Config{
 		Host: cfg.Host, Dir: filepath.Join(cfg.Dir, "ovs"), Launcher: cfg.Platform, Netlink: cfg.Platform.Netlink,
 		UnderlayDevice: cfg.Underlay.Device, UnderlayAddr: cfg.Underlay.Addr, UnderlayMAC: cfg.Underlay.MAC, MTU: cfg.Underlay.MTU,
-		OnPacket: a.packet, Logger: a.log,
+		OnPacket: a.packet, OnLost: a.lost, Logger: a.log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("host %s: %w", cfg.Host, err)
@@ -163,6 +163,17 @@ type Recorded struct {
 	Epoch     cut.Epoch
 	At        time.Time
 	Data      []byte
+}
+
+// lost fails the cuts that run: between switch and gates, frames may be missing.
+func (a *Agent) lost(err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, hc := range a.cuts {
+		if !hc.ended {
+			go hc.fail("", fmt.Errorf("the session with the switch was lost: %w", err))
+		}
+	}
 }
 
 // packet takes a frame that the switch handed over. It runs on the session's
