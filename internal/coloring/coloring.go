@@ -3,7 +3,9 @@ package coloring
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"net"
+	"reflect"
 	"slices"
 
 	"violin/internal/cut"
@@ -121,14 +123,9 @@ func key(table uint8, priority uint16, match openflow.Match) string {
 
 // Sorted returns the entries by table, then falling priority, then match.
 func (fs FlowSet) Sorted() []openflow.FlowMod {
-	keys := make([]string, 0, len(fs))
-	for k := range fs {
-		keys = append(keys, k)
-	}
-	slices.Sort(keys)
-	out := make([]openflow.FlowMod, len(keys))
-	for i, k := range keys {
-		out[i] = fs[k]
+	out := make([]openflow.FlowMod, 0, len(fs))
+	for _, k := range slices.Sorted(maps.Keys(fs)) {
+		out = append(out, fs[k])
 	}
 	return out
 }
@@ -422,23 +419,20 @@ func load(reg int, v uint32) openflow.Action {
 // replaced; those that do not are left alone, and keep their counters.
 func Diff(have, want FlowSet) []openflow.FlowMod {
 	var mods []openflow.FlowMod
-	for _, f := range have.Sorted() {
-		if _, ok := want[key(f.Table, f.Priority, f.Match)]; !ok {
+	for _, k := range slices.Sorted(maps.Keys(have)) {
+		if _, ok := want[k]; !ok {
+			f := have[k]
 			mods = append(mods, openflow.FlowMod{
 				Command: openflow.FlowDeleteStrict, Table: f.Table, Priority: f.Priority, Match: f.Match,
 				OutPort: openflow.PortAny, OutGroup: openflow.GroupAny,
 			})
 		}
 	}
-	for _, f := range want.Sorted() {
-		old, ok := have[key(f.Table, f.Priority, f.Match)]
-		if !ok || old.Cookie != f.Cookie || !sameInstructions(old.Instructions, f.Instructions) {
+	for _, k := range slices.Sorted(maps.Keys(want)) {
+		old, ok := have[k]
+		if f := want[k]; !ok || old.Cookie != f.Cookie || !reflect.DeepEqual(old.Instructions, f.Instructions) {
 			mods = append(mods, f)
 		}
 	}
 	return mods
-}
-
-func sameInstructions(a, b []openflow.Instruction) bool {
-	return fmt.Sprint(a) == fmt.Sprint(b)
 }

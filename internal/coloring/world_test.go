@@ -42,7 +42,8 @@ type rules struct {
 	spec
 	cuts    int
 	first   cut.Epoch
-	sends   int  // at most this many frames are under way
+	sends   int // guests send while fewer frames than this are under way
+	telling bool
 	reorder bool // tunnels lose frames and do not keep their order
 	trouble bool // cuts are cancelled, steps fail, gates are full
 	mutate  func(*host, FlowSet)
@@ -71,7 +72,10 @@ type world struct {
 	seal   *cut.Seal
 	gone   map[channel]uint64 // put into the tunnel
 	come   map[channel]uint64 // taken from it
-	path   []string           // the last actions
+	path   []string           // all that has happened, if it is to be told
+
+	open int            // frames under way, one for each that it is for
+	slow [ops][]float64 // how slow each is, in this cut, in doing each thing: the probability of not being next
 
 	sealed, aborted, recorded, held, raced, lost int // how much has been tried
 }
@@ -364,6 +368,7 @@ func (w *world) send(from *iface, k kind) bool {
 		}
 	}
 	w.frames[id] = f
+	w.open += len(f.to)
 	from.tx = append(from.tx, f)
 	return true
 }
@@ -492,7 +497,10 @@ func (w *world) arrive(from, to *host, i int, lose bool) {
 	if lose {
 		w.lost++
 		for at, r := range f.to {
-			r.lost = r.lost || at.node.host == to
+			if at.node.host == to {
+				r.lost = true
+				w.open--
+			}
 		}
 		return
 	}
@@ -987,7 +995,7 @@ var opNames = [ops]string{"send", "transmit", "arrive", "read", "hear", "listen"
 func (w *world) choices(sending bool) (c [ops][]int) {
 	cutting := w.coord.Phase() != cut.PhaseIdle
 	for i, f := range w.ifaces {
-		if sending && f.node.running && len(w.frames) < w.sends {
+		if sending && f.node.running && w.open < w.sends {
 			c[opSend] = append(c[opSend], i)
 		}
 		if len(f.tx) > 0 {
@@ -1027,7 +1035,7 @@ func (w *world) choices(sending bool) (c [ops][]int) {
 	if w.canTick() {
 		c[opTick] = []int{0}
 	}
-	if w.trouble && cutting && w.rnd.IntN(300) == 0 {
+	if w.trouble && cutting && w.rnd.IntN(1500) == 0 {
 		c[opTrouble] = []int{0}
 	}
 	return c
@@ -1090,15 +1098,34 @@ func (w *world) act(sending bool) bool {
 	if len(can) == 0 {
 		return false
 	}
-	o := can[w.rnd.IntN(len(can))]
-	i := c[o][w.rnd.IntN(len(c[o]))]
-	w.do(o, i)
-	return true
+	for {
+		o := can[w.rnd.IntN(len(can))]
+		i := c[o][w.rnd.IntN(len(c[o]))]
+		if w.rnd.Float64() >= w.slow[o][i] {
+			w.do(o, i)
+			return true
+		}
+	}
+}
+
+// pace makes some things slow. Were all alike, no node would ever be a whole cut
+// ahead of another, and no frame would reach an open gate that is behind.
+func (w *world) pace() {
+	for o := range ops {
+		w.slow[o] = make([]float64, max(len(w.ifaces), len(w.hosts)*len(w.hosts)))
+		for i := range w.slow[o] {
+			if w.rnd.IntN(3) == 0 {
+				w.slow[o][i] = 0.97
+			}
+		}
+	}
 }
 
 func (w *world) do(o op, i int) {
 	note := func(format string, args ...any) {
-		w.path = append(w.path[max(0, len(w.path)-200):], fmt.Sprintf("%s ", opNames[o])+fmt.Sprintf(format, args...))
+		if w.telling {
+			w.path = append(w.path, fmt.Sprintf("%s ", opNames[o])+fmt.Sprintf(format, args...))
+		}
 	}
 	switch o {
 	case opSend:
@@ -1123,6 +1150,7 @@ func (w *world) do(o op, i int) {
 		r := f.rx[0]
 		f.rx = f.rx[1:]
 		r.read = w.clock
+		w.open--
 		note("%d at %s", r.frame.id, f)
 		w.route(r)
 	case opHear:
@@ -1189,10 +1217,11 @@ func (w *world) run() (bad violation) {
 		case violation:
 			bad = p
 		default:
-			panic(fmt.Sprintf("%v\n%s", p, w.story()))
+			panic(fmt.Sprintf("%v\n%s", p, strings.Join(w.path, "\n  ")))
 		}
 	}()
 	for range w.cuts {
+		w.pace()
 		for range w.rnd.IntN(100) {
 			w.act(true)
 		}
@@ -1216,7 +1245,10 @@ func (w *world) run() (bad violation) {
 	return ""
 }
 
-// story is how it came about.
-func (w *world) story() string {
-	return strings.Join(w.path, "\n  ")
+// story tells how a violation came about: the end of it.
+func story(r rules, seed uint64) string {
+	r.telling = true
+	w := newWorld(r, seed)
+	w.run()
+	return strings.Join(w.path[max(0, len(w.path)-200):], "\n  ")
 }
