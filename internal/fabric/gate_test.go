@@ -437,3 +437,124 @@ func TestLikeInMemory(t *testing.T) {
 		}
 	}
 }
+
+// keeper is a node's gate with the frames it has judged, as an agent has it.
+type keeper struct {
+	mu       sync.Mutex
+	gate     *cut.Gate[[]byte]
+	output   func(data []byte)
+	recorded []uint64
+}
+
+func (k *keeper) arrive(p coloring.Packet, data []byte) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	v, err := k.gate.Arrive(cut.Frame[[]byte]{Epoch: p.Epoch, Size: len(data), Delivered: p.Delivered(), Ref: data})
+	if err != nil {
+		panic(err)
+	}
+	if v.Deliver {
+		k.output(data)
+	}
+	if v.Record {
+		k.recorded = append(k.recorded, number(data))
+	}
+}
+
+func (k *keeper) count() (held, recorded int) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.gate.Held(), len(k.recorded)
+}
+
+// TestHeldInOrder takes one node through its cut while newer frames wait for it,
+// from its own host and from another: it gets them in order, before what is sent
+// afterwards. Then an older frame is delivered and recorded, from either.
+func TestHeldInOrder(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	r := newRig(ctx, t)
+	a, b, c, d := r.sockets[0], r.sockets[2], r.sockets[4], r.sockets[6]
+	sw := r.switches[d.host]
+	k := &keeper{gate: cut.NewGate[[]byte](255, cut.Limits{}), output: func(data []byte) {
+		if err := sw.Output(d.port, data); err != nil {
+			t.Error(err)
+		}
+	}}
+	r.gate = func(host string, p coloring.Packet, data []byte) {
+		if host == d.host && p.Port == d.port {
+			k.arrive(p, data)
+		}
+	}
+	until := func(what string, ok func() bool) {
+		t.Helper()
+		for !ok() {
+			if err := pause(ctx); err != nil {
+				held, recorded := k.count()
+				t.Fatalf("%s: %v; %d frames held, %d recorded, %d read", what, err, held, recorded, len(r.readBy(d)))
+			}
+		}
+	}
+	const frames = 300
+	burst := func(from ...*socket) {
+		for range frames {
+			for _, s := range from {
+				r.send(s, d.addr, []byte{0x88, 0xb5}, 60)
+			}
+		}
+	}
+	r.color(ctx, map[string]coloring.Color{"a": {Epoch: 0}, "b": {Epoch: 255}, "c": {Epoch: 0}, "d": {Epoch: 255}})
+	burst(a, c)
+	until("newer frames are held", func() bool { held, _ := k.count(); return held == 2*frames })
+	if n := len(r.readBy(d)); n != 0 {
+		t.Fatalf("%d newer frames were delivered", n)
+	}
+
+	k.gate.Close()
+	r.color(ctx, map[string]coloring.Color{"d": {Epoch: 255, Closed: true}})
+	r.color(ctx, map[string]coloring.Color{"d": {Epoch: 0, Closed: true, Recording: true}})
+	k.mu.Lock()
+	k.gate.Flip(0, true)
+	for _, f := range k.gate.Open() {
+		if f.Record {
+			t.Errorf("frame %d of the node's own epoch is recorded", number(f.Frame.Ref)-magic)
+		}
+		k.output(f.Frame.Ref)
+	}
+	k.mu.Unlock()
+	r.color(ctx, map[string]coloring.Color{"d": {Epoch: 0, Recording: true}})
+	burst(a, c)
+	until("all are read", func() bool { return len(r.readBy(d)) == 4*frames })
+	last := map[bool]uint64{}
+	for i, id := range r.readBy(d) {
+		from := bytes.Equal(r.sent[id][6:12], a.addr)
+		if last[from] > id {
+			t.Fatalf("frame %d is read after %d: no. %d of %d", id-magic, last[from]-magic, i, 4*frames)
+		}
+		last[from] = id
+	}
+
+	burst(b)
+	until("older frames are recorded", func() bool { _, recorded := k.count(); return recorded == frames })
+	until("and delivered", func() bool { return len(r.readBy(d)) == 5*frames })
+	if delivered := r.readBy(d)[4*frames:]; !slices.Equal(delivered, k.recorded) {
+		t.Errorf("delivered %v\nrecorded %v", delivered, k.recorded)
+	}
+	counters, err := sw.Counters(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := counters.Records[d.port]; n != frames {
+		t.Errorf("%d copies counted, not %d", n, frames)
+	}
+	if n := counters.Received[coloring.Channel{Peer: peerID(a.host), Network: 1, Epoch: 255}]; n != frames {
+		t.Errorf("%d frames of the old epoch counted as received, not %d", n, frames)
+	}
+}
+
+// readBy returns the frames that a guest has read, in order.
+func (r *rig) readBy(s *socket) []uint64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.seen[s.name])
+}
