@@ -25,6 +25,7 @@ import (
 	"violin/internal/cut"
 	"violin/internal/fabric"
 	"violin/internal/hypervisor/qemu"
+	"violin/internal/priority"
 )
 
 // Platform is the machine an agent works on: a real one, or a namespace that
@@ -52,7 +53,9 @@ type Config struct {
 	Underlay Underlay
 	// Limits bound what the gate of one node holds. At the bound the cut is aborted.
 	Limits cut.Limits
-	Logger *slog.Logger
+	// Urgency is that of the agent's own process: agents of one process share it.
+	Urgency *priority.Shared
+	Logger  *slog.Logger
 }
 
 // DefaultLimits bound a gate where Config gives no limits: 64 MiB of frames.
@@ -85,7 +88,7 @@ func Start(ctx context.Context, cfg Config) (*Agent, error) {
 	sw, err := fabric.Start(ctx, fabric.Config{
 		Host: cfg.Host, Dir: filepath.Join(cfg.Dir, "ovs"), Launcher: cfg.Platform, Netlink: cfg.Platform.Netlink,
 		UnderlayDevice: cfg.Underlay.Device, UnderlayAddr: cfg.Underlay.Addr, UnderlayMAC: cfg.Underlay.MAC, MTU: cfg.Underlay.MTU,
-		OnPacket: a.packet, Logger: a.log,
+		OnPacket: a.packet, OnLost: a.lost, Logger: a.log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("host %s: %w", cfg.Host, err)
@@ -160,6 +163,17 @@ type Recorded struct {
 	Epoch     cut.Epoch
 	At        time.Time
 	Data      []byte
+}
+
+// lost fails the cuts that run: between switch and gates, frames may be missing.
+func (a *Agent) lost(err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, hc := range a.cuts {
+		if !hc.ended {
+			go hc.fail("", fmt.Errorf("the session with the switch was lost: %w", err))
+		}
+	}
 }
 
 // packet takes a frame that the switch handed over. It runs on the session's

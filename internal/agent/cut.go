@@ -13,6 +13,7 @@ import (
 	"violin/internal/fabric"
 	"violin/internal/hypervisor/qemu"
 	stream "violin/internal/migration/qemu"
+	"violin/internal/priority"
 	"violin/internal/store"
 )
 
@@ -61,8 +62,8 @@ type hostCut struct {
 
 	nodes   map[string]*nodeCut
 	ended   bool   // commit or abort has begun
-	unseen  uint64 // frames that had not come from the switch when the cut began
-	dropped uint64 // frames that have not come from the switch since
+	unseen  uint64 // frames lost between switch and gates before the cut began
+	dropped uint64 // and since
 }
 
 // nodeCut is one node's part in it.
@@ -213,7 +214,7 @@ func (hc *hostCut) arm(nc *nodeCut) error {
 
 // receive is the far end of the migration: the node's state goes to the store.
 func (hc *hostCut) receive(nc *nodeCut) error {
-	Background(hc.a.log)
+	priority.Background(hc.a.log)
 	var pages *store.PageWriter
 	d := stream.NewDecoder(nc.capture.Stream())
 	skeleton, err := d.Decode(func(blocks []stream.RAMBlock) (stream.PageSink, error) {
@@ -251,14 +252,9 @@ func (hc *hostCut) cutNode(name string) {
 		hc.fail(name, fmt.Errorf("host %s has no such node", hc.a.cfg.Host))
 		return
 	}
-	for _, step := range cut.Steps() {
-		nc.begun = step
-		began := time.Now()
-		if err := hc.step(nc, step); err != nil {
-			hc.fail(name, fmt.Errorf("%s: %w", step, err))
-			return
-		}
-		hc.a.log.Debug("step done", "cut", hc.id, "node", name, "step", step.String(), "took", time.Since(began))
+	if err := hc.steps(nc); err != nil {
+		hc.fail(name, err)
+		return
 	}
 	hc.report(cut.NodeCut{Cut: hc.id, Node: name})
 
@@ -274,6 +270,20 @@ func (hc *hostCut) cutNode(name string) {
 		hc.report(cut.Stored{Cut: hc.id, Node: name})
 	case <-hc.ctx.Done():
 	}
+}
+
+func (hc *hostCut) steps(nc *nodeCut) error {
+	defer hc.a.cfg.Urgency.Raise()()
+	defer hc.a.fabric.Urgency().Raise()()
+	for _, step := range cut.Steps() {
+		nc.begun = step
+		began := time.Now()
+		if err := hc.step(nc, step); err != nil {
+			return fmt.Errorf("%s: %w", step, err)
+		}
+		hc.a.log.Debug("step done", "cut", hc.id, "node", nc.n.spec.Name, "step", step.String(), "took", time.Since(began))
+	}
+	return nil
 }
 
 func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {
@@ -417,10 +427,10 @@ func (hc *hostCut) collect() {
 	hc.report(cut.Collected{Cut: hc.id, Host: hc.a.cfg.Host})
 }
 
-// unseen is how many frames the switch has handed over that never came here:
-// the session between the two dropped them.
+// unseen is how many frames the switch has handed over that never came here, the
+// session between the two having dropped them, and how many it would not take back.
 func (a *Agent) unseen(c fabric.Counters) uint64 {
-	return c.Handed - min(c.Seen, c.Handed)
+	return c.Handed - min(c.Seen, c.Handed) + c.Refused
 }
 
 // HostResult is what a host brings to a snapshot.

@@ -190,6 +190,9 @@ func (s *Server) Restore(ctx context.Context, req *violinv1.RestoreRequest, out 
 	if err != nil {
 		return apiError(err)
 	}
+	if _, err := s.machines(topo); err != nil {
+		return err
+	}
 	if sl, err := s.slice(topo.Slice); err == nil {
 		tell("stop", "", "what still runs of slice "+topo.Slice)
 		if err := sl.close(); err != nil {
