@@ -185,6 +185,39 @@ func TestDiff(t *testing.T) {
 	}
 }
 
+// Repair leads there too, from what a switch says it holds, and leaves alone what is right.
+func TestRepair(t *testing.T) {
+	for seed := range uint64(100) {
+		rnd := rand.New(rand.NewPCG(seed, 0))
+		holds, want := randomFlows(t, rnd), randomFlows(t, rnd)
+		reply := &openflow.FlowStatsReply{}
+		for _, f := range holds.Sorted() {
+			reply.Flows = append(reply.Flows, openflow.FlowStats{
+				Table: f.Table, Priority: f.Priority, Cookie: f.Cookie, Flags: f.Flags, Match: f.Match, Instructions: f.Instructions,
+			})
+		}
+		b, err := openflow.Marshal(1, reply)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, m, err := openflow.Unmarshal(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mods, err := Repair(m.(*openflow.FlowStatsReply).Flows, want)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if least := Diff(holds, want); len(mods) != len(least) {
+			t.Fatalf("seed %d: %d flow mods, %d would do", seed, len(mods), len(least))
+		}
+		holds.apply(t, mods)
+		if text(holds) != text(want) {
+			t.Fatalf("seed %d: Repair leads to\n%s\nand not to\n%s", seed, text(holds), text(want))
+		}
+	}
+}
+
 // A flip changes the stamps of the node and what its gates deliver, and nothing
 // else: closed and hold entries count on, or what they have handed over so far
 // would be forgotten, since a switch tells nobody of an entry that is replaced.

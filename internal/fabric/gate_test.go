@@ -322,7 +322,7 @@ func (r *rig) compareCounters(ctx context.Context, what string) {
 			r.t.Errorf("%s: %d frames handed over by the switch of %s, %d came", what, c.Handed, name, c.Seen)
 		}
 		request := openflow.FlowStatsRequest{Table: openflow.TableAll, Cookie: uint64(sw.run) << 48, CookieMask: 0xffff << 48}
-		real, err := sw.conn.FlowStats(ctx, request)
+		real, err := sw.conn.Load().FlowStats(ctx, request)
 		if err != nil {
 			r.t.Fatal(err)
 		}

@@ -209,6 +209,15 @@ func TestRefuses(t *testing.T) {
 	}
 }
 
+// A packet-out has one ingress port. Two in its match were once sent, and each was
+// refused: the codec does not write them.
+func TestPacketOutPort(t *testing.T) {
+	m := &openflow.PacketOut{Match: openflow.Match{openflow.InPort(1)}, Data: frame}
+	if b, err := openflow.Marshal(1, m); err == nil || b != nil {
+		t.Errorf("written as %x", b)
+	}
+}
+
 func TestAmbiguous(t *testing.T) {
 	l := newLab(t)
 	l.must(flow(0, 1, openflow.Match{openflow.InPort(1)}), flow(0, 1, openflow.Match{openflow.EthDst(addr)}))
