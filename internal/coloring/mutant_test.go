@@ -163,6 +163,17 @@ func TestMutants(t *testing.T) {
 			}
 			return c.Epoch
 		}))},
+		{"the stamp of the second interface does not flip", "", edit(KindStamp, func(h *host, m *openflow.FlowMod) bool {
+			if h.ports[uint32(UnpackCookie(m.Cookie).Port)].index == 0 {
+				return true
+			}
+			return stampWith(func(c Color) cut.Epoch {
+				if c.Recording {
+					return c.Epoch - 1
+				}
+				return c.Epoch
+			})(h, m)
+		})},
 		{"the stamp does not wrap", "", edit(KindStamp, stampWith(func(c Color) cut.Epoch { return max(c.Epoch, 200) }))},
 		{"a stamp is of another network", "", edit(KindStamp, func(_ *host, m *openflow.FlowMod) bool {
 			as := actions(m)
