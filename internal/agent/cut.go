@@ -606,6 +606,10 @@ func (hc *hostCut) abortStep(ctx context.Context, nc *nodeCut, step cut.Step, to
 	case cut.StepResume:
 		return nil // Capture.Abort left the node running
 	case cut.StepOpen:
+		// The switch of a node that had been cut still copies older frames.
+		if err := hc.a.recolor(ctx, nc.n, func(c *coloring.Color) { c.Recording = false }); err != nil {
+			return err
+		}
 		return hc.open(ctx, nc.n)
 	}
 	return fmt.Errorf("unknown step %d of an abort", step)
