@@ -46,6 +46,10 @@ const armBound = 5 * time.Second
 // a thread that lets pauses of other nodes go first.
 const streamBuffer = 256 << 10
 
+// standstill is the least bandwidth, in bytes/s: QEMU divides it by ten, and takes 0
+// for no limit.
+const standstill = 10
+
 // nearlyDone is how much memory a pre-copy keeps back, in bytes.
 const nearlyDone = 32 << 20
 
@@ -91,8 +95,13 @@ func (vm *VM) Arm(ctx context.Context, mode Mode) (_ *Capture, err error) {
 	caps := []string{"background-snapshot"}
 	if mode == Precopy {
 		caps = []string{"pause-before-switchover"}
-		// Not to switch over before it is told to: no pause is short enough.
-		if err := vm.setParameters(ctx, map[string]any{"downtime-limit": 0, "max-bandwidth": 256 << 20}); err != nil {
+		// Not to switch over before it is told to: no pause is short enough. A small VM
+		// would be through before anybody looks; see converge.
+		rate := 256 << 20
+		if vm.spec.Memory <= nearlyDone {
+			rate = standstill
+		}
+		if err := vm.setParameters(ctx, map[string]any{"downtime-limit": 0, "max-bandwidth": rate}); err != nil {
 			return nil, err
 		}
 	}
@@ -249,7 +258,7 @@ func (c *Capture) converge(ctx context.Context) error {
 		if m.Status == "active" && (m.RAM.Syncs >= 2 || m.RAM.Remaining < nearlyDone) {
 			// An idle guest would have nothing left to send, and QEMU would then
 			// stop it by itself: keep a little back until it is told to.
-			return c.vm.setParameters(ctx, map[string]any{"max-bandwidth": 1})
+			return c.vm.setParameters(ctx, map[string]any{"max-bandwidth": standstill})
 		}
 		select {
 		case <-time.After(2 * time.Millisecond):
