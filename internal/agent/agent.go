@@ -136,6 +136,7 @@ type node struct {
 	arrived  time.Time // of the last frame that the switch handed over and did not deliver
 	recorded []Recorded
 	overflow func(error) // where a gate that is over its bound is reported
+	tally    tally       // of the cut that runs
 }
 
 type port struct {
@@ -182,6 +183,7 @@ func (n *node) arrive(a *Agent, p coloring.Packet, f arrival) {
 	} else {
 		n.arrived = f.at
 	}
+	n.tally.arrive(p.Epoch, p.Delivered())
 	v, err := n.gate.Arrive(cut.Frame[arrival]{Epoch: p.Epoch, Size: len(f.data), Delivered: p.Delivered(), Ref: f})
 	if err != nil && n.overflow != nil {
 		n.overflow(err)
@@ -190,6 +192,7 @@ func (n *node) arrive(a *Agent, p coloring.Packet, f arrival) {
 		n.record(p.Epoch, f)
 	}
 	if v.Deliver {
+		n.tally.deliver(p.Epoch, n.gate.Epoch())
 		n.deliver(a, f)
 	}
 }
@@ -202,6 +205,7 @@ func (n *node) record(epoch cut.Epoch, f arrival) {
 
 func (n *node) deliver(a *Agent, f arrival) {
 	if err := a.fabric.Output(f.port.number, f.data); err != nil {
+		n.tally.failed++
 		a.log.Error("a held frame was not delivered", "node", n.spec.Name, "bytes", len(f.data), "err", err)
 	}
 }

@@ -29,11 +29,11 @@ type Certificate struct {
 	From              uint8   `json:"from"` // the epoch that the cut left
 	To                uint8   `json:"to"`   // and the one that it led to
 	Topology          Hash    `json:"topology"`
-	QuietNS           int64   `json:"quiet_ns"` // silence after which a frame counts as lost
-	Nodes             []Node  `json:"nodes"`    // by name
-	Hosts             []Host  `json:"hosts"`    // by name
-	Rounds            []Round `json:"rounds"`   // of counters: the last two, and before them the first that read the same
-	Lost              []Loss  `json:"lost"`     // what the coordinator took for lost; by channel
+	QuietNS           int64   `json:"quiet_ns"`         // silence after which a frame counts as lost
+	Nodes             []Node  `json:"nodes,omitempty"`  // by name
+	Hosts             []Host  `json:"hosts,omitempty"`  // by name
+	Rounds            []Round `json:"rounds,omitempty"` // of counters: the last two, and before them the first that read the same
+	Lost              []Loss  `json:"lost,omitempty"`   // what the coordinator took for lost; by channel
 	Channel           Channel `json:"channel"`
 }
 
@@ -57,11 +57,11 @@ type Node struct {
 	Device Blob   `json:"device"`
 	Memory Blob   `json:"memory"`
 
-	Steps []Step `json:"steps"` // in the order in which they were done
+	Steps []Step `json:"steps,omitempty"` // in the order in which they were done
 	Heard int64  `json:"heard_ns"`
 	Gate  Gate   `json:"gate"`
 	// Recorded is the channel state to the node, in the order in which it was recorded.
-	Recorded []Frame `json:"recorded"`
+	Recorded []Frame `json:"recorded,omitempty"`
 }
 
 // Step is one step of a node's cut. It is in the list when all that it says was
@@ -112,15 +112,15 @@ type Host struct {
 type Round struct {
 	Number  int      `json:"number"`
 	Asked   int64    `json:"asked_ns"`
-	Ended   int64    `json:"ended_ns"` // the last answer was heard
-	Answers []Answer `json:"answers"`  // by host
+	Ended   int64    `json:"ended_ns"`          // the last answer was heard
+	Answers []Answer `json:"answers,omitempty"` // by host
 }
 
 // Answer is one host's.
 type Answer struct {
 	Host   string  `json:"host"`
-	Read   int64   `json:"read_ns"` // before the first counter was read
-	Counts []Count `json:"counts"`  // by channel; none that is 0
+	Read   int64   `json:"read_ns"`          // before the first counter was read
+	Counts []Count `json:"counts,omitempty"` // by channel; none that is 0
 }
 
 // Count is one host's view of a channel, in frames since the epoch began. A

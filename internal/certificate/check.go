@@ -465,13 +465,11 @@ func (k *checker) channel() {
 	must(k, "frames that the channel state says it holds", k.c.Channel.Frames, about.Frames)
 	must(k, "frames in the channel state", k.c.Channel.Frames, len(frames))
 	cuts := map[string]int64{}
-	left := map[string]map[Frame]int{}
+	left := map[string][]Frame{}
 	for _, n := range k.c.Nodes {
 		cuts[n.Name] = n.CutAt
-		left[n.Name] = map[Frame]int{}
-		for _, f := range n.Recorded {
-			left[n.Name][f]++
-		}
+		left[n.Name] = slices.Clone(n.Recorded)
+		slices.SortStableFunc(left[n.Name], func(a, b Frame) int { return cmp.Compare(a.At, b.At) })
 	}
 	for _, r := range receivers {
 		t := k.topo.Node(r.Node)
@@ -486,18 +484,14 @@ func (k *checker) channel() {
 	}
 	for i, f := range frames {
 		e := Frame{Interface: f.receiver.Interface, Epoch: f.epoch, At: f.at, Size: len(f.data), Hash: Sum(f.data)}
-		if left[f.receiver.Node][e] == 0 {
-			k.bad("frame %d of the channel state, to %s:%d, is none that the node recorded", i, f.receiver.Node, f.receiver.Interface)
-			continue
+		if to := left[f.receiver.Node]; len(to) == 0 || to[0] != e {
+			k.bad("frame %d of the channel state, to %s:%d, is not the one that the node recorded", i, f.receiver.Node, f.receiver.Interface)
+			return
 		}
-		left[f.receiver.Node][e]--
+		left[f.receiver.Node] = left[f.receiver.Node][1:]
 	}
 	for _, n := range k.c.Nodes {
-		missing := 0
-		for _, count := range left[n.Name] {
-			missing += count
-		}
-		if missing > 0 {
+		if missing := len(left[n.Name]); missing > 0 {
 			k.bad("node %s: %d frames that it recorded are not in the channel state", n.Name, missing)
 		}
 	}

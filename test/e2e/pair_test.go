@@ -125,6 +125,7 @@ func TestPair(t *testing.T) {
 		if snap.FramesDropped != "0" || len(snap.Nodes) != 2 {
 			t.Errorf("%s: %s frames dropped, %d nodes", mode, snap.FramesDropped, len(snap.Nodes))
 		}
+		verified(t, dirs, "pair@"+snap.ID)
 		var ps struct {
 			Slices []struct{ Nodes []struct{ PID string } }
 		}
@@ -145,6 +146,7 @@ func TestPair(t *testing.T) {
 			t.Errorf("%s: restored to after the computation's end", mode)
 		}
 	}
+	tampered(t, dirs, own, "pair@latest")
 	await("the restored computation ends", "picture ")
 	got := must(t, dirs, "exec", "pair/left", "--", "cat", "/var/lib/violin/mandelbrot.pgm")
 
