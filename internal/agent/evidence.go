@@ -83,8 +83,8 @@ func (hc *hostCut) awaitSeen() error {
 		}
 		switch waited := time.Since(began); {
 		case n < 0 && waited > 5*openQuiet:
-			// What an entry hands over between its last reading and its end is counted
-			// by none (see fabric.Switch.Update): the switch may have counted too few.
+			// An entry that is put over another takes its count along, as the flip does
+			// with that of the closed gate: the switch may have counted too few.
 			return nil
 		case n > 0 && waited > seenBound:
 			return fmt.Errorf("%d frames were dropped between the switch and its controller: they would be in no memory and no record; "+

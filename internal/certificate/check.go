@@ -277,8 +277,8 @@ func (k *checker) hosts() {
 			k.bad("host %s is not in its place in the list of hosts, or is there twice", h.Name)
 		}
 		names = append(names, h.Name)
-		// A switch may count too few: what an entry hands over between its last
-		// reading and its end is counted by none.
+		// A switch may have counted too few: the flip replaces the entry of the closed
+		// gate, and with it what that had counted.
 		if h.Handed > h.Seen {
 			k.bad("host %s: its switch handed %d frames to its gates, and %d came", h.Name, h.Handed, h.Seen)
 		}

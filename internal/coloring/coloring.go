@@ -394,10 +394,7 @@ func load(reg int, v uint32) openflow.Action {
 func Diff(have, want FlowSet) []openflow.FlowMod {
 	var mods []openflow.FlowMod
 	for _, f := range have.Sorted() {
-		// An entry whose counter is wanted when it goes tells it only if it is deleted:
-		// one that is put over it would take the count along, unheard.
-		next, ok := want[key(f.Table, f.Priority, f.Match)]
-		if !ok || f.Flags&openflow.FlagSendFlowRemoved != 0 && changed(f, next) {
+		if _, ok := want[key(f.Table, f.Priority, f.Match)]; !ok {
 			mods = append(mods, openflow.FlowMod{
 				Command: openflow.FlowDeleteStrict, Table: f.Table, Priority: f.Priority, Match: f.Match,
 				OutPort: openflow.PortAny, OutGroup: openflow.GroupAny,
@@ -406,15 +403,11 @@ func Diff(have, want FlowSet) []openflow.FlowMod {
 	}
 	for _, f := range want.Sorted() {
 		old, ok := have[key(f.Table, f.Priority, f.Match)]
-		if !ok || changed(old, f) {
+		if !ok || old.Cookie != f.Cookie || !sameInstructions(old.Instructions, f.Instructions) {
 			mods = append(mods, f)
 		}
 	}
 	return mods
-}
-
-func changed(old, new openflow.FlowMod) bool {
-	return old.Cookie != new.Cookie || !sameInstructions(old.Instructions, new.Instructions)
 }
 
 func sameInstructions(a, b []openflow.Instruction) bool {
