@@ -77,18 +77,8 @@ func (hc *hostCut) awaitSeen() error {
 			return err
 		}
 		hc.after = counters
-		n := dropped(hc.before, counters)
-		if n == 0 {
-			return nil
-		}
-		switch waited := time.Since(began); {
-		case n < 0 && waited > 5*openQuiet:
-			// An entry that is put over another takes its count along, as the flip does
-			// with that of the closed gate: the switch may have counted too few.
-			return nil
-		case n > 0 && waited > seenBound:
-			return fmt.Errorf("%d frames were dropped between the switch and its controller: they would be in no memory and no record; "+
-				"try again, or under less traffic", n)
+		if done, err := judge(dropped(hc.before, counters), time.Since(began)); done {
+			return err
 		}
 		select {
 		case <-time.After(openQuiet):
@@ -96,6 +86,23 @@ func (hc *hostCut) awaitSeen() error {
 			return hc.ctx.Err()
 		}
 	}
+}
+
+// judge tells whether frames that have not come are waited for no longer, and
+// what that means.
+func judge(missing int64, waited time.Duration) (done bool, err error) {
+	switch {
+	case missing == 0:
+		return true, nil
+	case missing < 0:
+		// An entry that is put over another takes its count along, as the flip does
+		// with that of the closed gate: the switch may have counted too few.
+		return waited > 5*openQuiet, nil
+	case waited > seenBound:
+		return true, fmt.Errorf("%d frames were dropped between the switch and its controller: they would be in no memory and no record; "+
+			"try again, or under less traffic", missing)
+	}
+	return false, nil
 }
 
 // dropped is how many frames the switch has handed over, since it counted before,
