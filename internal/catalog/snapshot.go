@@ -123,17 +123,6 @@ func (s *Snapshot) roots() iter.Seq[store.Root] {
 	}
 }
 
-// Roots yields what the snapshot needs in the store, for the store's Check.
-func (s *Snapshot) Roots() iter.Seq2[store.Root, error] {
-	return func(yield func(store.Root, error) bool) {
-		for r := range s.roots() {
-			if !yield(r, nil) {
-				return
-			}
-		}
-	}
-}
-
 // check refuses what must not be sealed.
 func (s *Snapshot) check() error {
 	errs := []error{CheckName(s.Slice), checkID(s.ID)}
