@@ -45,8 +45,6 @@ type world struct {
 	now    time.Duration
 	coord  *cut.Coordinator
 	nodes  map[string]*node
-	cert   certificate.Certificate
-	polls  int
 	sent   map[string]uint64 // of the old epoch, by sending host
 	got    map[string]uint64 // and by receiving host
 	copied map[string]uint64
@@ -106,7 +104,7 @@ func (w *world) step(ev cut.Event) {
 		case cut.SendPoll:
 			counters = append(counters, w.count(e))
 		case cut.SendCollect:
-			defer w.step(cut.Collected{Cut: e.Cut, Host: e.Host})
+			defer w.step(cut.Collected(e))
 		case cut.Seal:
 			w.lost, w.sealed = e.Lost, true
 		}

@@ -404,7 +404,6 @@ func (s *Switch) Counters(ctx context.Context) (Counters, error) {
 // Output sends a frame out of a port.
 func (s *Switch) Output(port uint32, frame []byte) error {
 	return s.conn.Send(&openflow.PacketOut{
-		Match:   openflow.Match{openflow.InPort(openflow.PortController)},
 		Actions: []openflow.Action{openflow.Output{Port: port}},
 		Data:    frame,
 	})
