@@ -99,6 +99,7 @@ func (a *app) root() *cobra.Command {
 	root.AddCommand(
 		a.upCommand(), a.psCommand(), a.downCommand(),
 		a.snapshotCommand(), a.snapshotsCommand(), a.restoreCommand(),
+		a.verifyCommand(), a.framesCommand(),
 		a.consoleCommand(), a.execCommand(),
 		a.serverCommand(), a.versionCommand(),
 	)

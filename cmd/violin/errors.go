@@ -90,7 +90,8 @@ func (a *app) explain(ctx context.Context, verb *cobra.Command, err error) *fail
 		return &failure{code: exitUsage, err: message}
 	case connect.CodeNotFound:
 		hint := "'violin ps' lists what runs."
-		if verb.Name() == "restore" || verb.Name() == "snapshots" {
+		switch verb.Name() {
+		case "restore", "snapshots", "verify", "frames":
 			hint = "'violin snapshots' lists the snapshots."
 		}
 		return &failure{code: exitNotFound, err: message, hint: hint}

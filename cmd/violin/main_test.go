@@ -209,6 +209,36 @@ func (f *fakeServer) Restore(ctx context.Context, request *violinv1.RestoreReque
 	}}})
 }
 
+func (f *fakeServer) Verify(ctx context.Context, request *violinv1.VerifyRequest) (*violinv1.VerifyResponse, error) {
+	f.got(request)
+	slice, tag, _ := strings.Cut(request.GetSnapshot(), "@")
+	if err := f.fault(ctx, slice); err != nil {
+		return nil, err
+	}
+	r := &violinv1.VerifyResponse{
+		Snapshot: snapshotName(firstSnapshot()), Certificate: strings.Repeat("3f9a6c01", 8), Holds: tag != "tampered",
+		Cannot: []string{"That the hosts told the truth."}, Notes: []string{"its parent is not there any more"},
+	}
+	if r.Holds {
+		r.Proves = []string{"Every node went from epoch 2 to 3 once.", "Nothing was dropped."}
+	} else {
+		r.Violations = []string{"node rank1: flip began before stop had ended: \x1b[2Jframes could be stamped with the wrong epoch"}
+	}
+	return r, nil
+}
+
+func (f *fakeServer) Frames(ctx context.Context, request *violinv1.FramesRequest, stream *connect.ServerStream[violinv1.FramesResponse]) error {
+	f.got(request)
+	slice, _, _ := strings.Cut(request.GetSnapshot(), "@")
+	if err := stream.Send(&violinv1.FramesResponse{Data: []byte("the first piece, ")}); err != nil {
+		return err
+	}
+	if err := f.fault(ctx, slice); err != nil {
+		return err
+	}
+	return stream.Send(&violinv1.FramesResponse{Data: []byte("and the second\n")})
+}
+
 func (f *fakeServer) Exec(ctx context.Context, request *violinv1.ExecRequest) (*violinv1.ExecResponse, error) {
 	f.got(request)
 	if err := f.fault(ctx, request.GetSlice()); err != nil {
@@ -287,7 +317,7 @@ func firstSnapshot() *violinv1.Snapshot {
 	s := &violinv1.Snapshot{
 		Id: "20261123T120000-7f3a", Slice: "mandelbrot", Created: timestamppb.New(created), Mode: violinv1.CaptureMode_CAPTURE_MODE_BACKGROUND,
 		Duration: durationpb.New(1420 * time.Millisecond), Skew: durationpb.New(2140 * time.Microsecond),
-		FramesHeld: 6, FramesRecorded: 14,
+		FramesHeld: 6, FramesRecorded: 14, Certificate: strings.Repeat("3f9a6c01", 8),
 	}
 	for i, n := range mandelbrot().GetNodes() {
 		node := &violinv1.SnapshotNode{
@@ -448,6 +478,20 @@ func TestTranscripts(t *testing.T) {
 			{why: "not a snapshot's name", args: []string{"restore", "mandelbrot"}},
 			{why: "no such snapshot", args: []string{"restore", "missing@latest"}},
 		}},
+		{name: "verify", commands: []command{
+			{why: "it holds", args: []string{"verify", "mandelbrot@latest"}},
+			{why: "it does not", args: []string{"verify", "mandelbrot@tampered"}},
+			{why: "for programs, the report is there all the same", args: []string{"verify", "mandelbrot@tampered", "-o", "json"}},
+			{why: "not a snapshot's name", args: []string{"verify", "mandelbrot"}},
+			{why: "no such snapshot", args: []string{"verify", "missing@latest"}},
+			{why: "a snapshot without a certificate", args: []string{"verify", "busy@latest"}},
+		}},
+		{name: "frames", commands: []command{
+			{why: "to standard output, which is no terminal here", args: []string{"frames", "mandelbrot@latest"}},
+			{why: "no such snapshot", args: []string{"frames", "missing@latest"}},
+			{why: "not a snapshot's name", args: []string{"frames", "mandelbrot@"}},
+			{why: "nothing for programs but the file", args: []string{"frames", "mandelbrot@latest", "-o", "json"}},
+		}},
 		{name: "down", commands: []command{
 			{why: "one", args: []string{"down", "pair"}},
 			{why: "all", args: []string{"down", "--all"}},
@@ -593,6 +637,9 @@ func TestRequests(t *testing.T) {
 		},
 		{[]string{"snapshots", "pair"}, &violinv1.ListSnapshotsRequest{Slice: "pair"}},
 		{[]string{"restore", "pair@x"}, &violinv1.RestoreRequest{Snapshot: "pair@x"}},
+		{[]string{"verify", "pair@x"}, &violinv1.VerifyRequest{Snapshot: "pair@x"}},
+		{[]string{"verify", "pair@x", "--read-data", "--certificate", "3f9a6c013f9a6c01"}, &violinv1.VerifyRequest{Snapshot: "pair@x", ReadData: true, Certificate: "3f9a6c013f9a6c01"}},
+		{[]string{"frames", "pair@x"}, &violinv1.FramesRequest{Snapshot: "pair@x"}},
 		{[]string{"exec", "pair/rank0", "ls"}, &violinv1.ExecRequest{Slice: "pair", Node: "rank0", Command: []string{"ls"}}},
 		{[]string{"exec", "--timeout", "2m", "other", "--", "sh", "-c", "exit"}, &violinv1.ExecRequest{Slice: "pair", Node: "other", Command: []string{"sh", "-c", "exit"}, Timeout: durationpb.New(2 * time.Minute)}},
 	} {

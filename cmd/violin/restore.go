@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -26,9 +25,8 @@ one instant, with the frames that were in flight on their way again.`,
 }
 
 func (a *app) restore(ctx context.Context, snapshot string) error {
-	if slice, id, ok := strings.Cut(snapshot, "@"); !ok || slice == "" || id == "" {
-		return &failure{code: exitUsage, err: fmt.Errorf("snapshot %q: a snapshot is named SLICE@ID, SLICE@TAG or SLICE@latest", snapshot),
-			hint: "'violin snapshots' lists them."}
+	if err := checkSnapshotName(snapshot); err != nil {
+		return err
 	}
 	p := a.progress()
 	defer p.done()

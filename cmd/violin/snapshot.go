@@ -164,6 +164,9 @@ func writeSnapshot(w io.Writer, s *violinv1.Snapshot) {
 	facts.row("skew", optionalDuration(s.GetSkew()))
 	facts.row("dropped", frames(s.GetFramesDropped(), "by the cut"))
 	facts.row("lost", frames(s.GetFramesLostByNetwork(), "by the network"))
+	if s.GetCertificate() != "" {
+		facts.row("certificate", s.GetCertificate())
+	}
 	facts.write(w)
 }
 

@@ -143,6 +143,7 @@ type node struct {
 	recorded []Recorded
 	overflow func(error) // where a gate that is over its bound is reported
 	newer    func()      // what a newer frame sets off
+	tally    tally       // of the cut that runs
 
 	discard   bool // newer frames, instead of holding them: see [Drop]
 	discarded uint64
@@ -204,8 +205,10 @@ func (n *node) arrive(a *Agent, p coloring.Packet, f arrival) {
 	} else {
 		n.arrived = f.at
 	}
+	n.tally.arrive(p.Epoch, p.Delivered())
 	if n.discard && !p.Delivered() && p.Epoch.Compare(n.gate.Epoch()) > 0 {
 		n.discarded++
+		n.tally.discard()
 		return
 	}
 	v, err := n.gate.Arrive(cut.Frame[arrival]{Epoch: p.Epoch, Size: len(f.data), Delivered: p.Delivered(), Ref: f})
@@ -219,6 +222,7 @@ func (n *node) arrive(a *Agent, p coloring.Packet, f arrival) {
 		n.record(p.Epoch, f)
 	}
 	if v.Deliver {
+		n.tally.deliver(p.Epoch, n.gate.Epoch())
 		n.deliver(a, f)
 	}
 }
@@ -231,6 +235,7 @@ func (n *node) record(epoch cut.Epoch, f arrival) {
 
 func (n *node) deliver(a *Agent, f arrival) {
 	if err := a.fabric.Output(f.port.number, f.data); err != nil {
+		n.tally.failed++
 		a.log.Error("a held frame was not delivered", "node", n.spec.Name, "bytes", len(f.data), "err", err)
 	}
 }

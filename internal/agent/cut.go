@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"violin/internal/certificate"
 	"violin/internal/coloring"
 	"violin/internal/cut"
 	"violin/internal/fabric"
@@ -60,6 +61,8 @@ type NodeResult struct {
 	Held      uint64
 	Recorded  []Recorded
 	Interface []Interface
+	Steps     []certificate.Step
+	Gate      certificate.Gate
 }
 
 // hostCut is one cut on this host.
@@ -74,10 +77,13 @@ type hostCut struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup // everything that ctx ends
 
-	nodes   map[string]*nodeCut
-	ended   bool   // commit or abort has begun
-	unseen  uint64 // frames lost between switch and gates before the cut began
-	dropped uint64 // and since
+	nodes     map[string]*nodeCut
+	ended     bool // commit or abort has begun
+	began     time.Time
+	reads     map[int]time.Time // when a round's counters were read
+	before    fabric.Counters   // when the host prepared
+	after     fabric.Counters   // when the recording had ended
+	discarded uint64            // frames, by the policy [Drop]
 }
 
 // nodeCut is one node's part in it.
@@ -145,7 +151,8 @@ func (a *Agent) Handle(o Order, report func(cut.Event)) {
 }
 
 func (a *Agent) newCut(o Order, e cut.SendPrepare, report func(cut.Event)) *hostCut {
-	hc := &hostCut{a: a, order: o, id: e.Cut, from: e.From, to: e.To, report: report, nodes: map[string]*nodeCut{}}
+	hc := &hostCut{a: a, order: o, id: e.Cut, from: e.From, to: e.To, report: report, nodes: map[string]*nodeCut{},
+		began: time.Now(), reads: map[int]time.Time{}}
 	hc.ctx, hc.cancel = context.WithCancel(context.Background())
 	for key, n := range a.nodes {
 		if key.Slice == o.Slice {
@@ -194,7 +201,7 @@ func (hc *hostCut) prepare() {
 		hc.fail("", err)
 		return
 	}
-	hc.unseen = hc.a.unseen(counters)
+	hc.before = counters
 	var arming sync.WaitGroup
 	var failed sync.Once
 	ok := true
@@ -224,6 +231,7 @@ func (hc *hostCut) arm(nc *nodeCut) error {
 	nc.n.mu.Lock()
 	nc.base = nc.n.gate.Stats()
 	nc.n.gate.Limit(limits)
+	nc.n.tally = tally{}
 	nc.n.recorded = nil
 	nc.n.overflow = func(err error) { hc.fail(nc.n.spec.Name, err) }
 	nc.n.newer = hc.newer(nc.n.spec.Name)
@@ -331,10 +339,11 @@ func (hc *hostCut) steps(nc *nodeCut) error {
 	defer hc.a.fabric.Urgency().Raise()()
 	for _, step := range cut.Steps() {
 		nc.begun = step
-		began := time.Now()
+		began, from := time.Now(), nc.n.epoch()
 		if err := hc.step(nc, step); err != nil {
 			return fmt.Errorf("%s: %w", step, err)
 		}
+		hc.witness(nc, step, began, from)
 		hc.a.log.Debug("step done", "cut", hc.id, "node", nc.n.spec.Name, "step", step.String(), "took", time.Since(began))
 	}
 	return nil
@@ -409,6 +418,7 @@ func (hc *hostCut) flip(ctx context.Context, n *node, to cut.Epoch, record bool)
 	}
 	n.mu.Lock()
 	n.gate.Flip(to, record)
+	n.tally.flipped = record
 	n.mu.Unlock()
 	return nil
 }
@@ -453,6 +463,9 @@ func (n *node) eachPort(ctx context.Context, wait func(context.Context, string) 
 // poll reports Mattern's counters, and beside them the way of the copies from
 // the switch to the gates.
 func (hc *hostCut) poll(round int, epoch cut.Epoch) {
+	hc.a.mu.Lock()
+	hc.reads[round] = time.Now()
+	hc.a.mu.Unlock()
 	counters, err := hc.a.fabric.Counters(hc.ctx)
 	if err != nil {
 		hc.fail("", err)
@@ -482,12 +495,10 @@ func (a *Agent) peer(id uint16) string {
 
 // collect ends the recording.
 func (hc *hostCut) collect() {
-	counters, err := hc.a.fabric.Counters(hc.ctx)
-	if err != nil {
+	if err := hc.awaitSeen(); err != nil {
 		hc.fail("", err)
 		return
 	}
-	hc.dropped = hc.a.unseen(counters) - min(hc.unseen, hc.a.unseen(counters))
 	for name, nc := range hc.nodes {
 		n := nc.n
 		n.mu.Lock()
@@ -495,7 +506,8 @@ func (hc *hostCut) collect() {
 		nc.result.Recorded, n.recorded = n.recorded, nil
 		st := n.gate.Stats()
 		nc.result.Held = st.Held - nc.base.Held
-		hc.dropped += n.discarded
+		nc.result.Gate = n.tally.gate(nc.base, st, n.gate.Held())
+		hc.discarded += n.discarded
 		n.overflow, n.newer, n.discard = nil, nil, false
 		n.mu.Unlock()
 		if err := hc.a.recolor(hc.ctx, n, func(c *coloring.Color) { c.Recording = false }); err != nil {
@@ -503,35 +515,11 @@ func (hc *hostCut) collect() {
 			return
 		}
 	}
+	if err := hc.awaitSeen(); err != nil {
+		hc.fail("", err)
+		return
+	}
 	hc.report(cut.Collected{Cut: hc.id, Host: hc.a.cfg.Host})
-}
-
-// unseen is how many frames the switch has handed over that never came here, the
-// session between the two having dropped them, and how many it would not take back.
-func (a *Agent) unseen(c fabric.Counters) uint64 {
-	return c.Handed - min(c.Seen, c.Handed) + c.Refused
-}
-
-// HostResult is what a host brings to a snapshot.
-type HostResult struct {
-	Nodes   []NodeResult
-	Dropped uint64 // frames that the cut has dropped on this host
-}
-
-// Results returns what the host brings to the snapshot: complete once it has
-// reported Collected, and Stored for each node.
-func (a *Agent) Results(slice, id string) (HostResult, error) {
-	a.mu.Lock()
-	hc := a.cuts[slice]
-	a.mu.Unlock()
-	if hc == nil || hc.id != id {
-		return HostResult{}, fmt.Errorf("host %s: knows of no cut %s", a.cfg.Host, id)
-	}
-	r := HostResult{Dropped: hc.dropped}
-	for _, nc := range hc.nodes {
-		r.Nodes = append(r.Nodes, nc.result)
-	}
-	return r, nil
 }
 
 func (hc *hostCut) commit() {

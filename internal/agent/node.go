@@ -157,6 +157,7 @@ func (a *Agent) open(ctx context.Context, n *node) error {
 		if r.Record {
 			n.record(r.Frame.Epoch, r.Frame.Ref)
 		}
+		n.tally.deliver(r.Frame.Epoch, n.gate.Epoch())
 		n.deliver(a, r.Frame.Ref)
 	}
 	n.mu.Unlock()

@@ -33,6 +33,9 @@ type Snapshot struct {
 	Nodes    []Node  `json:"nodes"`
 	Channel  Channel `json:"channel"`
 	Totals   Totals  `json:"totals"`
+	// Certificate is the evidence of the cut; nil for a snapshot that was taken
+	// before there were certificates.
+	Certificate *Certificate `json:"certificate,omitempty"`
 }
 
 // A Node is what a snapshot holds of one VM.
@@ -73,6 +76,12 @@ type Channel struct {
 	Bytes  int64         `json:"bytes"`
 }
 
+// Certificate is where the evidence of the cut is.
+type Certificate struct {
+	Ref         store.BlobRef `json:"ref"`
+	Fingerprint store.Hash    `json:"fingerprint"` // of its bytes, whatever their number
+}
+
 // Totals is the cut in figures.
 type Totals struct {
 	Skew     time.Duration `json:"skew_ns"`     // from the first node's cut to the last's
@@ -105,7 +114,12 @@ func (s *Snapshot) roots() iter.Seq[store.Root] {
 				}
 			}
 		}
-		add(" channel state", s.Channel.Ref, false)
+		if !add(" channel state", s.Channel.Ref, false) {
+			return
+		}
+		if s.Certificate != nil {
+			add(" certificate", s.Certificate.Ref, false)
+		}
 	}
 }
 

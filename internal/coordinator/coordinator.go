@@ -85,7 +85,7 @@ type Cut struct {
 	// or past for at once. It makes the skew small, and nothing rests on it.
 	At time.Time
 	// Seal makes the snapshot visible by one atomic write. Its error aborts the cut.
-	Seal func(ctx context.Context, hosts []agent.HostResult, lost []cut.ChannelLoss) error
+	Seal func(ctx context.Context, hosts []agent.HostResult, lost []cut.ChannelLoss, drained Drained) error
 	// Progress is told what happens, for people; nil for none.
 	Progress func(step, node, detail string)
 }
@@ -96,7 +96,7 @@ func (c *Coordinator) Take(ctx context.Context, req Cut) error {
 	if req.Progress == nil {
 		req.Progress = func(_, _, _ string) {}
 	}
-	r := &run{c: c, req: req, events: make(chan cut.Event, 64), gone: make(chan struct{}), log: c.cfg.Logger.With("slice", c.cfg.Slice, "cut", req.ID)}
+	r := &run{c: c, req: req, witness: newWitness(), events: make(chan cut.Event, 64), gone: make(chan struct{}), log: c.cfg.Logger.With("slice", c.cfg.Slice, "cut", req.ID)}
 	defer close(r.gone)
 	if err := r.agree(ctx); err != nil {
 		return fmt.Errorf("snapshot slice %q: %w", c.cfg.Slice, err)
@@ -116,14 +116,15 @@ func (c *Coordinator) step(ev cut.Event) ([]cut.Effect, error) {
 
 // run is one cut being driven.
 type run struct {
-	c      *Coordinator
-	req    Cut
-	log    *slog.Logger
-	events chan cut.Event
-	gone   chan struct{} // closed when nobody reads events any more
-	lost   []cut.ChannelLoss
-	sealed error
-	local  map[string]time.Time // the agreed instant, by host and its clock
+	c       *Coordinator
+	req     Cut
+	log     *slog.Logger
+	events  chan cut.Event
+	gone    chan struct{} // closed when nobody reads events any more
+	lost    []cut.ChannelLoss
+	sealed  error
+	witness *witness
+	local   map[string]time.Time // the agreed instant, by host and its clock
 }
 
 func (r *run) report(ev cut.Event) {
@@ -164,6 +165,7 @@ func (r *run) loop(ctx context.Context, effects []cut.Effect) error {
 			cancelled = nil
 			ev = cut.Cancel{Cut: r.req.ID, Reason: "cancelled"}
 		}
+		r.witness.event(ev)
 		r.log.Debug("event", "event", fmt.Sprintf("%T%+v", ev, ev))
 		if effects, err = r.c.step(ev); err != nil {
 			r.log.Error("event refused", "event", fmt.Sprintf("%T", ev), "err", err)
@@ -178,7 +180,8 @@ func (r *run) apply(ctx context.Context, effects []cut.Effect) (bool, error) {
 		case cut.Seal:
 			r.lost = e.Lost
 			r.req.Progress("seal", "", "")
-			go func() { r.report(r.seal(ctx)) }()
+			drained := r.witness.drained(r.c.machine.Timing().Quiet)
+			go func() { r.report(r.seal(ctx, drained)) }()
 		case cut.Done:
 			if e.Outcome == cut.OutcomeCommitted {
 				return true, nil
@@ -196,6 +199,7 @@ func (r *run) apply(ctx context.Context, effects []cut.Effect) (bool, error) {
 }
 
 func (r *run) send(ef cut.Effect) {
+	r.witness.effect(ef)
 	host := hostOf(ef)
 	h := r.c.cfg.Hosts[host]
 	if h == nil {
@@ -226,7 +230,7 @@ func hostOf(ef cut.Effect) string {
 	return ""
 }
 
-func (r *run) seal(ctx context.Context) cut.Event {
+func (r *run) seal(ctx context.Context, drained Drained) cut.Event {
 	var all []agent.HostResult
 	for host := range r.c.cfg.Nodes {
 		result, err := r.c.cfg.Hosts[host].Results(r.c.cfg.Slice, r.req.ID)
@@ -236,7 +240,7 @@ func (r *run) seal(ctx context.Context) cut.Event {
 		}
 		all = append(all, result)
 	}
-	if err := r.req.Seal(ctx, all, r.lost); err != nil {
+	if err := r.req.Seal(ctx, all, r.lost, drained); err != nil {
 		r.sealed = err
 		return cut.SealFailed{Cut: r.req.ID, Reason: err.Error()}
 	}

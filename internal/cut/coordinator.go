@@ -106,6 +106,9 @@ func (t Timing) withDefaults() Timing {
 // Phase returns where the running cut stands, PhaseIdle if none runs.
 func (c *Coordinator) Phase() Phase { return c.phase }
 
+// Timing returns how long the coordinator waits, defaults filled in.
+func (c *Coordinator) Timing() Timing { return c.timing }
+
 // Cut returns the name of the running cut, "" if none runs.
 func (c *Coordinator) Cut() string { return c.cut }
 

@@ -106,8 +106,8 @@ func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequ
 		ID: id, Mode: mode, Session: session, Progress: tell,
 		Newer: newerPolicy(req.GetNewer()), At: instant(req.GetAt()),
 		Limits: cut.Limits{Bytes: int(req.GetHoldBytes())}, Hold: req.GetHoldTime().AsDuration(),
-		Seal: func(ctx context.Context, hosts []agent.HostResult, lost []cut.ChannelLoss) error {
-			return s.seal(ctx, sl, snap, session, began, hosts, lost)
+		Seal: func(ctx context.Context, hosts []agent.HostResult, lost []cut.ChannelLoss, drained coordinator.Drained) error {
+			return s.seal(ctx, sl, snap, session, began, hosts, lost, drained)
 		},
 	})
 	if err != nil {
@@ -118,7 +118,7 @@ func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequ
 }
 
 // seal writes what belongs to the snapshot and, last, makes it visible.
-func (s *Server) seal(ctx context.Context, sl *slice, snap *catalog.Snapshot, session *store.Session, began time.Time, hosts []agent.HostResult, lost []cut.ChannelLoss) error {
+func (s *Server) seal(ctx context.Context, sl *slice, snap *catalog.Snapshot, session *store.Session, began time.Time, hosts []agent.HostResult, lost []cut.ChannelLoss, drained coordinator.Drained) error {
 	var results []agent.NodeResult
 	for _, h := range hosts {
 		results = append(results, h.Nodes...)
@@ -154,6 +154,9 @@ func (s *Server) seal(ctx context.Context, sl *slice, snap *catalog.Snapshot, se
 	}
 	for _, l := range lost {
 		snap.Totals.Lost += int64(l.Frames)
+	}
+	if err := s.certify(ctx, snap, session, hosts, channel, lost, drained); err != nil {
+		return err
 	}
 	st := session.Stats()
 	snap.Totals.StoredBytes = st.StoredBytes + st.BlobBytesKept
@@ -334,6 +337,9 @@ func snapshotMessage(s *catalog.Snapshot) *violinv1.Snapshot {
 	}
 	if s.Mode == "precopy" {
 		m.Mode = violinv1.CaptureMode_CAPTURE_MODE_PRECOPY
+	}
+	if s.Certificate != nil {
+		m.Certificate = s.Certificate.Fingerprint.String()
 	}
 	var first time.Time
 	for _, n := range s.Nodes {

@@ -145,6 +145,7 @@ func TestPair(t *testing.T) {
 		if snap.FramesDropped != "0" || len(snap.Nodes) != 2 {
 			t.Errorf("%s: %s frames dropped, %d nodes", mode, snap.FramesDropped, len(snap.Nodes))
 		}
+		verified(t, dirs, "pair@"+snap.ID)
 		var ps struct {
 			Slices []struct{ Nodes []struct{ PID string } }
 		}
@@ -165,6 +166,7 @@ func TestPair(t *testing.T) {
 			t.Errorf("%s: restored to after the computation's end", mode)
 		}
 	}
+	tampered(t, dirs, filepath.Join(runDir, "state"), "pair@latest")
 	await("the restored computation ends", "picture ")
 	got := must(t, dirs, "exec", "pair/left", "--", "cat", "/var/lib/violin/mandelbrot.pgm")
 

@@ -22,15 +22,16 @@ var imports = map[string][]string{
 
 	"internal/daemon":      {},
 	"internal/server":      {"api", "internal/*"},
-	"internal/coordinator": {"internal/agent", "internal/cut", "internal/hypervisor/qemu", "internal/store"},
+	"internal/coordinator": {"internal/agent", "internal/certificate", "internal/cut", "internal/hypervisor/qemu", "internal/store"},
 	"internal/agent": {
-		"internal/coloring", "internal/cut", "internal/fabric", "internal/frames", "internal/hypervisor/qemu",
+		"internal/certificate", "internal/coloring", "internal/cut", "internal/fabric", "internal/frames", "internal/hypervisor/qemu",
 		"internal/migration/qemu", "internal/priority", "internal/qga", "internal/store",
 	},
 	"internal/lab":             {},
 	"internal/fabric":          {"internal/coloring", "internal/cut", "internal/openflow", "internal/priority"},
 	"internal/hypervisor/qemu": {"internal/priority", "internal/qmp", "internal/topology"},
 	"internal/catalog":         {"internal/store"},
+	"internal/certificate":     {"internal/topology"}, // it shares nothing with what it checks
 	"internal/store":           {},
 	"internal/priority":        {},
 

@@ -1150,6 +1150,7 @@ type Snapshot struct {
 	RawBytes            uint64                 `protobuf:"varint,13,opt,name=raw_bytes,json=rawBytes,proto3" json:"raw_bytes,omitempty"`
 	StoredBytes         uint64                 `protobuf:"varint,14,opt,name=stored_bytes,json=storedBytes,proto3" json:"stored_bytes,omitempty"`
 	Nodes               []*SnapshotNode        `protobuf:"bytes,15,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	Certificate         string                 `protobuf:"bytes,16,opt,name=certificate,proto3" json:"certificate,omitempty"` // fingerprint of its certificate; empty if it has none
 	unknownFields       protoimpl.UnknownFields
 	sizeCache           protoimpl.SizeCache
 }
@@ -1287,6 +1288,13 @@ func (x *Snapshot) GetNodes() []*SnapshotNode {
 		return x.Nodes
 	}
 	return nil
+}
+
+func (x *Snapshot) GetCertificate() string {
+	if x != nil {
+		return x.Certificate
+	}
+	return ""
 }
 
 type ListSnapshotsRequest struct {
@@ -1915,6 +1923,246 @@ func (x *VersionResponse) GetPid() int64 {
 	return 0
 }
 
+type VerifyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Snapshot      string                 `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`                  // as in RestoreRequest
+	ReadData      bool                   `protobuf:"varint,2,opt,name=read_data,json=readData,proto3" json:"read_data,omitempty"` // read every page and blob of the store that the snapshot may need, not their index only
+	Certificate   string                 `protobuf:"bytes,3,opt,name=certificate,proto3" json:"certificate,omitempty"`            // the fingerprint that is expected, or its first 16 digits or more; empty: whatever it is
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifyRequest) Reset() {
+	*x = VerifyRequest{}
+	mi := &file_violin_v1_violin_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifyRequest) ProtoMessage() {}
+
+func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_violin_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifyRequest.ProtoReflect.Descriptor instead.
+func (*VerifyRequest) Descriptor() ([]byte, []int) {
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *VerifyRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *VerifyRequest) GetReadData() bool {
+	if x != nil {
+		return x.ReadData
+	}
+	return false
+}
+
+func (x *VerifyRequest) GetCertificate() string {
+	if x != nil {
+		return x.Certificate
+	}
+	return ""
+}
+
+type VerifyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Snapshot      string                 `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`       // SLICE@ID
+	Certificate   string                 `protobuf:"bytes,2,opt,name=certificate,proto3" json:"certificate,omitempty"` // its fingerprint, in hexadecimal digits
+	Holds         bool                   `protobuf:"varint,3,opt,name=holds,proto3" json:"holds,omitempty"`            // there are no violations
+	Violations    []string               `protobuf:"bytes,4,rep,name=violations,proto3" json:"violations,omitempty"`   // each a sentence
+	Proves        []string               `protobuf:"bytes,5,rep,name=proves,proto3" json:"proves,omitempty"`           // what was shown; empty if it does not hold
+	Cannot        []string               `protobuf:"bytes,6,rep,name=cannot,proto3" json:"cannot,omitempty"`           // what no certificate shows
+	Notes         []string               `protobuf:"bytes,7,rep,name=notes,proto3" json:"notes,omitempty"`             // what is no violation but worth knowing
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifyResponse) Reset() {
+	*x = VerifyResponse{}
+	mi := &file_violin_v1_violin_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifyResponse) ProtoMessage() {}
+
+func (x *VerifyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_violin_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifyResponse.ProtoReflect.Descriptor instead.
+func (*VerifyResponse) Descriptor() ([]byte, []int) {
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *VerifyResponse) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *VerifyResponse) GetCertificate() string {
+	if x != nil {
+		return x.Certificate
+	}
+	return ""
+}
+
+func (x *VerifyResponse) GetHolds() bool {
+	if x != nil {
+		return x.Holds
+	}
+	return false
+}
+
+func (x *VerifyResponse) GetViolations() []string {
+	if x != nil {
+		return x.Violations
+	}
+	return nil
+}
+
+func (x *VerifyResponse) GetProves() []string {
+	if x != nil {
+		return x.Proves
+	}
+	return nil
+}
+
+func (x *VerifyResponse) GetCannot() []string {
+	if x != nil {
+		return x.Cannot
+	}
+	return nil
+}
+
+func (x *VerifyResponse) GetNotes() []string {
+	if x != nil {
+		return x.Notes
+	}
+	return nil
+}
+
+type FramesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Snapshot      string                 `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"` // as in RestoreRequest
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FramesRequest) Reset() {
+	*x = FramesRequest{}
+	mi := &file_violin_v1_violin_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FramesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FramesRequest) ProtoMessage() {}
+
+func (x *FramesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_violin_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FramesRequest.ProtoReflect.Descriptor instead.
+func (*FramesRequest) Descriptor() ([]byte, []int) {
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *FramesRequest) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+type FramesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FramesResponse) Reset() {
+	*x = FramesResponse{}
+	mi := &file_violin_v1_violin_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FramesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FramesResponse) ProtoMessage() {}
+
+func (x *FramesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_violin_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FramesResponse.ProtoReflect.Descriptor instead.
+func (*FramesResponse) Descriptor() ([]byte, []int) {
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *FramesResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
 var File_violin_v1_violin_proto protoreflect.FileDescriptor
 
 const file_violin_v1_violin_proto_rawDesc = "" +
@@ -1994,7 +2242,7 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x05pages\x18\n" +
 	" \x01(\x04R\x05pages\x12\x1d\n" +
 	"\n" +
-	"zero_pages\x18\v \x01(\x04R\tzeroPages\"\xb7\x04\n" +
+	"zero_pages\x18\v \x01(\x04R\tzeroPages\"\xd9\x04\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05slice\x18\x02 \x01(\tR\x05slice\x12\x10\n" +
@@ -2012,7 +2260,8 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x16frames_lost_by_network\x18\f \x01(\x04R\x13framesLostByNetwork\x12\x1b\n" +
 	"\traw_bytes\x18\r \x01(\x04R\brawBytes\x12!\n" +
 	"\fstored_bytes\x18\x0e \x01(\x04R\vstoredBytes\x12-\n" +
-	"\x05nodes\x18\x0f \x03(\v2\x17.violin.v1.SnapshotNodeR\x05nodes\",\n" +
+	"\x05nodes\x18\x0f \x03(\v2\x17.violin.v1.SnapshotNodeR\x05nodes\x12 \n" +
+	"\vcertificate\x18\x10 \x01(\tR\vcertificate\",\n" +
 	"\x14ListSnapshotsRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\"J\n" +
 	"\x15ListSnapshotsResponse\x121\n" +
@@ -2049,7 +2298,25 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x0fVersionResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x0e\n" +
 	"\x02go\x18\x02 \x01(\tR\x02go\x12\x10\n" +
-	"\x03pid\x18\x03 \x01(\x03R\x03pid*\x84\x01\n" +
+	"\x03pid\x18\x03 \x01(\x03R\x03pid\"j\n" +
+	"\rVerifyRequest\x12\x1a\n" +
+	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12\x1b\n" +
+	"\tread_data\x18\x02 \x01(\bR\breadData\x12 \n" +
+	"\vcertificate\x18\x03 \x01(\tR\vcertificate\"\xca\x01\n" +
+	"\x0eVerifyResponse\x12\x1a\n" +
+	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12 \n" +
+	"\vcertificate\x18\x02 \x01(\tR\vcertificate\x12\x14\n" +
+	"\x05holds\x18\x03 \x01(\bR\x05holds\x12\x1e\n" +
+	"\n" +
+	"violations\x18\x04 \x03(\tR\n" +
+	"violations\x12\x16\n" +
+	"\x06proves\x18\x05 \x03(\tR\x06proves\x12\x16\n" +
+	"\x06cannot\x18\x06 \x03(\tR\x06cannot\x12\x14\n" +
+	"\x05notes\x18\a \x03(\tR\x05notes\"+\n" +
+	"\rFramesRequest\x12\x1a\n" +
+	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\"$\n" +
+	"\x0eFramesResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data*\x84\x01\n" +
 	"\tNodeState\x12\x1a\n" +
 	"\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x17\n" +
 	"\x13NODE_STATE_STARTING\x10\x01\x12\x16\n" +
@@ -2064,7 +2331,7 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x18NEWER_POLICY_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11NEWER_POLICY_HOLD\x10\x01\x12\x18\n" +
 	"\x14NEWER_POLICY_TRIGGER\x10\x02\x12\x15\n" +
-	"\x11NEWER_POLICY_DROP\x10\x032\xf6\x04\n" +
+	"\x11NEWER_POLICY_DROP\x10\x032\x80\x06\n" +
 	"\fSliceService\x123\n" +
 	"\x02Up\x12\x14.violin.v1.UpRequest\x1a\x15.violin.v1.UpResponse0\x01\x127\n" +
 	"\x04Down\x12\x16.violin.v1.DownRequest\x1a\x17.violin.v1.DownResponse\x12N\n" +
@@ -2075,7 +2342,9 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\aRestore\x12\x19.violin.v1.RestoreRequest\x1a\x1a.violin.v1.RestoreResponse0\x01\x127\n" +
 	"\x04Exec\x12\x16.violin.v1.ExecRequest\x1a\x17.violin.v1.ExecResponse\x12D\n" +
 	"\aConsole\x12\x19.violin.v1.ConsoleRequest\x1a\x1a.violin.v1.ConsoleResponse(\x010\x01\x12E\n" +
-	"\aVersion\x12\x19.violin.v1.VersionRequest\x1a\x1a.violin.v1.VersionResponse\"\x03\x90\x02\x01B\x1fZ\x1dviolin/api/violin/v1;violinv1b\x06proto3"
+	"\aVersion\x12\x19.violin.v1.VersionRequest\x1a\x1a.violin.v1.VersionResponse\"\x03\x90\x02\x01\x12B\n" +
+	"\x06Verify\x12\x18.violin.v1.VerifyRequest\x1a\x19.violin.v1.VerifyResponse\"\x03\x90\x02\x01\x12D\n" +
+	"\x06Frames\x12\x18.violin.v1.FramesRequest\x1a\x19.violin.v1.FramesResponse\"\x03\x90\x02\x010\x01B\x1fZ\x1dviolin/api/violin/v1;violinv1b\x06proto3"
 
 var (
 	file_violin_v1_violin_proto_rawDescOnce sync.Once
@@ -2090,7 +2359,7 @@ func file_violin_v1_violin_proto_rawDescGZIP() []byte {
 }
 
 var file_violin_v1_violin_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_violin_v1_violin_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_violin_v1_violin_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_violin_v1_violin_proto_goTypes = []any{
 	(NodeState)(0),                // 0: violin.v1.NodeState
 	(CaptureMode)(0),              // 1: violin.v1.CaptureMode
@@ -2120,39 +2389,43 @@ var file_violin_v1_violin_proto_goTypes = []any{
 	(*ConsoleResponse)(nil),       // 25: violin.v1.ConsoleResponse
 	(*VersionRequest)(nil),        // 26: violin.v1.VersionRequest
 	(*VersionResponse)(nil),       // 27: violin.v1.VersionResponse
-	(*timestamppb.Timestamp)(nil), // 28: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
+	(*VerifyRequest)(nil),         // 28: violin.v1.VerifyRequest
+	(*VerifyResponse)(nil),        // 29: violin.v1.VerifyResponse
+	(*FramesRequest)(nil),         // 30: violin.v1.FramesRequest
+	(*FramesResponse)(nil),        // 31: violin.v1.FramesResponse
+	(*timestamppb.Timestamp)(nil), // 32: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 33: google.protobuf.Duration
 }
 var file_violin_v1_violin_proto_depIdxs = []int32{
 	0,  // 0: violin.v1.Node.state:type_name -> violin.v1.NodeState
 	4,  // 1: violin.v1.Node.interfaces:type_name -> violin.v1.Interface
-	28, // 2: violin.v1.Slice.created:type_name -> google.protobuf.Timestamp
+	32, // 2: violin.v1.Slice.created:type_name -> google.protobuf.Timestamp
 	5,  // 3: violin.v1.Slice.nodes:type_name -> violin.v1.Node
 	3,  // 4: violin.v1.UpResponse.progress:type_name -> violin.v1.Progress
 	6,  // 5: violin.v1.UpResponse.slice:type_name -> violin.v1.Slice
 	6,  // 6: violin.v1.ListSlicesResponse.slices:type_name -> violin.v1.Slice
 	1,  // 7: violin.v1.SnapshotRequest.mode:type_name -> violin.v1.CaptureMode
 	2,  // 8: violin.v1.SnapshotRequest.newer:type_name -> violin.v1.NewerPolicy
-	28, // 9: violin.v1.SnapshotRequest.at:type_name -> google.protobuf.Timestamp
-	29, // 10: violin.v1.SnapshotRequest.hold_time:type_name -> google.protobuf.Duration
+	32, // 9: violin.v1.SnapshotRequest.at:type_name -> google.protobuf.Timestamp
+	33, // 10: violin.v1.SnapshotRequest.hold_time:type_name -> google.protobuf.Duration
 	3,  // 11: violin.v1.SnapshotResponse.progress:type_name -> violin.v1.Progress
 	16, // 12: violin.v1.SnapshotResponse.snapshot:type_name -> violin.v1.Snapshot
-	29, // 13: violin.v1.SnapshotNode.pause:type_name -> google.protobuf.Duration
-	28, // 14: violin.v1.SnapshotNode.cut_at:type_name -> google.protobuf.Timestamp
-	29, // 15: violin.v1.SnapshotNode.cut_offset:type_name -> google.protobuf.Duration
-	28, // 16: violin.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	33, // 13: violin.v1.SnapshotNode.pause:type_name -> google.protobuf.Duration
+	32, // 14: violin.v1.SnapshotNode.cut_at:type_name -> google.protobuf.Timestamp
+	33, // 15: violin.v1.SnapshotNode.cut_offset:type_name -> google.protobuf.Duration
+	32, // 16: violin.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
 	1,  // 17: violin.v1.Snapshot.mode:type_name -> violin.v1.CaptureMode
-	29, // 18: violin.v1.Snapshot.duration:type_name -> google.protobuf.Duration
-	29, // 19: violin.v1.Snapshot.skew:type_name -> google.protobuf.Duration
+	33, // 18: violin.v1.Snapshot.duration:type_name -> google.protobuf.Duration
+	33, // 19: violin.v1.Snapshot.skew:type_name -> google.protobuf.Duration
 	15, // 20: violin.v1.Snapshot.nodes:type_name -> violin.v1.SnapshotNode
 	16, // 21: violin.v1.ListSnapshotsResponse.snapshots:type_name -> violin.v1.Snapshot
 	3,  // 22: violin.v1.RestoreResponse.progress:type_name -> violin.v1.Progress
 	21, // 23: violin.v1.RestoreResponse.restored:type_name -> violin.v1.Restored
 	6,  // 24: violin.v1.Restored.slice:type_name -> violin.v1.Slice
 	16, // 25: violin.v1.Restored.snapshot:type_name -> violin.v1.Snapshot
-	29, // 26: violin.v1.Restored.duration:type_name -> google.protobuf.Duration
-	29, // 27: violin.v1.Restored.skew:type_name -> google.protobuf.Duration
-	29, // 28: violin.v1.ExecRequest.timeout:type_name -> google.protobuf.Duration
+	33, // 26: violin.v1.Restored.duration:type_name -> google.protobuf.Duration
+	33, // 27: violin.v1.Restored.skew:type_name -> google.protobuf.Duration
+	33, // 28: violin.v1.ExecRequest.timeout:type_name -> google.protobuf.Duration
 	7,  // 29: violin.v1.SliceService.Up:input_type -> violin.v1.UpRequest
 	9,  // 30: violin.v1.SliceService.Down:input_type -> violin.v1.DownRequest
 	11, // 31: violin.v1.SliceService.ListSlices:input_type -> violin.v1.ListSlicesRequest
@@ -2162,17 +2435,21 @@ var file_violin_v1_violin_proto_depIdxs = []int32{
 	22, // 35: violin.v1.SliceService.Exec:input_type -> violin.v1.ExecRequest
 	24, // 36: violin.v1.SliceService.Console:input_type -> violin.v1.ConsoleRequest
 	26, // 37: violin.v1.SliceService.Version:input_type -> violin.v1.VersionRequest
-	8,  // 38: violin.v1.SliceService.Up:output_type -> violin.v1.UpResponse
-	10, // 39: violin.v1.SliceService.Down:output_type -> violin.v1.DownResponse
-	12, // 40: violin.v1.SliceService.ListSlices:output_type -> violin.v1.ListSlicesResponse
-	14, // 41: violin.v1.SliceService.Snapshot:output_type -> violin.v1.SnapshotResponse
-	18, // 42: violin.v1.SliceService.ListSnapshots:output_type -> violin.v1.ListSnapshotsResponse
-	20, // 43: violin.v1.SliceService.Restore:output_type -> violin.v1.RestoreResponse
-	23, // 44: violin.v1.SliceService.Exec:output_type -> violin.v1.ExecResponse
-	25, // 45: violin.v1.SliceService.Console:output_type -> violin.v1.ConsoleResponse
-	27, // 46: violin.v1.SliceService.Version:output_type -> violin.v1.VersionResponse
-	38, // [38:47] is the sub-list for method output_type
-	29, // [29:38] is the sub-list for method input_type
+	28, // 38: violin.v1.SliceService.Verify:input_type -> violin.v1.VerifyRequest
+	30, // 39: violin.v1.SliceService.Frames:input_type -> violin.v1.FramesRequest
+	8,  // 40: violin.v1.SliceService.Up:output_type -> violin.v1.UpResponse
+	10, // 41: violin.v1.SliceService.Down:output_type -> violin.v1.DownResponse
+	12, // 42: violin.v1.SliceService.ListSlices:output_type -> violin.v1.ListSlicesResponse
+	14, // 43: violin.v1.SliceService.Snapshot:output_type -> violin.v1.SnapshotResponse
+	18, // 44: violin.v1.SliceService.ListSnapshots:output_type -> violin.v1.ListSnapshotsResponse
+	20, // 45: violin.v1.SliceService.Restore:output_type -> violin.v1.RestoreResponse
+	23, // 46: violin.v1.SliceService.Exec:output_type -> violin.v1.ExecResponse
+	25, // 47: violin.v1.SliceService.Console:output_type -> violin.v1.ConsoleResponse
+	27, // 48: violin.v1.SliceService.Version:output_type -> violin.v1.VersionResponse
+	29, // 49: violin.v1.SliceService.Verify:output_type -> violin.v1.VerifyResponse
+	31, // 50: violin.v1.SliceService.Frames:output_type -> violin.v1.FramesResponse
+	40, // [40:51] is the sub-list for method output_type
+	29, // [29:40] is the sub-list for method input_type
 	29, // [29:29] is the sub-list for extension type_name
 	29, // [29:29] is the sub-list for extension extendee
 	0,  // [0:29] is the sub-list for field type_name
@@ -2201,7 +2478,7 @@ func file_violin_v1_violin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_violin_v1_violin_proto_rawDesc), len(file_violin_v1_violin_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   25,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

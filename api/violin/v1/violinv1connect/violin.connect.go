@@ -62,6 +62,10 @@ const (
 	SliceServiceConsoleProcedure = "/violin.v1.SliceService/Console"
 	// SliceServiceVersionProcedure is the fully-qualified name of the SliceService's Version RPC.
 	SliceServiceVersionProcedure = "/violin.v1.SliceService/Version"
+	// SliceServiceVerifyProcedure is the fully-qualified name of the SliceService's Verify RPC.
+	SliceServiceVerifyProcedure = "/violin.v1.SliceService/Verify"
+	// SliceServiceFramesProcedure is the fully-qualified name of the SliceService's Frames RPC.
+	SliceServiceFramesProcedure = "/violin.v1.SliceService/Frames"
 )
 
 // SliceServiceClient is a client for the violin.v1.SliceService service.
@@ -85,6 +89,11 @@ type SliceServiceClient interface {
 	Console(context.Context) (*connect.BidiStreamForClientSimple[v1.ConsoleRequest, v1.ConsoleResponse], error)
 	// Version tells the server's version.
 	Version(context.Context, *v1.VersionRequest) (*v1.VersionResponse, error)
+	// Verify checks a snapshot's certificate and what it binds. A snapshot that does not hold is an answer, not an
+	// error; one without a certificate is FAILED_PRECONDITION, one whose document is damaged DATA_LOSS.
+	Verify(context.Context, *v1.VerifyRequest) (*v1.VerifyResponse, error)
+	// Frames gives a snapshot's channel state: a pcapng file, in pieces.
+	Frames(context.Context, *v1.FramesRequest) (*connect.ServerStreamForClient[v1.FramesResponse], error)
 }
 
 // NewSliceServiceClient constructs a client for the violin.v1.SliceService service. By default, it
@@ -155,6 +164,20 @@ func NewSliceServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 			connect.WithClientOptions(opts...),
 		),
+		verify: connect.NewClient[v1.VerifyRequest, v1.VerifyResponse](
+			httpClient,
+			baseURL+SliceServiceVerifyProcedure,
+			connect.WithSchema(sliceServiceMethods.ByName("Verify")),
+			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+			connect.WithClientOptions(opts...),
+		),
+		frames: connect.NewClient[v1.FramesRequest, v1.FramesResponse](
+			httpClient,
+			baseURL+SliceServiceFramesProcedure,
+			connect.WithSchema(sliceServiceMethods.ByName("Frames")),
+			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -169,6 +192,8 @@ type sliceServiceClient struct {
 	exec          *connect.Client[v1.ExecRequest, v1.ExecResponse]
 	console       *connect.Client[v1.ConsoleRequest, v1.ConsoleResponse]
 	version       *connect.Client[v1.VersionRequest, v1.VersionResponse]
+	verify        *connect.Client[v1.VerifyRequest, v1.VerifyResponse]
+	frames        *connect.Client[v1.FramesRequest, v1.FramesResponse]
 }
 
 // Up calls violin.v1.SliceService.Up.
@@ -236,6 +261,20 @@ func (c *sliceServiceClient) Version(ctx context.Context, req *v1.VersionRequest
 	return nil, err
 }
 
+// Verify calls violin.v1.SliceService.Verify.
+func (c *sliceServiceClient) Verify(ctx context.Context, req *v1.VerifyRequest) (*v1.VerifyResponse, error) {
+	response, err := c.verify.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Frames calls violin.v1.SliceService.Frames.
+func (c *sliceServiceClient) Frames(ctx context.Context, req *v1.FramesRequest) (*connect.ServerStreamForClient[v1.FramesResponse], error) {
+	return c.frames.CallServerStream(ctx, connect.NewRequest(req))
+}
+
 // SliceServiceHandler is an implementation of the violin.v1.SliceService service.
 type SliceServiceHandler interface {
 	// Up starts a slice from a topology. The stream tells progress; its last message holds the slice.
@@ -257,6 +296,11 @@ type SliceServiceHandler interface {
 	Console(context.Context, *connect.BidiStream[v1.ConsoleRequest, v1.ConsoleResponse]) error
 	// Version tells the server's version.
 	Version(context.Context, *v1.VersionRequest) (*v1.VersionResponse, error)
+	// Verify checks a snapshot's certificate and what it binds. A snapshot that does not hold is an answer, not an
+	// error; one without a certificate is FAILED_PRECONDITION, one whose document is damaged DATA_LOSS.
+	Verify(context.Context, *v1.VerifyRequest) (*v1.VerifyResponse, error)
+	// Frames gives a snapshot's channel state: a pcapng file, in pieces.
+	Frames(context.Context, *v1.FramesRequest, *connect.ServerStream[v1.FramesResponse]) error
 }
 
 // NewSliceServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -323,6 +367,20 @@ func NewSliceServiceHandler(svc SliceServiceHandler, opts ...connect.HandlerOpti
 		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
+	sliceServiceVerifyHandler := connect.NewUnaryHandlerSimple(
+		SliceServiceVerifyProcedure,
+		svc.Verify,
+		connect.WithSchema(sliceServiceMethods.ByName("Verify")),
+		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+		connect.WithHandlerOptions(opts...),
+	)
+	sliceServiceFramesHandler := connect.NewServerStreamHandlerSimple(
+		SliceServiceFramesProcedure,
+		svc.Frames,
+		connect.WithSchema(sliceServiceMethods.ByName("Frames")),
+		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/violin.v1.SliceService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case SliceServiceUpProcedure:
@@ -343,6 +401,10 @@ func NewSliceServiceHandler(svc SliceServiceHandler, opts ...connect.HandlerOpti
 			sliceServiceConsoleHandler.ServeHTTP(w, r)
 		case SliceServiceVersionProcedure:
 			sliceServiceVersionHandler.ServeHTTP(w, r)
+		case SliceServiceVerifyProcedure:
+			sliceServiceVerifyHandler.ServeHTTP(w, r)
+		case SliceServiceFramesProcedure:
+			sliceServiceFramesHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -386,4 +448,12 @@ func (UnimplementedSliceServiceHandler) Console(context.Context, *connect.BidiSt
 
 func (UnimplementedSliceServiceHandler) Version(context.Context, *v1.VersionRequest) (*v1.VersionResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.SliceService.Version is not implemented"))
+}
+
+func (UnimplementedSliceServiceHandler) Verify(context.Context, *v1.VerifyRequest) (*v1.VerifyResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.SliceService.Verify is not implemented"))
+}
+
+func (UnimplementedSliceServiceHandler) Frames(context.Context, *v1.FramesRequest, *connect.ServerStream[v1.FramesResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.SliceService.Frames is not implemented"))
 }
