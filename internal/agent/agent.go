@@ -58,6 +58,9 @@ type Config struct {
 	Logger  *slog.Logger
 }
 
+// Now is the host's clock.
+func (a *Agent) Now(context.Context) (time.Time, error) { return time.Now(), nil }
+
 // DefaultLimits bound a gate where Config gives no limits: 64 MiB of frames.
 var DefaultLimits = cut.Limits{Bytes: 64 << 20}
 
@@ -139,6 +142,10 @@ type node struct {
 	arrived  time.Time // of the last frame that the switch handed over and did not deliver
 	recorded []Recorded
 	overflow func(error) // where a gate that is over its bound is reported
+	newer    func()      // what a newer frame sets off
+
+	discard   bool // newer frames, instead of holding them: see [Drop]
+	discarded uint64
 }
 
 type port struct {
@@ -147,6 +154,7 @@ type port struct {
 	index  int // of the interface
 	tap    string
 	copies uint64 // for the record, that came from the switch in this cut; guarded by the node
+	others uint64 // frames that the switch counts as such copies and are none; ditto
 }
 
 // arrival is a frame on its way through a gate.
@@ -196,9 +204,16 @@ func (n *node) arrive(a *Agent, p coloring.Packet, f arrival) {
 	} else {
 		n.arrived = f.at
 	}
+	if n.discard && !p.Delivered() && p.Epoch.Compare(n.gate.Epoch()) > 0 {
+		n.discarded++
+		return
+	}
 	v, err := n.gate.Arrive(cut.Frame[arrival]{Epoch: p.Epoch, Size: len(f.data), Delivered: p.Delivered(), Ref: f})
 	if err != nil && n.overflow != nil {
 		n.overflow(err)
+	}
+	if v.Newer && n.newer != nil {
+		go n.newer() // it takes the agent's lock, which is taken before the node's
 	}
 	if v.Record {
 		n.record(p.Epoch, f)

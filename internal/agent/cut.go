@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"violin/internal/coloring"
@@ -24,15 +25,28 @@ const (
 	openQuiet  = 10 * time.Millisecond
 )
 
-// Order is one of the coordinator's messages for this host. Mode and Session
-// go with SendPrepare.
+// Order is one of the coordinator's messages for this host. Mode, Session, Newer
+// and Limits go with SendPrepare, At with SendCut.
 type Order struct {
 	Slice    string
 	Networks map[uint16]string // the slice's networks, by number: the counters' names
 	Effect   cut.Effect
 	Mode     qemu.Mode
 	Session  *store.Session
+	Newer    Newer
+	Limits   cut.Limits // of what each gate holds; zero for [DefaultLimits]
+	At       time.Time  // by this host's clock; zero or past for at once
 }
+
+// Newer is what becomes of a newer frame at a node that has not cut.
+type Newer int
+
+// The policies for newer frames.
+const (
+	Hold    Newer = iota // it waits for the node's cut
+	Trigger              // it waits, and is taken for the order to cut the node
+	Drop                 // it is dropped, and no channel state recorded: what VNsnap did, for comparison
+)
 
 // NodeResult is what a node brings to a snapshot.
 type NodeResult struct {
@@ -70,7 +84,8 @@ type hostCut struct {
 type nodeCut struct {
 	n       *node
 	capture *qemu.Capture
-	decoded chan error // one value: the stream has been read and stored
+	decoded chan error  // one value: the stream has been read and stored
+	ordered atomic.Bool // the cut has begun, by whatever order
 	begun   cut.Step
 	base    cut.GateStats
 	result  NodeResult
@@ -95,7 +110,11 @@ func (a *Agent) Handle(o Order, report func(cut.Event)) {
 	case cut.SendCut:
 		if hc != nil && hc.id == e.Cut && !hc.ended {
 			for _, name := range e.Nodes {
-				hc.spawn(func() { hc.cutNode(name) })
+				hc.spawn(func() {
+					if hc.await(o.At) {
+						hc.cutNode(name)
+					}
+				})
 			}
 		}
 	case cut.SendPoll:
@@ -198,10 +217,17 @@ func (hc *hostCut) arm(nc *nodeCut) error {
 	if !nc.n.alive() {
 		return fmt.Errorf("its hypervisor is gone: %w", errors.Join(nc.n.vm.Err()))
 	}
+	limits := hc.order.Limits
+	if limits == (cut.Limits{}) {
+		limits = hc.a.cfg.Limits
+	}
 	nc.n.mu.Lock()
 	nc.base = nc.n.gate.Stats()
+	nc.n.gate.Limit(limits)
 	nc.n.recorded = nil
 	nc.n.overflow = func(err error) { hc.fail(nc.n.spec.Name, err) }
+	nc.n.newer = hc.newer(nc.n.spec.Name)
+	nc.n.discard, nc.n.discarded = hc.order.Newer == Drop, 0
 	nc.n.mu.Unlock()
 	capture, err := nc.n.vm.Arm(hc.ctx, hc.order.Mode)
 	if err != nil {
@@ -246,11 +272,39 @@ func (hc *hostCut) receive(nc *nodeCut) error {
 	return nil
 }
 
+// await waits for the instant that the nodes are to be cut at. It tells whether they
+// still are to be.
+func (hc *hostCut) await(at time.Time) bool {
+	select {
+	case <-time.After(time.Until(at)):
+		return true
+	case <-hc.ctx.Done():
+		return false
+	}
+}
+
+// newer is what a gate does, beside holding, at a newer frame.
+func (hc *hostCut) newer(name string) func() {
+	if hc.order.Newer != Trigger {
+		return func() {}
+	}
+	return sync.OnceFunc(func() {
+		hc.a.mu.Lock()
+		defer hc.a.mu.Unlock()
+		if !hc.ended {
+			hc.spawn(func() { hc.cutNode(name) })
+		}
+	})
+}
+
 func (hc *hostCut) cutNode(name string) {
 	nc := hc.nodes[name]
 	if nc == nil {
 		hc.fail(name, fmt.Errorf("host %s has no such node", hc.a.cfg.Host))
 		return
+	}
+	if nc.ordered.Swap(true) {
+		return // a newer frame and an order both tell it
 	}
 	if err := hc.steps(nc); err != nil {
 		hc.fail(name, err)
@@ -300,7 +354,7 @@ func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {
 	case cut.StepFlush:
 		return n.eachPort(ctx, a.fabric.Flush)
 	case cut.StepFlip:
-		return hc.flip(ctx, n, hc.to, true)
+		return hc.flip(ctx, n, hc.to, hc.order.Newer != Drop)
 	case cut.StepCapture:
 		return nc.capture.Release(ctx)
 	case cut.StepResume:
@@ -308,9 +362,33 @@ func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {
 		nc.result.Pause = resumed.Sub(nc.result.CutAt)
 		return err
 	case cut.StepOpen:
-		return hc.open(ctx, n)
+		if err := hc.open(ctx, n); err != nil {
+			return err
+		}
+		return hc.level(ctx, n)
 	}
 	return fmt.Errorf("unknown step %d", step)
+}
+
+// level finds out what the record entries count that is no copy. Frames that came
+// to the closed gate between [fabric.Switch.Update]'s purge and its bundle went to
+// the gate, but the switch credits them to the entries that match once it is open.
+// They would pass for copies that never come. All that the answer counts came
+// before the answer; were a copy later, it would be one too many, and the drain
+// waits for the quiet time.
+func (hc *hostCut) level(ctx context.Context, n *node) error {
+	counters, err := hc.a.fabric.Counters(ctx)
+	if err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, p := range n.ports {
+		counted := counters.Records[p.number]
+		p.others = counted - min(p.copies, counted)
+		hc.a.log.Debug("level", "cut", hc.id, "node", n.spec.Name, "counted", counted, "copies", p.copies)
+	}
+	return nil
 }
 
 func (hc *hostCut) close(ctx context.Context, n *node) error {
@@ -323,7 +401,7 @@ func (hc *hostCut) close(ctx context.Context, n *node) error {
 func (hc *hostCut) flip(ctx context.Context, n *node, to cut.Epoch, record bool) error {
 	n.mu.Lock()
 	for _, p := range n.ports {
-		p.copies = 0 // the record entries are new, and so are their counters
+		p.copies, p.others = 0, 0 // the record entries are new, and so are their counters
 	}
 	n.mu.Unlock()
 	if err := hc.a.recolor(ctx, n, func(c *coloring.Color) { c.Epoch, c.Recording = to, record }); err != nil {
@@ -417,7 +495,8 @@ func (hc *hostCut) collect() {
 		nc.result.Recorded, n.recorded = n.recorded, nil
 		st := n.gate.Stats()
 		nc.result.Held = st.Held - nc.base.Held
-		n.overflow = nil
+		hc.dropped += n.discarded
+		n.overflow, n.newer, n.discard = nil, nil, false
 		n.mu.Unlock()
 		if err := hc.a.recolor(hc.ctx, n, func(c *coloring.Color) { c.Recording = false }); err != nil {
 			hc.fail(name, err)
@@ -491,7 +570,7 @@ func (hc *hostCut) abort(to cut.Epoch) {
 		n := nc.n
 		n.mu.Lock()
 		n.gate.StopRecording()
-		n.recorded, n.overflow = nil, nil
+		n.recorded, n.overflow, n.newer, n.discard = nil, nil, nil, false
 		n.mu.Unlock()
 		if to == hc.from {
 			continue
@@ -551,11 +630,12 @@ func (hc *hostCut) copies(counters fabric.Counters) []cut.ChannelCount {
 	for _, nc := range hc.nodes {
 		for _, p := range nc.n.ports {
 			nc.n.mu.Lock()
-			seen := p.copies
+			seen, others := p.copies, p.others
 			nc.n.mu.Unlock()
 			name := hc.order.Networks[nc.n.spec.Interfaces[p.index].Network]
 			counts = append(counts, cut.ChannelCount{
-				Channel: cut.Channel{From: host, To: host, Network: name}, Sent: counters.Records[p.number], Received: seen,
+				Channel: cut.Channel{From: host, To: host, Network: name},
+				Sent:    counters.Records[p.number] - min(others, counters.Records[p.number]), Received: seen,
 			})
 		}
 	}
