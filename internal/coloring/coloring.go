@@ -2,6 +2,7 @@ package coloring
 
 import (
 	"cmp"
+	"encoding/binary"
 	"fmt"
 	"maps"
 	"net"
@@ -110,15 +111,19 @@ func (fs FlowSet) add(f openflow.FlowMod) {
 	fs[key(f.Table, f.Priority, f.Match)] = f
 }
 
-// key identifies an entry as a switch does: by table, priority and match.
-// The order of the fields in a match carries no meaning.
+// key identifies an entry as a switch does: by table, priority and match. The
+// order of the fields in a match carries no meaning. It is made many times
+// within a vCPU pause, so it is bytes and not text.
 func key(table uint8, priority uint16, match openflow.Match) string {
-	fields := make([]string, len(match))
-	for i, f := range match {
-		fields[i] = f.String()
+	fields := slices.Clone(match)
+	slices.SortFunc(fields, func(a, b openflow.Field) int { return cmp.Compare(a.ID(), b.ID()) })
+	b := binary.BigEndian.AppendUint16([]byte{table}, ^priority)
+	for _, f := range fields {
+		b = binary.BigEndian.AppendUint64(b, uint64(f.ID())) // which tells the value's length
+		b = append(b, f.Value()...)
+		b = append(append(b, byte(len(f.Mask()))), f.Mask()...)
 	}
-	slices.Sort(fields)
-	return fmt.Sprintf("%03d/%05d/%v", table, 65535-priority, fields)
+	return string(b)
 }
 
 // Sorted returns the entries by table, then falling priority, then match.

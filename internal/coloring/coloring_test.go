@@ -364,3 +364,38 @@ func TestStateClone(t *testing.T) {
 		t.Errorf("the clone shares: %v", st)
 	}
 }
+
+// BenchmarkFlip is what a flip computes while the vCPUs are stopped: a host of
+// twenty nodes on ten networks, one of eight.
+func BenchmarkFlip(b *testing.B) {
+	sw := Switch{}
+	st := State{Nodes: map[NodeKey]Color{}, Counted: map[uint16][]cut.Epoch{}}
+	for h := range 7 {
+		sw.Peers = append(sw.Peers, Peer{ID: uint16(h + 1), Port: uint32(1000 + h)})
+	}
+	for n := range 160 {
+		network, host := uint16(n%10+1), n/20
+		st.Counted[network] = []cut.Epoch{1, 2}
+		if host > 0 {
+			sw.Remotes = append(sw.Remotes, Remote{Network: network, Address: mac(n), Peer: uint16(host)})
+			continue
+		}
+		name := string(rune('a' + n))
+		sw.Ports = append(sw.Ports, Port{Number: uint32(n + 1), Slice: "s", Node: name, Network: network, Address: mac(n)})
+		st.Nodes[NodeKey{"s", name}] = Color{Epoch: 1}
+	}
+	have, err := Flows(1, sw, st)
+	if err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		st.Nodes[NodeKey{"s", "a"}] = Color{Epoch: 2, Closed: true, Recording: true}
+		want, err := Flows(1, sw, st)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if mods := Diff(have, want); len(mods) != 5 {
+			b.Fatal(mods)
+		}
+	}
+}

@@ -995,7 +995,7 @@ var opNames = [ops]string{"send", "transmit", "arrive", "read", "hear", "listen"
 func (w *world) choices(sending bool) (c [ops][]int) {
 	cutting := w.coord.Phase() != cut.PhaseIdle
 	for i, f := range w.ifaces {
-		if sending && f.node.running && w.open < w.sends {
+		if sending && f.node.running && w.open < w.sends && len(f.tx) < 8 { // a frame may be for nobody
 			c[opSend] = append(c[opSend], i)
 		}
 		if len(f.tx) > 0 {
