@@ -46,6 +46,7 @@ func TestMain(m *testing.M) {
 // fakeServer is the peer on the wire. What it does depends on the slice's name.
 type fakeServer struct {
 	violinv1connect.UnimplementedSliceServiceHandler
+	violinv1connect.UnimplementedStoreServiceHandler
 
 	slices []*violinv1.Slice
 
@@ -411,14 +412,15 @@ func checkTranscript(t *testing.T, name, got string) {
 	}
 }
 
+type command struct {
+	why   string
+	stdin string
+	args  []string
+}
+
 // TestTranscripts runs command lines against the fake server and compares all that
 // a user sees with testdata.
 func TestTranscripts(t *testing.T) {
-	type command struct {
-		why   string
-		stdin string
-		args  []string
-	}
 	for _, test := range []struct {
 		name     string
 		idle     bool // no server runs
@@ -492,6 +494,7 @@ func TestTranscripts(t *testing.T) {
 			{why: "no such slice", args: []string{"console", "missing/rank0"}},
 			{why: "nothing for programs", args: []string{"console", "other", "-o", "json"}},
 		}},
+		{name: "store", commands: storeCommands},
 		{name: "errors", commands: []command{
 			{why: "a mistake in the server", args: []string{"ps", "internal"}},
 			{why: "an error without a code", args: []string{"ps", "unknown"}},

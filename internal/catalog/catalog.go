@@ -160,6 +160,12 @@ func (c *Catalog) Get(ctx context.Context, slice, id string) (*Snapshot, error) 
 	return s, nil
 }
 
+// Exists reports whether a snapshot has a document, be it readable or not.
+func (c *Catalog) Exists(ctx context.Context, slice, id string) (bool, error) {
+	keys, err := c.keys(ctx, slice)
+	return slices.Contains(keys, key{slice, id}), err
+}
+
 // List returns the snapshots of a slice, or of all slices for "", by slice and
 // oldest first. A document that cannot be read is an error that names it.
 func (c *Catalog) List(ctx context.Context, slice string) ([]*Snapshot, error) {
@@ -338,6 +344,36 @@ func pick(keys []key, prefix string) (key, error) {
 	return key{}, fmt.Errorf("%w: it may be %s%s; write more of the ID", ErrAmbiguous, strings.Join(names, ", "), more)
 }
 
+// Audit yields what the snapshots need that can be read, and tells of documents
+// that cannot: a check goes on where a collection has to stop.
+func (c *Catalog) Audit(ctx context.Context, damaged func(ref string, err error)) iter.Seq2[store.Root, error] {
+	return func(yield func(store.Root, error) bool) {
+		keys, err := c.keys(ctx, "")
+		if err != nil {
+			yield(store.Root{}, err)
+			return
+		}
+		for _, k := range keys {
+			s, err := c.Get(ctx, k.slice, k.id)
+			switch {
+			case errors.Is(err, ErrNotFound):
+				continue // deleted since it was listed
+			case errors.Is(err, store.ErrDamaged):
+				damaged(k.slice+"@"+k.id, err)
+				continue
+			case err != nil:
+				yield(store.Root{}, err)
+				return
+			}
+			for r := range s.Roots() {
+				if !yield(r, nil) {
+					return
+				}
+			}
+		}
+	}
+}
+
 // Roots yields what the snapshots in the catalog need, for the store's GC and
 // Check. It is an error if a document cannot be read: without it nobody knows
 // what to keep.
@@ -349,7 +385,7 @@ func (c *Catalog) Roots(ctx context.Context) iter.Seq2[store.Root, error] {
 			return
 		}
 		for _, s := range all {
-			for r := range s.roots() {
+			for r := range s.Roots() {
 				if !yield(r, nil) {
 					return
 				}

@@ -89,8 +89,8 @@ type Totals struct {
 // Ref is how a user names the snapshot.
 func (s *Snapshot) Ref() string { return s.Slice + "@" + s.ID }
 
-// roots are what the snapshot needs in the store.
-func (s *Snapshot) roots() iter.Seq[store.Root] {
+// Roots are what the snapshot needs in the store.
+func (s *Snapshot) Roots() iter.Seq[store.Root] {
 	return func(yield func(store.Root) bool) {
 		add := func(what string, ref store.BlobRef, memory bool) bool {
 			return ref.IsZero() || yield(store.Root{Name: s.Ref() + what, Ref: ref, Memory: memory})

@@ -18,7 +18,6 @@ import (
 
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
-	"violin/internal/agent"
 	"violin/internal/catalog"
 	"violin/internal/coordinator"
 	"violin/internal/cut"
@@ -28,7 +27,8 @@ import (
 
 // Config says where a server keeps things and how it presents itself.
 type Config struct {
-	StateDir string // store/ and images/ are below it
+	StateDir string // images/ is below it, and unless Storage says otherwise, store/ and its key
+	Storage  Storage
 	RunDir   string // sockets of what runs
 	Logger   *slog.Logger
 	Version  string // told by the Version call
@@ -49,9 +49,7 @@ var _ violinv1connect.SliceServiceHandler = (*Server)(nil)
 
 // New makes a server with no slice. ctx bounds the making only.
 func New(ctx context.Context, config Config) (*Server, error) {
-	st, err := store.Open(ctx, filepath.Join(config.StateDir, "store"), store.Options{
-		Logger: config.Logger, StartWorker: func() { agent.Background(config.Logger) },
-	})
+	st, err := openStore(ctx, &config)
 	if err != nil {
 		return nil, err
 	}
@@ -318,6 +316,8 @@ func apiError(err error) error {
 		return connect.NewError(connect.CodeInvalidArgument, err)
 	case errors.Is(err, store.ErrExists):
 		return connect.NewError(connect.CodeAlreadyExists, err)
+	case errors.Is(err, store.ErrDamaged), errors.Is(err, store.ErrMissing):
+		return connect.NewError(connect.CodeDataLoss, err)
 	case errors.Is(err, context.Canceled):
 		return connect.NewError(connect.CodeCanceled, err)
 	}

@@ -191,6 +191,9 @@ func (s *Server) Restore(ctx context.Context, req *violinv1.RestoreRequest, out 
 		return apiError(err)
 	}
 	if sl, err := s.slice(topo.Slice); err == nil {
+		if err := s.verify(ctx, snap); err != nil {
+			return apiError(err)
+		}
 		tell("stop", "", "what still runs of slice "+topo.Slice)
 		if err := sl.close(); err != nil {
 			s.log.Error("slice was not taken down cleanly", "slice", topo.Slice, "err", err)
