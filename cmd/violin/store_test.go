@@ -26,6 +26,11 @@ var storeCommands = []command{
 	{why: "both ways at once", args: []string{"forget", "a@b", "--keep-last", "1"}},
 	{why: "a slice without a rule is not emptied", args: []string{"forget", "--slice", "mandelbrot"}},
 	{why: "nothing named", args: []string{"forget"}},
+	{why: "export to nowhere", args: []string{"export", "mandelbrot@latest"}},
+	{why: "a slice is no snapshot", args: []string{"export", "mandelbrot", "-f", "/nonexistent/x"}},
+	{why: "no such directory", args: []string{"export", "mandelbrot@latest", "-f", "/nonexistent/x"}},
+	{why: "no such file", args: []string{"import", "/nonexistent/x"}},
+	{why: "an empty passphrase", args: []string{"import", "/dev/null", "--export-passphrase-file", "/dev/null"}},
 }
 
 func (f *fakeServer) Stats(context.Context, *violinv1.StatsRequest) (*violinv1.StatsResponse, error) {

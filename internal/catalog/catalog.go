@@ -78,6 +78,14 @@ func (c *Catalog) put(ctx context.Context, s *Snapshot) error {
 	if err := s.check(); err != nil {
 		return err
 	}
+	doc, err := marshal(s)
+	if err != nil {
+		return err
+	}
+	return c.putDocument(ctx, s, doc)
+}
+
+func (c *Catalog) putDocument(ctx context.Context, s *Snapshot, doc []byte) error {
 	if s.Tag != "" {
 		others, err := c.List(ctx, s.Slice)
 		if err != nil {
@@ -89,11 +97,33 @@ func (c *Catalog) put(ctx context.Context, s *Snapshot) error {
 			}
 		}
 	}
-	doc, err := marshal(s)
+	return c.st.PutDocument(ctx, docName(s.Slice, s.ID), doc)
+}
+
+// Document returns a snapshot's document as it was sealed, byte for byte.
+func (c *Catalog) Document(ctx context.Context, s *Snapshot) ([]byte, error) {
+	return c.st.GetDocument(ctx, docName(s.Slice, s.ID))
+}
+
+// ParseDocument reads a document and verifies its seal.
+func ParseDocument(doc []byte) (*Snapshot, error) {
+	s, err := parse(doc)
+	if err != nil {
+		return nil, fmt.Errorf("read snapshot's document: %w", err)
+	}
+	return s, nil
+}
+
+// PutDocument is Put for a document that another catalog's Document returned.
+func (c *Catalog) PutDocument(ctx context.Context, doc []byte) error {
+	s, err := ParseDocument(doc)
 	if err != nil {
 		return err
 	}
-	return c.st.PutDocument(ctx, docName(s.Slice, s.ID), doc)
+	if err := c.putDocument(ctx, s, doc); err != nil {
+		return fmt.Errorf("seal snapshot %s: %w", s.Ref(), err)
+	}
+	return nil
 }
 
 // marshal writes the envelope by hand: the encoder would lay the snapshot's

@@ -51,6 +51,9 @@ type Node struct {
 	Memory store.BlobRef `json:"memory"`
 	// Disks are the page tables of its disks, by name.
 	Disks []Disk `json:"disks,omitempty"`
+	// Boot are the files that it booted from. They are not in the store: a
+	// restore needs files with the same content.
+	Boot []BootFile `json:"boot,omitempty"`
 
 	RawBytes    int64 `json:"raw_bytes"`    // length of the stream as the hypervisor sent it
 	StoredBytes int64 `json:"stored_bytes"` // what the store grew by for it
@@ -64,6 +67,13 @@ type Node struct {
 type Disk struct {
 	Name   string        `json:"name"`
 	Blocks store.BlobRef `json:"blocks"` // a page table
+}
+
+// A BootFile is a file that a node booted from.
+type BootFile struct {
+	Kind string     `json:"kind"` // "kernel", "initrd" or "rootfs"
+	Size int64      `json:"size"` // bytes
+	Hash store.Hash `json:"hash"` // BLAKE3-256 of its content
 }
 
 // Channel is the channel state: the frames in flight at the cut.

@@ -43,6 +43,8 @@ type Server struct {
 
 	mu     sync.Mutex
 	slices map[string]*slice // a nil slice is a name taken by one that is coming up
+
+	boot bootCache
 }
 
 var _ violinv1connect.SliceServiceHandler = (*Server)(nil)
@@ -316,6 +318,8 @@ func apiError(err error) error {
 		return connect.NewError(connect.CodeInvalidArgument, err)
 	case errors.Is(err, store.ErrExists):
 		return connect.NewError(connect.CodeAlreadyExists, err)
+	case errors.Is(err, store.ErrKey):
+		return connect.NewError(connect.CodeInvalidArgument, err)
 	case errors.Is(err, store.ErrDamaged), errors.Is(err, store.ErrMissing):
 		return connect.NewError(connect.CodeDataLoss, err)
 	case errors.Is(err, context.Canceled):

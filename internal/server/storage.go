@@ -270,13 +270,3 @@ func (s *Server) judge(ctx context.Context, req *violinv1.ForgetRequest) ([]cata
 	}
 	return verdicts, nil
 }
-
-// Export implements the API.
-func (s *Server) Export(context.Context, *violinv1.ExportRequest, *connect.ServerStream[violinv1.ExportResponse]) error {
-	return connect.NewError(connect.CodeUnimplemented, errors.New("x"))
-}
-
-// Import implements the API.
-func (s *Server) Import(context.Context, *connect.ClientStream[violinv1.ImportRequest]) (*violinv1.ImportResponse, error) {
-	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("x"))
-}
