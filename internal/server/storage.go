@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	_ "gocloud.dev/blob/s3blob" // s3:// as a store's URL
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	violinv1 "violin/api/violin/v1"

@@ -34,6 +34,9 @@ func Inspect(ctx context.Context, at string) (info Info, err error) {
 	defer func() { err = errors.Join(err, b.close()) }()
 	raw, err := b.read(ctx, describeName, maxDescription)
 	if errors.Is(err, ErrMissing) {
+		if ok, err := b.IsAccessible(ctx); err != nil || !ok {
+			return Info{}, errors.Join(errors.New("no such bucket; make it first, and compare name, region and endpoint"), err)
+		}
 		return Info{}, nil
 	}
 	if err != nil {
