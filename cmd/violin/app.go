@@ -101,7 +101,7 @@ func (a *app) root() *cobra.Command {
 	root.AddCommand(
 		a.upCommand(), a.psCommand(), a.downCommand(),
 		a.snapshotCommand(), a.snapshotsCommand(), a.restoreCommand(),
-		a.forgetCommand(), a.exportCommand(), a.importCommand(), a.storeCommand(),
+		a.forgetCommand(), a.exportCommand(), a.importCommand(), a.storeCommand(), a.benchCommand(),
 		a.consoleCommand(), a.execCommand(),
 		a.serverCommand(), a.versionCommand(),
 	)
