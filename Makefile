@@ -53,7 +53,7 @@ e2e: image
 
 # The long form of the protocol's exploration.
 soak:
-	VIOLIN_LONG=1 $(GO) test -timeout 60m ./internal/cut
+	VIOLIN_LONG=1 $(GO) test -timeout 60m ./internal/cut ./internal/coloring
 
 bench:
 	$(GO) test -run XXX -bench . ./internal/store ./internal/migration/...

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"violin/internal/coloring"
@@ -13,6 +14,7 @@ import (
 	"violin/internal/fabric"
 	"violin/internal/hypervisor/qemu"
 	stream "violin/internal/migration/qemu"
+	"violin/internal/priority"
 	"violin/internal/store"
 )
 
@@ -23,15 +25,28 @@ const (
 	openQuiet  = 10 * time.Millisecond
 )
 
-// Order is one of the coordinator's messages for this host. Mode and Session
-// go with SendPrepare.
+// Order is one of the coordinator's messages for this host. Mode, Session, Newer
+// and Limits go with SendPrepare, At with SendCut.
 type Order struct {
 	Slice    string
 	Networks map[uint16]string // the slice's networks, by number: the counters' names
 	Effect   cut.Effect
 	Mode     qemu.Mode
 	Session  *store.Session
+	Newer    Newer
+	Limits   cut.Limits // of what each gate holds; zero for [DefaultLimits]
+	At       time.Time  // by this host's clock; zero or past for at once
 }
+
+// Newer is what becomes of a newer frame at a node that has not cut.
+type Newer int
+
+// The policies for newer frames.
+const (
+	Hold    Newer = iota // it waits for the node's cut
+	Trigger              // it waits, and is taken for the order to cut the node
+	Drop                 // it is dropped, and no channel state recorded: what VNsnap did, for comparison
+)
 
 // NodeResult is what a node brings to a snapshot.
 type NodeResult struct {
@@ -61,15 +76,16 @@ type hostCut struct {
 
 	nodes   map[string]*nodeCut
 	ended   bool   // commit or abort has begun
-	unseen  uint64 // frames that had not come from the switch when the cut began
-	dropped uint64 // frames that have not come from the switch since
+	unseen  uint64 // frames lost between switch and gates before the cut began
+	dropped uint64 // and since
 }
 
 // nodeCut is one node's part in it.
 type nodeCut struct {
 	n       *node
 	capture *qemu.Capture
-	decoded chan error // one value: the stream has been read and stored
+	decoded chan error  // one value: the stream has been read and stored
+	ordered atomic.Bool // the cut has begun, by whatever order
 	begun   cut.Step
 	base    cut.GateStats
 	result  NodeResult
@@ -94,7 +110,11 @@ func (a *Agent) Handle(o Order, report func(cut.Event)) {
 	case cut.SendCut:
 		if hc != nil && hc.id == e.Cut && !hc.ended {
 			for _, name := range e.Nodes {
-				hc.spawn(func() { hc.cutNode(name) })
+				hc.spawn(func() {
+					if hc.await(o.At) {
+						hc.cutNode(name)
+					}
+				})
 			}
 		}
 	case cut.SendPoll:
@@ -197,10 +217,17 @@ func (hc *hostCut) arm(nc *nodeCut) error {
 	if !nc.n.alive() {
 		return fmt.Errorf("its hypervisor is gone: %w", errors.Join(nc.n.vm.Err()))
 	}
+	limits := hc.order.Limits
+	if limits == (cut.Limits{}) {
+		limits = hc.a.cfg.Limits
+	}
 	nc.n.mu.Lock()
 	nc.base = nc.n.gate.Stats()
+	nc.n.gate.Limit(limits)
 	nc.n.recorded = nil
 	nc.n.overflow = func(err error) { hc.fail(nc.n.spec.Name, err) }
+	nc.n.newer = hc.newer(nc.n.spec.Name)
+	nc.n.discard, nc.n.discarded = hc.order.Newer == Drop, 0
 	nc.n.mu.Unlock()
 	capture, err := nc.n.vm.Arm(hc.ctx, hc.order.Mode)
 	if err != nil {
@@ -213,7 +240,7 @@ func (hc *hostCut) arm(nc *nodeCut) error {
 
 // receive is the far end of the migration: the node's state goes to the store.
 func (hc *hostCut) receive(nc *nodeCut) error {
-	Background(hc.a.log)
+	priority.Background(hc.a.log)
 	var pages *store.PageWriter
 	d := stream.NewDecoder(nc.capture.Stream())
 	skeleton, err := d.Decode(func(blocks []stream.RAMBlock) (stream.PageSink, error) {
@@ -245,20 +272,43 @@ func (hc *hostCut) receive(nc *nodeCut) error {
 	return nil
 }
 
+// await waits for the instant that the nodes are to be cut at. It tells whether they
+// still are to be.
+func (hc *hostCut) await(at time.Time) bool {
+	select {
+	case <-time.After(time.Until(at)):
+		return true
+	case <-hc.ctx.Done():
+		return false
+	}
+}
+
+// newer is what a gate does, beside holding, at a newer frame.
+func (hc *hostCut) newer(name string) func() {
+	if hc.order.Newer != Trigger {
+		return func() {}
+	}
+	return sync.OnceFunc(func() {
+		hc.a.mu.Lock()
+		defer hc.a.mu.Unlock()
+		if !hc.ended {
+			hc.spawn(func() { hc.cutNode(name) })
+		}
+	})
+}
+
 func (hc *hostCut) cutNode(name string) {
 	nc := hc.nodes[name]
 	if nc == nil {
 		hc.fail(name, fmt.Errorf("host %s has no such node", hc.a.cfg.Host))
 		return
 	}
-	for _, step := range cut.Steps() {
-		nc.begun = step
-		began := time.Now()
-		if err := hc.step(nc, step); err != nil {
-			hc.fail(name, fmt.Errorf("%s: %w", step, err))
-			return
-		}
-		hc.a.log.Debug("step done", "cut", hc.id, "node", name, "step", step.String(), "took", time.Since(began))
+	if nc.ordered.Swap(true) {
+		return // a newer frame and an order both tell it
+	}
+	if err := hc.steps(nc); err != nil {
+		hc.fail(name, err)
+		return
 	}
 	hc.report(cut.NodeCut{Cut: hc.id, Node: name})
 
@@ -276,6 +326,20 @@ func (hc *hostCut) cutNode(name string) {
 	}
 }
 
+func (hc *hostCut) steps(nc *nodeCut) error {
+	defer hc.a.cfg.Urgency.Raise()()
+	defer hc.a.fabric.Urgency().Raise()()
+	for _, step := range cut.Steps() {
+		nc.begun = step
+		began := time.Now()
+		if err := hc.step(nc, step); err != nil {
+			return fmt.Errorf("%s: %w", step, err)
+		}
+		hc.a.log.Debug("step done", "cut", hc.id, "node", nc.n.spec.Name, "step", step.String(), "took", time.Since(began))
+	}
+	return nil
+}
+
 func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {
 	a, n, ctx := hc.a, nc.n, hc.ctx
 	var err error
@@ -290,7 +354,7 @@ func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {
 	case cut.StepFlush:
 		return n.eachPort(ctx, a.fabric.Flush)
 	case cut.StepFlip:
-		return hc.flip(ctx, n, hc.to, true)
+		return hc.flip(ctx, n, hc.to, hc.order.Newer != Drop)
 	case cut.StepCapture:
 		return nc.capture.Release(ctx)
 	case cut.StepResume:
@@ -298,9 +362,33 @@ func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {
 		nc.result.Pause = resumed.Sub(nc.result.CutAt)
 		return err
 	case cut.StepOpen:
-		return hc.open(ctx, n)
+		if err := hc.open(ctx, n); err != nil {
+			return err
+		}
+		return hc.level(ctx, n)
 	}
 	return fmt.Errorf("unknown step %d", step)
+}
+
+// level finds out what the record entries count that is no copy. Frames that came
+// to the closed gate between [fabric.Switch.Update]'s purge and its bundle went to
+// the gate, but the switch credits them to the entries that match once it is open.
+// They would pass for copies that never come. All that the answer counts came
+// before the answer; were a copy later, it would be one too many, and the drain
+// waits for the quiet time.
+func (hc *hostCut) level(ctx context.Context, n *node) error {
+	counters, err := hc.a.fabric.Counters(ctx)
+	if err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, p := range n.ports {
+		counted := counters.Records[p.number]
+		p.others = counted - min(p.copies, counted)
+		hc.a.log.Debug("level", "cut", hc.id, "node", n.spec.Name, "counted", counted, "copies", p.copies)
+	}
+	return nil
 }
 
 func (hc *hostCut) close(ctx context.Context, n *node) error {
@@ -313,7 +401,7 @@ func (hc *hostCut) close(ctx context.Context, n *node) error {
 func (hc *hostCut) flip(ctx context.Context, n *node, to cut.Epoch, record bool) error {
 	n.mu.Lock()
 	for _, p := range n.ports {
-		p.copies = 0 // the record entries are new, and so are their counters
+		p.copies, p.others = 0, 0 // the record entries are new, and so are their counters
 	}
 	n.mu.Unlock()
 	if err := hc.a.recolor(ctx, n, func(c *coloring.Color) { c.Epoch, c.Recording = to, record }); err != nil {
@@ -407,7 +495,8 @@ func (hc *hostCut) collect() {
 		nc.result.Recorded, n.recorded = n.recorded, nil
 		st := n.gate.Stats()
 		nc.result.Held = st.Held - nc.base.Held
-		n.overflow = nil
+		hc.dropped += n.discarded
+		n.overflow, n.newer, n.discard = nil, nil, false
 		n.mu.Unlock()
 		if err := hc.a.recolor(hc.ctx, n, func(c *coloring.Color) { c.Recording = false }); err != nil {
 			hc.fail(name, err)
@@ -417,10 +506,10 @@ func (hc *hostCut) collect() {
 	hc.report(cut.Collected{Cut: hc.id, Host: hc.a.cfg.Host})
 }
 
-// unseen is how many frames the switch has handed over that never came here:
-// the session between the two dropped them.
+// unseen is how many frames the switch has handed over that never came here, the
+// session between the two having dropped them, and how many it would not take back.
 func (a *Agent) unseen(c fabric.Counters) uint64 {
-	return c.Handed - min(c.Seen, c.Handed)
+	return c.Handed - min(c.Seen, c.Handed) + c.Refused
 }
 
 // HostResult is what a host brings to a snapshot.
@@ -481,7 +570,7 @@ func (hc *hostCut) abort(to cut.Epoch) {
 		n := nc.n
 		n.mu.Lock()
 		n.gate.StopRecording()
-		n.recorded, n.overflow = nil, nil
+		n.recorded, n.overflow, n.newer, n.discard = nil, nil, nil, false
 		n.mu.Unlock()
 		if to == hc.from {
 			continue
@@ -517,6 +606,10 @@ func (hc *hostCut) abortStep(ctx context.Context, nc *nodeCut, step cut.Step, to
 	case cut.StepResume:
 		return nil // Capture.Abort left the node running
 	case cut.StepOpen:
+		// The switch of a node that had been cut still copies older frames.
+		if err := hc.a.recolor(ctx, nc.n, func(c *coloring.Color) { c.Recording = false }); err != nil {
+			return err
+		}
 		return hc.open(ctx, nc.n)
 	}
 	return fmt.Errorf("unknown step %d of an abort", step)
@@ -537,11 +630,12 @@ func (hc *hostCut) copies(counters fabric.Counters) []cut.ChannelCount {
 	for _, nc := range hc.nodes {
 		for _, p := range nc.n.ports {
 			nc.n.mu.Lock()
-			seen := p.copies
+			seen, others := p.copies, p.others
 			nc.n.mu.Unlock()
 			name := hc.order.Networks[nc.n.spec.Interfaces[p.index].Network]
 			counts = append(counts, cut.ChannelCount{
-				Channel: cut.Channel{From: host, To: host, Network: name}, Sent: counters.Records[p.number], Received: seen,
+				Channel: cut.Channel{From: host, To: host, Network: name},
+				Sent:    counters.Records[p.number] - min(others, counters.Records[p.number]), Received: seen,
 			})
 		}
 	}

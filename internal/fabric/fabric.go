@@ -16,15 +16,16 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/vishvananda/netlink"
 
 	"violin/internal/coloring"
 	"violin/internal/cut"
 	"violin/internal/openflow"
+	"violin/internal/priority"
 )
 
 // The bridges of a host: the nodes' and, with the user-space datapath, the
@@ -49,7 +50,10 @@ type Config struct {
 	// OnPacket takes what the gate table hands over, in the order of the wire. It
 	// may call Output; it must not wait for the switch.
 	OnPacket func(coloring.Packet, []byte)
-	Logger   *slog.Logger
+	// OnLost is told that the session with the switch was lost: what the switch has
+	// handed over since may be lost as well. It is being opened again. May be nil.
+	OnLost func(error)
+	Logger *slog.Logger
 }
 
 // Peer is another host, to be reached by VXLAN.
@@ -84,6 +88,9 @@ type Counters struct {
 	// alone, by hold and closed entries, and those that came here. A difference
 	// is frames that the session between the two has dropped.
 	Handed, Seen uint64
+	// Refused counts the messages that the switch would not obey: each may have
+	// been a frame to give out.
+	Refused uint64
 }
 
 // Switch is one host's running Open vSwitch.
@@ -92,11 +99,15 @@ type Switch struct {
 	log     *slog.Logger
 	run     uint16
 	daemons *daemons
+	urgency *priority.Shared
 	db      *database
 	control *unixctl
 	nl      *netlink.Handle
-	conn    *openflow.Conn
-	served  chan struct{}
+	conn    atomic.Pointer[openflow.Conn] // replaced when the session is opened again
+	served  chan struct{}                 // closed when there is no session any more
+
+	lifetime context.Context // until Close
+	end      context.CancelFunc
 
 	mu        sync.Mutex // guards the desired and the installed state
 	sw        coloring.Switch
@@ -104,9 +115,10 @@ type Switch struct {
 	installed coloring.FlowSet
 	taps      map[string]uint32
 
-	counts sync.Mutex
-	handed map[coloring.Kind]uint64 // by entries that are gone
-	seen   uint64
+	counts  sync.Mutex
+	handed  map[coloring.Kind]uint64 // by entries that are gone
+	seen    uint64
+	refused uint64
 }
 
 // Start starts the switch. A failure leaves nothing running.
@@ -123,6 +135,7 @@ func Start(ctx context.Context, cfg Config) (_ *Switch, err error) {
 		state:     coloring.State{Nodes: map[coloring.NodeKey]coloring.Color{}, Counted: map[uint16][]cut.Epoch{}},
 		installed: coloring.FlowSet{}, taps: map[string]uint32{}, handed: map[coloring.Kind]uint64{},
 	}
+	s.lifetime, s.end = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("start Open vSwitch on %s: %w", cfg.Host, err), s.Close())
@@ -134,6 +147,7 @@ func Start(ctx context.Context, cfg Config) (_ *Switch, err error) {
 	if s.daemons, err = startDaemons(ctx, cfg); err != nil {
 		return nil, err
 	}
+	s.urgency = &priority.Shared{PID: s.daemons.pid(), Log: s.log}
 	if s.db, err = openDatabase(ctx, s.daemons.socket(), s.log); err != nil {
 		return nil, err
 	}
@@ -219,31 +233,6 @@ func (s *Switch) moveUnderlay() error {
 	return nil
 }
 
-// connect opens the OpenFlow session: by the bridge's management socket, which is
-// always there, so the session needs no address and no namespace.
-func (s *Switch) connect(ctx context.Context) error {
-	var d net.Dialer
-	c, err := d.DialContext(ctx, "unix", filepath.Join(s.cfg.Dir, integration+".mgmt"))
-	if err != nil {
-		return fmt.Errorf("reach the switch by OpenFlow: %w", err)
-	}
-	s.conn = openflow.NewConn(c, openflow.Options{Handler: s.handle, Logger: s.log})
-	if _, err := s.conn.Handshake(ctx); err != nil {
-		return err
-	}
-	s.served = make(chan struct{})
-	go func() {
-		defer close(s.served)
-		if err := s.conn.Serve(context.Background()); err != nil {
-			s.log.Debug("the OpenFlow session has ended", "err", err)
-		}
-	}()
-	if err := s.conn.EnableAsync(ctx); err != nil {
-		return err
-	}
-	return s.daemons.raiseBuffers()
-}
-
 // handle takes what the switch sends of its own accord.
 func (s *Switch) handle(m openflow.Message) {
 	switch m := m.(type) {
@@ -267,6 +256,9 @@ func (s *Switch) handle(m openflow.Message) {
 		}
 	case *openflow.ErrorMessage:
 		s.log.Error("the switch refuses a message", "err", m)
+		s.counts.Lock()
+		s.refused++
+		s.counts.Unlock()
 	}
 }
 
@@ -357,7 +349,7 @@ func (s *Switch) Update(ctx context.Context, change func(*coloring.State)) error
 		if err := s.Purge(ctx); err != nil {
 			return err
 		}
-		if err := s.conn.Bundle(ctx, mods); err != nil {
+		if err := s.conn.Load().Bundle(ctx, mods); err != nil {
 			return fmt.Errorf("switch of %s: install %d flow mods: %w", s.cfg.Host, len(mods), err)
 		}
 	}
@@ -377,7 +369,7 @@ func (s *Switch) Counters(ctx context.Context) (Counters, error) {
 	if err := s.Purge(ctx); err != nil {
 		return Counters{}, err
 	}
-	stats, err := s.conn.FlowStats(ctx, openflow.FlowStatsRequest{
+	stats, err := s.conn.Load().FlowStats(ctx, openflow.FlowStatsRequest{
 		Table: openflow.TableAll, Cookie: uint64(s.run) << 48, CookieMask: 0xffff << 48,
 	})
 	if err != nil {
@@ -397,14 +389,16 @@ func (s *Switch) Counters(ctx context.Context) (Counters, error) {
 			c.Handed += st.Packets
 		}
 	}
-	c.Seen = s.seen
+	c.Seen, c.Refused = s.seen, s.refused
 	return c, nil
 }
 
+// Urgency is that of the switch's process.
+func (s *Switch) Urgency() *priority.Shared { return s.urgency }
+
 // Output sends a frame out of a port.
 func (s *Switch) Output(port uint32, frame []byte) error {
-	return s.conn.Send(&openflow.PacketOut{
-		Match:   openflow.Match{openflow.InPort(openflow.PortController)},
+	return s.conn.Load().Send(&openflow.PacketOut{
 		Actions: []openflow.Action{openflow.Output{Port: port}},
 		Data:    frame,
 	})
@@ -412,11 +406,9 @@ func (s *Switch) Output(port uint32, frame []byte) error {
 
 // Close stops the switch and waits until it is gone.
 func (s *Switch) Close() error {
-	if s.conn != nil {
-		s.conn.Close()
-		if s.served != nil {
-			<-s.served
-		}
+	s.end()
+	if s.served != nil {
+		<-s.served
 	}
 	if s.control != nil {
 		s.control.close()

@@ -17,8 +17,8 @@ import (
 
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
-	"violin/internal/agent"
 	"violin/internal/catalog"
+	"violin/internal/priority"
 	"violin/internal/store"
 )
 
@@ -47,7 +47,7 @@ func openStore(ctx context.Context, c *Config) (*store.Store, error) {
 		return nil, err
 	}
 	return store.Open(ctx, c.location(), store.Options{
-		Logger: c.Logger, Key: key, StartWorker: func() { agent.Background(c.Logger) },
+		Logger: c.Logger, Key: key, StartWorker: func() { priority.Background(c.Logger) },
 	})
 }
 
