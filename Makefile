@@ -63,7 +63,7 @@ generate:
 	$(GO) install google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12
 	$(GO) install connectrpc.com/connect/cmd/protoc-gen-connect-go@v1.21.1
 	PATH="$$PATH:$$($(GO) env GOPATH)/bin" protoc --proto_path=api --go_out=. --go_opt=module=violin \
-		--connect-go_out=. --connect-go_opt=module=violin,simple api/violin/v1/violin.proto
+		--connect-go_out=. --connect-go_opt=module=violin,simple api/violin/v1/*.proto
 
 clean:
 	rm -rf bin

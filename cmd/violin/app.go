@@ -40,6 +40,7 @@ type app struct {
 	runDir, stateDir string
 	output           string
 	quiet            bool
+	storage          storage
 
 	connection *http.Client // to the server, once there is one
 
@@ -95,11 +96,13 @@ func (a *app) root() *cobra.Command {
 	flags.BoolVarP(&a.quiet, "quiet", "q", false, "no progress and no notes on stderr")
 	flags.StringVar(&a.runDir, "run-dir", envOr("VIOLIN_RUN_DIR", daemon.DefaultRunDir), "`directory` of the server's socket (env VIOLIN_RUN_DIR)")
 	flags.StringVar(&a.stateDir, "state-dir", envOr("VIOLIN_STATE_DIR", daemon.DefaultStateDir), "`directory` of snapshots, images and the server's log (env VIOLIN_STATE_DIR)")
+	a.storage.flags(flags)
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddCommand(
 		a.upCommand(), a.psCommand(), a.downCommand(),
 		a.snapshotCommand(), a.snapshotsCommand(), a.restoreCommand(),
-		a.verifyCommand(), a.framesCommand(),
+		a.verifyCommand(), a.framesCommand(), a.forgetCommand(),
+		a.exportCommand(), a.importCommand(), a.storeCommand(), a.benchCommand(),
 		a.consoleCommand(), a.execCommand(),
 		a.serverCommand(), a.versionCommand(),
 	)
@@ -152,8 +155,8 @@ func (a *app) startServer(ctx context.Context, p *progress) (violinv1connect.Sli
 	theirs, err := daemon.Probe(ctx, dirs)
 	if err != nil {
 		p.step("server", "", "starting it in the background")
-		theirs, _, err = daemon.Ensure(ctx, dirs, []string{executable, "server",
-			"--run-dir", dirs.Run, "--state-dir", dirs.State, "--idle-exit", daemon.DefaultIdleExit.String()})
+		theirs, _, err = daemon.Ensure(ctx, dirs, append([]string{executable, "server",
+			"--run-dir", dirs.Run, "--state-dir", dirs.State, "--idle-exit", daemon.DefaultIdleExit.String()}, a.storage.args()...))
 	}
 	if err != nil {
 		return nil, unreachable(err)
@@ -194,6 +197,14 @@ func (a *app) connect(dirs daemon.Dirs) violinv1connect.SliceServiceClient {
 		a.connection = daemon.Client(dirs)
 	}
 	return violinv1connect.NewSliceServiceClient(a.connection, daemon.BaseURL)
+}
+
+// startStoreServer is startServer for a verb about the store.
+func (a *app) startStoreServer(ctx context.Context, p *progress) (violinv1connect.StoreServiceClient, error) {
+	if _, err := a.startServer(ctx, p); err != nil {
+		return nil, err
+	}
+	return violinv1connect.NewStoreServiceClient(a.connection, daemon.BaseURL), nil
 }
 
 func (a *app) disconnect() {

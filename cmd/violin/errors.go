@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"connectrpc.com/connect"
@@ -90,8 +91,7 @@ func (a *app) explain(ctx context.Context, verb *cobra.Command, err error) *fail
 		return &failure{code: exitUsage, err: message}
 	case connect.CodeNotFound:
 		hint := "'violin ps' lists what runs."
-		switch verb.Name() {
-		case "restore", "snapshots", "verify", "frames":
+		if slices.Contains([]string{"restore", "snapshots", "verify", "frames", "forget", "export"}, verb.Name()) {
 			hint = "'violin snapshots' lists the snapshots."
 		}
 		return &failure{code: exitNotFound, err: message, hint: hint}

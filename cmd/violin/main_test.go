@@ -46,6 +46,7 @@ func TestMain(m *testing.M) {
 // fakeServer is the peer on the wire. What it does depends on the slice's name.
 type fakeServer struct {
 	violinv1connect.UnimplementedSliceServiceHandler
+	violinv1connect.UnimplementedStoreServiceHandler
 
 	slices []*violinv1.Slice
 
@@ -333,6 +334,17 @@ func firstSnapshot() *violinv1.Snapshot {
 	return s
 }
 
+// topologyOf is a small one without a mistake.
+func topologyOf(slice string) string {
+	return "slice: " + slice + `
+version: 1
+sites: {here: {hosts: [h1]}}
+networks: {lan: {subnet: 10.0.0.0/24}}
+nodes:
+  rank0: {host: h1, image: mpi, memory: 64MiB, interfaces: [{network: lan, address: 10.0.0.1/24}]}
+`
+}
+
 // fixture is a fake server on the real wire, in directories of its own.
 type fixture struct {
 	*fakeServer
@@ -430,15 +442,15 @@ func checkTranscript(t *testing.T, name, got string) {
 	}
 }
 
+type command struct {
+	why   string
+	stdin string
+	args  []string
+}
+
 // TestTranscripts runs command lines against the fake server and compares all that
 // a user sees with testdata.
 func TestTranscripts(t *testing.T) {
-	topology := func(slice string) string { return "slice: " + slice + "\n" }
-	type command struct {
-		why   string
-		stdin string
-		args  []string
-	}
 	for _, test := range []struct {
 		name     string
 		idle     bool // no server runs
@@ -451,13 +463,18 @@ func TestTranscripts(t *testing.T) {
 			{why: "a slice that does not run", args: []string{"ps", "missing"}},
 		}},
 		{name: "up", commands: []command{
-			{why: "progress goes to stderr; control characters from guests do not reach the terminal", stdin: topology("mandelbrot"), args: []string{"up", "-"}},
-			{why: "without progress", stdin: topology("mandelbrot"), args: []string{"up", "--quiet", "-"}},
+			{why: "progress goes to stderr; control characters from guests do not reach the terminal", stdin: topologyOf("mandelbrot"), args: []string{"up", "-"}},
+			{why: "without progress", stdin: topologyOf("mandelbrot"), args: []string{"up", "--quiet", "-"}},
 			{why: "no such file", args: []string{"up", "/nonexistent/slice.yaml"}},
-			{why: "refused by the server", stdin: topology("wrong"), args: []string{"up", "-"}},
-			{why: "runs already", stdin: topology("taken"), args: []string{"up", "-"}},
-			{why: "does not fit", stdin: topology("large"), args: []string{"up", "-"}},
-			{why: "a server that forgets the result", stdin: topology("resultless"), args: []string{"up", "-"}},
+			{why: "no such network", stdin: strings.Replace(topologyOf("pair"), "network: lan", "network: wan", 1), args: []string{"up", "-"}},
+			{why: "an address twice", stdin: topologyOf("pair") + "  rank1: {host: h1, image: mpi, memory: 64MiB, interfaces: [{network: lan, address: 10.0.0.1/24}]}\n", args: []string{"up", "-"}},
+			{why: "no memory", stdin: strings.Replace(topologyOf("pair"), " memory: 64MiB,", "", 1), args: []string{"up", "-"}},
+			{why: "no such field", stdin: strings.Replace(topologyOf("pair"), "memory", "memmory", 1), args: []string{"up", "-"}},
+			{why: "no YAML", stdin: "slice: [\n", args: []string{"up", "-"}},
+			{why: "refused by the server", stdin: topologyOf("wrong"), args: []string{"up", "-"}},
+			{why: "runs already", stdin: topologyOf("taken"), args: []string{"up", "-"}},
+			{why: "does not fit", stdin: topologyOf("large"), args: []string{"up", "-"}},
+			{why: "a server that forgets the result", stdin: topologyOf("resultless"), args: []string{"up", "-"}},
 		}},
 		{name: "snapshot", commands: []command{
 			{why: "the table", args: []string{"snapshot", "mandelbrot"}},
@@ -521,6 +538,7 @@ func TestTranscripts(t *testing.T) {
 			{why: "no such slice", args: []string{"console", "missing/rank0"}},
 			{why: "nothing for programs", args: []string{"console", "other", "-o", "json"}},
 		}},
+		{name: "store", commands: storeCommands},
 		{name: "errors", commands: []command{
 			{why: "a mistake in the server", args: []string{"ps", "internal"}},
 			{why: "an error without a code", args: []string{"ps", "unknown"}},
@@ -543,6 +561,7 @@ func TestTranscripts(t *testing.T) {
 			{why: "no node", args: []string{"exec", "mandelbrot/rank0", "--", "ls"}},
 			{why: "no node", args: []string{"console", "rank0"}},
 			{why: "a topology that is not there starts no server", args: []string{"up", "/nonexistent/slice.yaml"}},
+			{why: "a topology with a mistake starts no server", stdin: "slice: pair\n", args: []string{"up", "-"}},
 			{why: "a bad name starts no server", args: []string{"restore", "mandelbrot"}},
 		}},
 	} {
@@ -590,10 +609,10 @@ func TestJSON(t *testing.T) {
 		{[]string{"restore", "mandelbrot@latest"}, &violinv1.Restored{Slice: mandelbrot(), Snapshot: firstSnapshot(),
 			Duration: durationpb.New(2100 * time.Millisecond), Skew: durationpb.New(1800 * time.Microsecond), FramesInjected: 14}},
 		{[]string{"down", "pair"}, &violinv1.DownResponse{Slices: []string{"pair"}}},
-		{[]string{"exec", "other", "--", "cat"}, &violinv1.ExecResponse{Stdout: []byte("slice: mandelbrot\n")}},
+		{[]string{"exec", "other", "--", "cat"}, &violinv1.ExecResponse{Stdout: []byte(topologyOf("mandelbrot"))}},
 	} {
 		t.Run(test.args[0], func(t *testing.T) {
-			r := violin(t.Context(), f.dirs, strings.NewReader("slice: mandelbrot\n"), append([]string{"-o", "json"}, test.args...)...)
+			r := violin(t.Context(), f.dirs, strings.NewReader(topologyOf("mandelbrot")), append([]string{"-o", "json"}, test.args...)...)
 			if r.status != exitOK {
 				t.Fatalf("status %d: %s", r.status, r.stderr)
 			}
@@ -611,7 +630,7 @@ func TestJSON(t *testing.T) {
 func TestRequests(t *testing.T) {
 	f := newFixture(t, violinVersion())
 	file := filepath.Join(t.TempDir(), "pair.yaml")
-	if err := os.WriteFile(file, []byte("slice: pair\n"), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte(topologyOf("pair")), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	here, err := os.Getwd()
@@ -622,8 +641,8 @@ func TestRequests(t *testing.T) {
 		args []string
 		want proto.Message
 	}{
-		{[]string{"up", file}, &violinv1.UpRequest{File: file, Topology: []byte("slice: pair\n"), Directory: filepath.Dir(file)}},
-		{[]string{"up", "-"}, &violinv1.UpRequest{File: "-", Directory: here}},
+		{[]string{"up", file}, &violinv1.UpRequest{File: file, Topology: []byte(topologyOf("pair")), Directory: filepath.Dir(file)}},
+		{[]string{"up", "-"}, &violinv1.UpRequest{File: "-", Topology: []byte(topologyOf("pair")), Directory: here}},
 		{[]string{"down", "pair"}, &violinv1.DownRequest{Slice: "pair"}},
 		{[]string{"down", "--all"}, &violinv1.DownRequest{All: true}},
 		{[]string{"snapshot", "pair"}, &violinv1.SnapshotRequest{Slice: "pair"}},
@@ -644,7 +663,11 @@ func TestRequests(t *testing.T) {
 		{[]string{"exec", "--timeout", "2m", "other", "--", "sh", "-c", "exit"}, &violinv1.ExecRequest{Slice: "pair", Node: "other", Command: []string{"sh", "-c", "exit"}, Timeout: durationpb.New(2 * time.Minute)}},
 	} {
 		t.Run(strings.Join(test.args, " "), func(t *testing.T) {
-			if r := violin(t.Context(), f.dirs, strings.NewReader(""), test.args...); r.status != exitOK {
+			in := ""
+			if test.args[0] == "up" {
+				in = topologyOf("pair")
+			}
+			if r := violin(t.Context(), f.dirs, strings.NewReader(in), test.args...); r.status != exitOK {
 				t.Fatalf("status %d: %s", r.status, r.stderr)
 			}
 			if got := f.last(); !proto.Equal(got, test.want) {
@@ -664,7 +687,7 @@ func TestInterrupt(t *testing.T) {
 				<-f.begun
 				cancel()
 			}()
-			r := violin(ctx, f.dirs, strings.NewReader("slice: slow\n"), args...)
+			r := violin(ctx, f.dirs, strings.NewReader(topologyOf("slow")), args...)
 			if r.status != exitInterrupted || !strings.Contains(r.stderr, "violin: interrupted") {
 				t.Errorf("status %d: %s", r.status, r.stderr)
 			}

@@ -67,6 +67,10 @@ func (a *app) serve(ctx context.Context, idleExit time.Duration, level slog.Leve
 	if err != nil {
 		return err
 	}
+	storage, err := a.storage.read()
+	if err != nil {
+		return err
+	}
 	logger := slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: level}))
 	runtime.GOMAXPROCS(runtime.NumCPU() + spareProcessors)
 	raisePriority(logger)
@@ -77,7 +81,7 @@ func (a *app) serve(ctx context.Context, idleExit time.Duration, level slog.Leve
 		Version:  violinVersion(),
 		Logger:   logger,
 		Start: func(ctx context.Context) (daemon.Service, error) {
-			s, err := server.New(ctx, server.Config{StateDir: dirs.State, RunDir: dirs.Run, Logger: logger, Version: violinVersion()})
+			s, err := server.New(ctx, server.Config{StateDir: dirs.State, Storage: storage, RunDir: dirs.Run, Logger: logger, Version: violinVersion()})
 			if err != nil {
 				return nil, err
 			}
@@ -91,18 +95,27 @@ func (a *app) serve(ctx context.Context, idleExit time.Duration, level slog.Leve
 	return nil
 }
 
+// api is all of the API.
+type api interface {
+	violinv1connect.SliceServiceHandler
+	violinv1connect.StoreServiceHandler
+}
+
 // apiHandler serves the API over HTTP.
-func apiHandler(s violinv1connect.SliceServiceHandler, logger *slog.Logger) http.Handler {
+func apiHandler(s api, logger *slog.Logger) http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle(violinv1connect.NewSliceServiceHandler(s,
+	options := []connect.HandlerOption{
 		connect.WithReadMaxBytes(requestLimit),
 		// The socket is local: compressing costs more than it saves, below the size of a large listing.
-		connect.WithCompressMinBytes(1<<20),
+		connect.WithCompressMinBytes(1 << 20),
 		// One call's mistake must not end everybody's VMs.
 		connect.WithRecover(func(ctx context.Context, spec connect.Spec, _ http.Header, r any) error {
 			logger.ErrorContext(ctx, "panic in a call", "procedure", spec.Procedure, "panic", r, "stack", string(debug.Stack()))
 			return connect.NewError(connect.CodeInternal, fmt.Errorf("the server's own mistake in %s: %v", spec.Procedure, r))
-		})))
+		}),
+	}
+	mux.Handle(violinv1connect.NewSliceServiceHandler(s, options...))
+	mux.Handle(violinv1connect.NewStoreServiceHandler(s, options...))
 	return mux
 }
 

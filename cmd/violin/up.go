@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	violinv1 "violin/api/violin/v1"
+	"violin/internal/topology"
 )
 
 // topologyLimit is far above any topology that people write.
@@ -74,6 +75,13 @@ func (a *app) readTopology(file string) ([]byte, error) {
 		return nil, fmt.Errorf("read the topology: %w", err)
 	case len(source) > topologyLimit:
 		return nil, &failure{code: exitUsage, err: fmt.Errorf("%s is larger than %s: this is no topology", file, formatBytes(topologyLimit))}
+	}
+	name := file
+	if file == "-" {
+		name = "stdin"
+	}
+	if _, err := topology.Parse(name, source); err != nil {
+		return nil, &failure{code: exitUsage, err: fmt.Errorf("the topology has a mistake, so nothing was started:\n%w", err)}
 	}
 	return source, nil
 }

@@ -78,6 +78,14 @@ func (c *Catalog) put(ctx context.Context, s *Snapshot) error {
 	if err := s.check(); err != nil {
 		return err
 	}
+	doc, err := marshal(s)
+	if err != nil {
+		return err
+	}
+	return c.putDocument(ctx, s, doc)
+}
+
+func (c *Catalog) putDocument(ctx context.Context, s *Snapshot, doc []byte) error {
 	if s.Tag != "" {
 		others, err := c.List(ctx, s.Slice)
 		if err != nil {
@@ -89,11 +97,33 @@ func (c *Catalog) put(ctx context.Context, s *Snapshot) error {
 			}
 		}
 	}
-	doc, err := marshal(s)
+	return c.st.PutDocument(ctx, docName(s.Slice, s.ID), doc)
+}
+
+// Document returns a snapshot's document as it was sealed, byte for byte.
+func (c *Catalog) Document(ctx context.Context, s *Snapshot) ([]byte, error) {
+	return c.st.GetDocument(ctx, docName(s.Slice, s.ID))
+}
+
+// ParseDocument reads a document and verifies its seal.
+func ParseDocument(doc []byte) (*Snapshot, error) {
+	s, err := parse(doc)
+	if err != nil {
+		return nil, fmt.Errorf("read snapshot's document: %w", err)
+	}
+	return s, nil
+}
+
+// PutDocument is Put for a document that another catalog's Document returned.
+func (c *Catalog) PutDocument(ctx context.Context, doc []byte) error {
+	s, err := ParseDocument(doc)
 	if err != nil {
 		return err
 	}
-	return c.st.PutDocument(ctx, docName(s.Slice, s.ID), doc)
+	if err := c.putDocument(ctx, s, doc); err != nil {
+		return fmt.Errorf("seal snapshot %s: %w", s.Ref(), err)
+	}
+	return nil
 }
 
 // marshal writes the envelope by hand: the encoder would lay the snapshot's
@@ -158,6 +188,12 @@ func (c *Catalog) Get(ctx context.Context, slice, id string) (*Snapshot, error) 
 		return fail(fmt.Errorf("%w: the document is of %s@%s", store.ErrDamaged, s.Slice, s.ID))
 	}
 	return s, nil
+}
+
+// Exists reports whether a snapshot has a document, be it readable or not.
+func (c *Catalog) Exists(ctx context.Context, slice, id string) (bool, error) {
+	keys, err := c.keys(ctx, slice)
+	return slices.Contains(keys, key{slice, id}), err
 }
 
 // List returns the snapshots of a slice, or of all slices for "", by slice and
@@ -338,6 +374,36 @@ func pick(keys []key, prefix string) (key, error) {
 	return key{}, fmt.Errorf("%w: it may be %s%s; write more of the ID", ErrAmbiguous, strings.Join(names, ", "), more)
 }
 
+// Audit yields what the snapshots need that can be read, and tells of documents
+// that cannot: a check goes on where a collection has to stop.
+func (c *Catalog) Audit(ctx context.Context, damaged func(ref string, err error)) iter.Seq2[store.Root, error] {
+	return func(yield func(store.Root, error) bool) {
+		keys, err := c.keys(ctx, "")
+		if err != nil {
+			yield(store.Root{}, err)
+			return
+		}
+		for _, k := range keys {
+			s, err := c.Get(ctx, k.slice, k.id)
+			switch {
+			case errors.Is(err, ErrNotFound):
+				continue // deleted since it was listed
+			case errors.Is(err, store.ErrDamaged):
+				damaged(k.slice+"@"+k.id, err)
+				continue
+			case err != nil:
+				yield(store.Root{}, err)
+				return
+			}
+			for r := range s.Roots() {
+				if !yield(r, nil) {
+					return
+				}
+			}
+		}
+	}
+}
+
 // Roots yields what the snapshots in the catalog need, for the store's GC and
 // Check. It is an error if a document cannot be read: without it nobody knows
 // what to keep.
@@ -349,7 +415,7 @@ func (c *Catalog) Roots(ctx context.Context) iter.Seq2[store.Root, error] {
 			return
 		}
 		for _, s := range all {
-			for r := range s.roots() {
+			for r := range s.Roots() {
 				if !yield(r, nil) {
 					return
 				}

@@ -54,6 +54,9 @@ type Node struct {
 	Memory store.BlobRef `json:"memory"`
 	// Disks are the page tables of its disks, by name.
 	Disks []Disk `json:"disks,omitempty"`
+	// Boot are the files that it booted from. They are not in the store: a
+	// restore needs files with the same content.
+	Boot []BootFile `json:"boot,omitempty"`
 
 	RawBytes    int64 `json:"raw_bytes"`    // length of the stream as the hypervisor sent it
 	StoredBytes int64 `json:"stored_bytes"` // what the store grew by for it
@@ -67,6 +70,13 @@ type Node struct {
 type Disk struct {
 	Name   string        `json:"name"`
 	Blocks store.BlobRef `json:"blocks"` // a page table
+}
+
+// A BootFile is a file that a node booted from.
+type BootFile struct {
+	Kind string     `json:"kind"` // "kernel", "initrd" or "rootfs"
+	Size int64      `json:"size"` // bytes
+	Hash store.Hash `json:"hash"` // BLAKE3-256 of its content
 }
 
 // Channel is the channel state: the frames in flight at the cut.
@@ -98,8 +108,8 @@ type Totals struct {
 // Ref is how a user names the snapshot.
 func (s *Snapshot) Ref() string { return s.Slice + "@" + s.ID }
 
-// roots are what the snapshot needs in the store.
-func (s *Snapshot) roots() iter.Seq[store.Root] {
+// Roots are what the snapshot needs in the store.
+func (s *Snapshot) Roots() iter.Seq[store.Root] {
 	return func(yield func(store.Root) bool) {
 		add := func(what string, ref store.BlobRef, memory bool) bool {
 			return ref.IsZero() || yield(store.Root{Name: s.Ref() + what, Ref: ref, Memory: memory})

@@ -28,7 +28,8 @@ import (
 
 // Config says where a server keeps things and how it presents itself.
 type Config struct {
-	StateDir string // store/ and images/ are below it
+	StateDir string // images/ is below it, and unless Storage says otherwise, store/ and its key
+	Storage  Storage
 	RunDir   string // sockets of what runs
 	Logger   *slog.Logger
 	Version  string // told by the Version call
@@ -44,15 +45,15 @@ type Server struct {
 
 	mu     sync.Mutex
 	slices map[string]*slice // a nil slice is a name taken by one that is coming up
+
+	boot bootCache
 }
 
 var _ violinv1connect.SliceServiceHandler = (*Server)(nil)
 
 // New makes a server with no slice. ctx bounds the making only.
 func New(ctx context.Context, config Config) (*Server, error) {
-	st, err := store.Open(ctx, filepath.Join(config.StateDir, "store"), store.Options{
-		Logger: config.Logger, StartWorker: func() { priority.Background(config.Logger) },
-	})
+	st, err := openStore(ctx, &config)
 	if err != nil {
 		return nil, err
 	}
@@ -323,7 +324,9 @@ func apiError(err error) error {
 		return connect.NewError(connect.CodeInvalidArgument, err)
 	case errors.Is(err, store.ErrExists):
 		return connect.NewError(connect.CodeAlreadyExists, err)
-	case errors.Is(err, store.ErrDamaged):
+	case errors.Is(err, store.ErrKey):
+		return connect.NewError(connect.CodeInvalidArgument, err)
+	case errors.Is(err, store.ErrDamaged), errors.Is(err, store.ErrMissing):
 		return connect.NewError(connect.CodeDataLoss, err)
 	case errors.Is(err, context.Canceled):
 		return connect.NewError(connect.CodeCanceled, err)

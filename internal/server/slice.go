@@ -15,6 +15,7 @@ import (
 
 	violinv1 "violin/api/violin/v1"
 	"violin/internal/agent"
+	"violin/internal/catalog"
 	"violin/internal/coloring"
 	"violin/internal/coordinator"
 	"violin/internal/cut"
@@ -37,6 +38,8 @@ type slice struct {
 
 	mu   sync.Mutex
 	head string // the snapshot it descends from
+
+	boot map[string][]catalog.BootFile // by node, as they were when it came up
 }
 
 // build brings a slice's hosts, switches and nodes up. With load, the nodes wait
@@ -47,7 +50,11 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 	if err != nil {
 		return nil, err
 	}
-	sl := &slice{topo: topo, created: time.Now(), agents: map[string]*agent.Agent{}, head: head}
+	boot, err := s.bootFiles(topo)
+	if err != nil {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
+	}
+	sl := &slice{topo: topo, created: time.Now(), agents: map[string]*agent.Agent{}, head: head, boot: boot}
 	defer func() {
 		if err != nil {
 			if cerr := sl.close(); cerr != nil {

@@ -140,7 +140,7 @@ func (s *Server) seal(ctx context.Context, sl *slice, snap *catalog.Snapshot, se
 		snap.Nodes = append(snap.Nodes, catalog.Node{
 			Name: r.Node, Host: sl.topo.Node(r.Node).Host, CutAt: r.CutAt, Pause: r.Pause, Device: r.Device, Memory: r.Memory,
 			RawBytes: int64(r.RawBytes), StoredBytes: r.Stats.StoredBytes, Pages: r.Stats.Pages, ZeroPages: r.Stats.ZeroPages,
-			Held: int64(r.Held), Recorded: int64(len(r.Recorded)),
+			Held: int64(r.Held), Recorded: int64(len(r.Recorded)), Boot: sl.boot[r.Node],
 		})
 		snap.Totals.Held += int64(r.Held)
 		snap.Totals.Recorded += int64(len(r.Recorded))
@@ -216,6 +216,9 @@ func (s *Server) Restore(ctx context.Context, req *violinv1.RestoreRequest, out 
 	if err != nil {
 		return connect.NewError(connect.CodeDataLoss, err)
 	}
+	if err := s.checkBoot(topo, snap); err != nil {
+		return connect.NewError(connect.CodeFailedPrecondition, err)
+	}
 	tell := serialize(func(p *violinv1.Progress) error {
 		return out.Send(&violinv1.RestoreResponse{Event: &violinv1.RestoreResponse_Progress{Progress: p}})
 	})
@@ -227,6 +230,9 @@ func (s *Server) Restore(ctx context.Context, req *violinv1.RestoreRequest, out 
 		return err
 	}
 	if sl, err := s.slice(topo.Slice); err == nil {
+		if err := s.sound(ctx, snap); err != nil {
+			return apiError(err)
+		}
 		tell("stop", "", "what still runs of slice "+topo.Slice)
 		if err := sl.close(); err != nil {
 			s.log.Error("slice was not taken down cleanly", "slice", topo.Slice, "err", err)

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -265,4 +266,34 @@ func missing(err error) error {
 		return fmt.Errorf("%w: %w", ErrMissing, err)
 	}
 	return err
+}
+
+// putNew is put for a name that must not be taken: ErrExists if it is. In a
+// directory, the writer's lock makes it one step; elsewhere the bucket does, so
+// that of two writers only one wins.
+func (b *bucket) putNew(ctx context.Context, name string, data []byte) error {
+	if b.dir == "" {
+		err := b.WriteAll(ctx, name, data, &blob.WriterOptions{IfNotExist: true})
+		if gcerrors.Code(err) != gcerrors.FailedPrecondition {
+			return err
+		}
+		// A write whose answer was lost is tried again by the client library, and
+		// then finds its own object.
+		got, rerr := b.read(ctx, name, int64(len(data)))
+		switch {
+		case rerr == nil && bytes.Equal(got, data):
+			return nil
+		case rerr == nil || errors.Is(rerr, ErrDamaged):
+			return fmt.Errorf("%w: %w", ErrExists, err)
+		}
+		return fmt.Errorf("%w: %w: read it back: %w", errUncertain, err, rerr)
+	}
+	exists, err := b.Exists(ctx, name)
+	if err != nil {
+		return err
+	}
+	if exists {
+		return ErrExists
+	}
+	return b.put(ctx, name, data)
 }

@@ -39,15 +39,11 @@ func (s *Store) putDocument(ctx context.Context, name string, data []byte) error
 		out := append([]byte(documentMagic), n...)
 		data = seal.Seal(out, n, data, []byte(name))
 	}
-	// There is one writer, so nobody takes the name between the two steps.
-	exists, err := s.bucket.Exists(ctx, name)
-	if err != nil {
+	err := s.bucket.putNew(ctx, name, data)
+	if errors.Is(err, ErrExists) || errors.Is(err, errUncertain) {
 		return err
 	}
-	if exists {
-		return ErrExists
-	}
-	if err := s.bucket.put(ctx, name, data); err != nil {
+	if err != nil {
 		// It may be there all the same: renamed but not synced, or written
 		// but not acknowledged. Then what it refers to has to stay.
 		if rerr := s.bucket.remove(context.WithoutCancel(ctx), name); rerr != nil {

@@ -6,8 +6,10 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 )
 
@@ -55,6 +57,30 @@ func (k Key) Text() string {
 		return ""
 	}
 	return keyFilePrefix + hex.EncodeToString(k.raw) + "\n"
+}
+
+// WriteFile writes Text to a new file that only its owner may read; it is on the
+// disk when WriteFile returns. A file that is there is never overwritten.
+func (k Key) WriteFile(name string) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("write key: %w", err)
+		}
+	}()
+	f, err := os.CreateTemp(filepath.Dir(name), tempPrefix) // mode 0600
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	_, err = f.WriteString(k.Text())
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	// Unlike a rename, a link fails if the name is taken.
+	if err := os.Link(f.Name(), name); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(name))
 }
 
 // ReadKeyFile reads a key that Text wrote.

@@ -231,7 +231,7 @@ func (s *Store) create(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := s.bucket.put(ctx, describeName, append(raw, '\n')); err != nil {
+	if err := s.bucket.putNew(ctx, describeName, append(raw, '\n')); err != nil {
 		return fmt.Errorf("write %s: %w", describeName, err)
 	}
 	return nil

@@ -1,0 +1,123 @@
+package server
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"time"
+
+	"lukechampine.com/blake3"
+
+	"violin/internal/catalog"
+	"violin/internal/store"
+	"violin/internal/topology"
+)
+
+// bootCache remembers the hashes of files that nodes boot from, for as long as
+// path, size and time of change are the same.
+type bootCache struct {
+	mu     sync.Mutex
+	hashes map[bootKey]store.Hash
+}
+
+type bootKey struct {
+	path    string
+	size    int64
+	changed time.Time
+}
+
+func (c *bootCache) hash(path string) (h store.Hash, size int64, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return h, 0, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return h, 0, err
+	}
+	key := bootKey{path, info.Size(), info.ModTime().UTC()}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if h, ok := c.hashes[key]; ok {
+		return h, key.size, nil
+	}
+	sum := blake3.New(store.HashSize, nil)
+	if _, err := io.Copy(sum, f); err != nil {
+		return h, 0, fmt.Errorf("read %s: %w", path, err)
+	}
+	h = store.Hash(sum.Sum(nil))
+	if c.hashes == nil {
+		c.hashes = map[bootKey]store.Hash{}
+	}
+	c.hashes[key] = h
+	return h, key.size, nil
+}
+
+// bootPaths are the files that a node boots from, by kind.
+func (s *Server) bootPaths(topo *topology.Topology, n *topology.Node) (map[string]string, error) {
+	spec, err := s.machine(topo, n)
+	return map[string]string{"kernel": spec.Kernel, "initrd": spec.Initrd, "rootfs": spec.RootFS}, err
+}
+
+// bootFiles says what the nodes of a topology boot from, by node.
+func (s *Server) bootFiles(topo *topology.Topology) (map[string][]catalog.BootFile, error) {
+	all := map[string][]catalog.BootFile{}
+	for i := range topo.Nodes {
+		n := &topo.Nodes[i]
+		paths, err := s.bootPaths(topo, n)
+		if err != nil {
+			return nil, err
+		}
+		for _, kind := range []string{"kernel", "initrd", "rootfs"} {
+			if paths[kind] == "" {
+				continue
+			}
+			h, size, err := s.boot.hash(paths[kind])
+			if err != nil {
+				return nil, fmt.Errorf("node %q: %w", n.Name, err)
+			}
+			all[n.Name] = append(all[n.Name], catalog.BootFile{Kind: kind, Size: size, Hash: h})
+		}
+	}
+	return all, nil
+}
+
+// checkBoot refuses a restore on other files than the nodes booted from: a guest's
+// memory refers to its root file system's blocks.
+func (s *Server) checkBoot(topo *topology.Topology, snap *catalog.Snapshot) error {
+	var errs []error
+	for _, n := range snap.Nodes {
+		node := topo.Node(n.Name)
+		if node == nil {
+			errs = append(errs, fmt.Errorf("node %q is not in the snapshot's topology", n.Name))
+			continue
+		}
+		paths, err := s.bootPaths(topo, node)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		for _, f := range n.Boot {
+			path := paths[f.Kind]
+			if path == "" {
+				errs = append(errs, fmt.Errorf("node %q: the snapshot was taken with a %s, and the topology has none", n.Name, f.Kind))
+				continue
+			}
+			h, _, err := s.boot.hash(path)
+			switch {
+			case err != nil:
+				errs = append(errs, fmt.Errorf("node %q: %w", n.Name, err))
+			case h != f.Hash:
+				errs = append(errs, fmt.Errorf("node %q: %s %s is not the one that the snapshot was taken with: it has hash %.16s, want %.16s and %d bytes; put that file back",
+					n.Name, f.Kind, path, h, f.Hash, f.Size))
+			}
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("restore snapshot %s: %w", snap.Ref(), err)
+	}
+	return nil
+}

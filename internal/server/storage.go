@@ -1,0 +1,273 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"iter"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+	_ "gocloud.dev/blob/s3blob" // s3:// as a store's URL
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	violinv1 "violin/api/violin/v1"
+	"violin/api/violin/v1/violinv1connect"
+	"violin/internal/catalog"
+	"violin/internal/priority"
+	"violin/internal/store"
+)
+
+var _ violinv1connect.StoreServiceHandler = (*Server)(nil)
+
+// Storage says where the store lies and what unlocks it.
+type Storage struct {
+	URL        string // such as s3://bucket?region=...; empty: the directory store below the state directory
+	Passphrase string // unlocks the store; empty: the key file store.key below the state directory does
+	Insecure   bool   // a store that is made is not encrypted
+}
+
+func (c *Config) location() string {
+	if c.Storage.URL != "" {
+		return c.Storage.URL
+	}
+	return filepath.Join(c.StateDir, "store")
+}
+
+func (c *Config) keyFile() string { return filepath.Join(c.StateDir, "store.key") }
+
+// openStore opens the store, or makes it: encrypted, unless the contrary was asked for.
+func openStore(ctx context.Context, c *Config) (*store.Store, error) {
+	key, err := storeKey(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	return store.Open(ctx, c.location(), store.Options{
+		Logger: c.Logger, Key: key, StartWorker: func() { priority.Background(c.Logger) },
+	})
+}
+
+// storeKey finds the key of the store that there is, or chooses that of one to be made.
+func storeKey(ctx context.Context, c *Config) (store.Key, error) {
+	info, err := store.Inspect(ctx, c.location())
+	if err != nil {
+		return store.Key{}, err
+	}
+	wrong := func(format string, args ...any) (store.Key, error) {
+		return store.Key{}, fmt.Errorf("store %s: %w: %s", c.location(), store.ErrKey, fmt.Sprintf(format, args...))
+	}
+	passphrase := c.Storage.Passphrase != ""
+	switch {
+	case !info.Exists && c.Storage.Insecure && passphrase:
+		return wrong("both a passphrase and no encryption are asked for; choose one")
+	case !info.Exists && c.Storage.Insecure:
+		c.Logger.Warn("the store is made without encryption: whoever can read it reads the memory of all nodes", "store", c.location())
+		return store.Key{}, nil
+	case info.Exists && info.Key == "":
+		if passphrase {
+			return wrong("it was made without encryption, but a passphrase was given; leave it out, or use another store")
+		}
+		c.Logger.Warn("the store is not encrypted", "store", c.location())
+		return store.Key{}, nil
+	case info.Exists && info.Key == "passphrase" && !passphrase:
+		return wrong("it was made with a passphrase; give it by VIOLIN_PASSPHRASE or --passphrase-file")
+	case info.Exists && info.Key == "file" && passphrase:
+		return wrong("it was made with the key file %s; leave the passphrase out", c.keyFile())
+	case passphrase:
+		return store.Passphrase(c.Storage.Passphrase)
+	}
+	key, err := store.ReadKeyFile(c.keyFile())
+	if !errors.Is(err, fs.ErrNotExist) {
+		return key, err
+	}
+	if info.Exists {
+		return wrong("its key file %s is missing; bring it back from where you keep a copy: without it, no snapshot can be read", c.keyFile())
+	}
+	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
+		return key, err
+	}
+	key = store.NewKey()
+	if err := key.WriteFile(c.keyFile()); err != nil {
+		return key, err
+	}
+	c.Logger.Info("the store is encrypted; keep a copy of its key file", "store", c.location(), "key", c.keyFile())
+	return key, nil
+}
+
+// Stats implements the API.
+func (s *Server) Stats(ctx context.Context, _ *violinv1.StatsRequest) (*violinv1.StatsResponse, error) {
+	all, err := s.catalog.List(ctx, "")
+	if err != nil {
+		return nil, apiError(err)
+	}
+	st := s.store.Stats()
+	resp := &violinv1.StatsResponse{
+		Location: s.cfg.location(), Id: s.store.ID(), Encrypted: s.store.Encrypted(), Snapshots: uint64(len(all)),
+		Packs: uint64(st.Packs), PackBytes: uint64(st.PackBytes), Pages: uint64(st.Pages), PageBytes: uint64(st.PageBytes),
+		Chunks: uint64(st.Chunks), IndexBytes: uint64(st.IndexBytes), UnreadPacks: uint64(st.UnreadPacks),
+	}
+	named := map[string]bool{}
+	for _, snap := range all {
+		named[snap.Slice] = true
+		for _, n := range snap.Nodes {
+			resp.MemoryBytes += uint64(n.Pages+n.ZeroPages) * store.PageSize
+		}
+	}
+	resp.Slices = uint64(len(named))
+	return resp, nil
+}
+
+// Check implements the API.
+func (s *Server) Check(ctx context.Context, req *violinv1.CheckRequest, out *connect.ServerStream[violinv1.CheckResponse]) error {
+	tell := serialize(func(p *violinv1.Progress) error {
+		return out.Send(&violinv1.CheckResponse{Event: &violinv1.CheckResponse_Progress{Progress: p}})
+	})
+	report := &violinv1.CheckReport{ReadData: req.GetReadData()}
+	roots := s.catalog.Audit(ctx, func(ref string, err error) {
+		report.Damage = append(report.Damage, &violinv1.Damage{Message: err.Error(), NeededBy: []string{ref}})
+	})
+	r, err := s.store.Check(ctx, roots, store.CheckOptions{
+		ReadData: req.GetReadData(),
+		Progress: func(done, total int) {
+			if done == total || done%16 == 0 {
+				tell("check", "", fmt.Sprintf("%d of %d packs", done, total))
+			}
+		},
+	})
+	if err != nil {
+		return apiError(err)
+	}
+	report.Packs, report.Pages, report.Chunks, report.Bytes = uint64(r.Packs), uint64(r.Pages), uint64(r.Chunks), uint64(r.Bytes)
+	for _, p := range r.Problems {
+		report.Damage = append(report.Damage, damageMessage(p))
+	}
+	return out.Send(&violinv1.CheckResponse{Event: &violinv1.CheckResponse_Report{Report: report}})
+}
+
+func damageMessage(p store.Problem) *violinv1.Damage {
+	d := &violinv1.Damage{Message: p.Err.Error(), NeededBy: p.Roots}
+	var e *store.Error
+	if errors.As(p.Err, &e) {
+		d.Pack = e.Pack
+		if !e.Hash.IsZero() {
+			d.Page = e.Hash.String()
+		}
+		if e.Offset >= 0 {
+			d.Offset = &e.Offset
+		}
+	}
+	return d
+}
+
+// Collect implements the API.
+func (s *Server) Collect(ctx context.Context, _ *violinv1.CollectRequest) (*violinv1.CollectResponse, error) {
+	began := time.Now()
+	st, err := s.store.GC(ctx, s.catalog.Roots(ctx))
+	if err != nil {
+		return nil, apiError(err)
+	}
+	return &violinv1.CollectResponse{
+		PacksDeleted: uint64(st.PacksDeleted), PacksRewritten: uint64(st.PacksRewritten), PacksInUse: uint64(st.PacksInUse),
+		BytesFreed: st.BytesFreed, BytesKept: uint64(st.BytesKept), Duration: durationpb.New(time.Since(began)),
+	}, nil
+}
+
+// sound reads everything of a snapshot once, so that one that is damaged is
+// refused while what runs of its slice still runs.
+func (s *Server) sound(ctx context.Context, snap *catalog.Snapshot) error {
+	if err := s.store.Verify(ctx, checked(snap.Roots())); err != nil {
+		return fmt.Errorf("snapshot %s cannot be restored, and nothing was changed: %w", snap.Ref(), err)
+	}
+	return nil
+}
+
+// checked makes roots that are known those that a store asks for.
+func checked(roots iter.Seq[store.Root]) iter.Seq2[store.Root, error] {
+	return func(yield func(store.Root, error) bool) {
+		for r := range roots {
+			if !yield(r, nil) {
+				return
+			}
+		}
+	}
+}
+
+// Forget implements the API.
+func (s *Server) Forget(ctx context.Context, req *violinv1.ForgetRequest) (*violinv1.ForgetResponse, error) {
+	verdicts, err := s.judge(ctx, req)
+	if err != nil {
+		return nil, apiError(err)
+	}
+	resp := &violinv1.ForgetResponse{DryRun: req.GetDryRun()}
+	for _, v := range verdicts {
+		if !v.Kept() && !req.GetDryRun() {
+			if err := s.catalog.Delete(ctx, v.Snapshot.Slice, v.Snapshot.ID); err != nil {
+				return nil, apiError(err)
+			}
+		}
+		m := &violinv1.Verdict{Snapshot: snapshotMessage(v.Snapshot), Kept: v.Kept(), Reasons: v.Reasons}
+		switch {
+		case v.Kept():
+		case req.GetSlice() == "":
+			m.Reasons = []string{"named"}
+		default:
+			m.Reasons = []string{"no rule keeps it"}
+		}
+		resp.Verdicts = append(resp.Verdicts, m)
+	}
+	return resp, nil
+}
+
+// judge says which snapshots a request keeps.
+func (s *Server) judge(ctx context.Context, req *violinv1.ForgetRequest) ([]catalog.Verdict, error) {
+	invalid := func(err error) ([]catalog.Verdict, error) {
+		return nil, connect.NewError(connect.CodeInvalidArgument, err)
+	}
+	policy := catalog.Policy{
+		Last: int(req.GetKeepLast()), Hourly: int(req.GetKeepHourly()), Daily: int(req.GetKeepDaily()), Tags: req.GetKeepTags(),
+	}
+	if (req.GetSlice() == "") == (len(req.GetSnapshots()) == 0) {
+		return invalid(errors.New("name either snapshots or a slice and what to keep of it"))
+	}
+	if req.GetSlice() != "" {
+		if err := catalog.CheckName(req.GetSlice()); err != nil {
+			return invalid(err)
+		}
+		all, err := s.catalog.List(ctx, req.GetSlice())
+		if err != nil {
+			return nil, err
+		}
+		if len(all) == 0 {
+			return nil, fmt.Errorf("slice %q: %w", req.GetSlice(), catalog.ErrNotFound)
+		}
+		verdicts, err := policy.Judge(all)
+		if err != nil {
+			return invalid(err)
+		}
+		return verdicts, nil
+	}
+	// All are found before one goes.
+	var verdicts []catalog.Verdict
+	seen := map[string]bool{}
+	for _, ref := range req.GetSnapshots() {
+		snap, err := s.catalog.Resolve(ctx, ref)
+		if slice, id, _ := strings.Cut(ref, "@"); errors.Is(err, store.ErrDamaged) && slice != "" {
+			// A document that cannot be read can be forgotten all the same, by its whole name.
+			if found, eerr := s.catalog.Exists(ctx, slice, id); eerr == nil && found {
+				snap, err = &catalog.Snapshot{Slice: slice, ID: id}, nil
+			}
+		}
+		if err != nil {
+			return nil, err
+		}
+		if !seen[snap.Ref()] {
+			verdicts = append(verdicts, catalog.Verdict{Snapshot: snap})
+			seen[snap.Ref()] = true
+		}
+	}
+	return verdicts, nil
+}
