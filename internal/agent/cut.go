@@ -61,8 +61,8 @@ type hostCut struct {
 
 	nodes   map[string]*nodeCut
 	ended   bool   // commit or abort has begun
-	unseen  uint64 // frames that had not come from the switch when the cut began
-	dropped uint64 // frames that have not come from the switch since
+	unseen  uint64 // frames lost between switch and gates before the cut began
+	dropped uint64 // and since
 }
 
 // nodeCut is one node's part in it.
@@ -417,10 +417,10 @@ func (hc *hostCut) collect() {
 	hc.report(cut.Collected{Cut: hc.id, Host: hc.a.cfg.Host})
 }
 
-// unseen is how many frames the switch has handed over that never came here:
-// the session between the two dropped them.
+// unseen is how many frames the switch has handed over that never came here, the
+// session between the two having dropped them, and how many it would not take back.
 func (a *Agent) unseen(c fabric.Counters) uint64 {
-	return c.Handed - min(c.Seen, c.Handed)
+	return c.Handed - min(c.Seen, c.Handed) + c.Refused
 }
 
 // HostResult is what a host brings to a snapshot.

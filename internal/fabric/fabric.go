@@ -84,6 +84,9 @@ type Counters struct {
 	// alone, by hold and closed entries, and those that came here. A difference
 	// is frames that the session between the two has dropped.
 	Handed, Seen uint64
+	// Refused counts the messages that the switch would not obey: each may have
+	// been a frame to give out.
+	Refused uint64
 }
 
 // Switch is one host's running Open vSwitch.
@@ -104,9 +107,10 @@ type Switch struct {
 	installed coloring.FlowSet
 	taps      map[string]uint32
 
-	counts sync.Mutex
-	handed map[coloring.Kind]uint64 // by entries that are gone
-	seen   uint64
+	counts  sync.Mutex
+	handed  map[coloring.Kind]uint64 // by entries that are gone
+	seen    uint64
+	refused uint64
 }
 
 // Start starts the switch. A failure leaves nothing running.
@@ -267,6 +271,9 @@ func (s *Switch) handle(m openflow.Message) {
 		}
 	case *openflow.ErrorMessage:
 		s.log.Error("the switch refuses a message", "err", m)
+		s.counts.Lock()
+		s.refused++
+		s.counts.Unlock()
 	}
 }
 
@@ -397,14 +404,13 @@ func (s *Switch) Counters(ctx context.Context) (Counters, error) {
 			c.Handed += st.Packets
 		}
 	}
-	c.Seen = s.seen
+	c.Seen, c.Refused = s.seen, s.refused
 	return c, nil
 }
 
 // Output sends a frame out of a port.
 func (s *Switch) Output(port uint32, frame []byte) error {
 	return s.conn.Send(&openflow.PacketOut{
-		Match:   openflow.Match{openflow.InPort(openflow.PortController)},
 		Actions: []openflow.Action{openflow.Output{Port: port}},
 		Data:    frame,
 	})
