@@ -519,7 +519,9 @@ func (s *soak) report() {
 		return fmt.Sprintf("%s / %s / %s ms", ms(ds[0]), ms(ds[len(ds)/2]), ms(ds[len(ds)-1]))
 	}
 	var b strings.Builder
-	row := func(what, format string, args ...any) { fmt.Fprintf(&b, "\n  %-28s "+format, append([]any{what}, args...)...) }
+	row := func(what, format string, args ...any) {
+		fmt.Fprintf(&b, "\n  %-28s "+format, append([]any{what}, args...)...)
+	}
 	row("cuts", "%d in %s, %.0f a minute back to back", st.cuts, time.Since(s.began).Round(time.Second), float64(st.cuts)/st.cutting.Minutes())
 	row("restores", "%d, after the server was killed %d", st.restores, st.serverKills)
 	row("aborts", "%d", len(st.aborts))
