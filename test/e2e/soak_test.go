@@ -89,7 +89,7 @@ type taken struct {
 
 type soakStats struct {
 	cuts, restores, serverKills     int
-	cutting                         time.Duration
+	cutting, reading, restoring     time.Duration
 	pauses, skews                   []time.Duration
 	held, recorded, datagrams, lost int64
 	inGuests                        int // transfers that were neither received nor in the channel state
@@ -379,8 +379,14 @@ func (s *soak) kill(withServer bool) {
 // if nobody else has the store.
 func (s *soak) read(ids []string, later ledger, writable bool) {
 	s.t.Helper()
+	defer func(began time.Time) { s.stats.reading += time.Since(began) }(time.Now())
 	ctx := s.t.Context()
 	st, err := store.Open(ctx, filepath.Join(s.own, "store"), store.Options{ReadOnly: !writable})
+	// A killed process gives its command line up before its locks.
+	for deadline := time.Now().Add(30 * time.Second); errors.Is(err, store.ErrLocked) && time.Now().Before(deadline); {
+		time.Sleep(50 * time.Millisecond)
+		st, err = store.Open(ctx, filepath.Join(s.own, "store"), store.Options{ReadOnly: !writable})
+	}
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -490,7 +496,9 @@ func channelOf(ctx context.Context, st *store.Store, snap *catalog.Snapshot) ([]
 // restore goes back to a snapshot and checks what comes of it.
 func (s *soak) restore(c *taken) {
 	s.t.Helper()
+	began := time.Now()
 	must(s.t, s.dirs, "restore", "ledger@"+c.id)
+	s.stats.restoring += time.Since(began)
 	s.stats.restores++
 	s.freeze()
 	what := "restored to " + c.id
@@ -523,7 +531,8 @@ func (s *soak) report() {
 		fmt.Fprintf(&b, "\n  %-28s "+format, append([]any{what}, args...)...)
 	}
 	row("cuts", "%d in %s, %.0f a minute back to back", st.cuts, time.Since(s.began).Round(time.Second), float64(st.cuts)/st.cutting.Minutes())
-	row("restores", "%d, after the server was killed %d", st.restores, st.serverKills)
+	row("restores", "%d, after the server was killed %d; %.1f s each", st.restores, st.serverKills, st.restoring.Seconds()/float64(st.restores))
+	row("reading them all", "%s", st.reading.Round(100*time.Millisecond))
 	row("aborts", "%d", len(st.aborts))
 	row("pause, min/median/max", "%s", spread(st.pauses))
 	row("skew, min/median/max", "%s", spread(st.skews))
