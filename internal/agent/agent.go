@@ -144,6 +144,7 @@ type port struct {
 	index  int // of the interface
 	tap    string
 	copies uint64 // for the record, that came from the switch in this cut; guarded by the node
+	others uint64 // frames that the switch counts as such copies and are none; ditto
 }
 
 // arrival is a frame on its way through a gate.

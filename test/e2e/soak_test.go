@@ -437,6 +437,9 @@ func (s *soak) note(snap *catalog.Snapshot) {
 	if snap.Totals.Dropped != 0 {
 		s.t.Errorf("cut %s: %d frames were dropped by it", snap.ID, snap.Totals.Dropped)
 	}
+	if !s.lossy(0, len(s.nodes)-1) && snap.Totals.Lost != 0 {
+		s.t.Errorf("cut %s: %d frames lost by a network that loses none", snap.ID, snap.Totals.Lost)
+	}
 	for _, n := range snap.Nodes {
 		s.stats.pauses = append(s.stats.pauses, n.Pause)
 	}
