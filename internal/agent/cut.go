@@ -427,6 +427,15 @@ func (hc *hostCut) collect() {
 	for name, nc := range hc.nodes {
 		n := nc.n
 		n.mu.Lock()
+		missing := n.missing(counters)
+		n.mu.Unlock()
+		if missing > 0 {
+			// The quiet time has passed: they never come. The node has these frames, and
+			// a restore would not.
+			hc.fail(name, fmt.Errorf("%d frames of the channel state were not handed over by the switch; try again", missing))
+			return
+		}
+		n.mu.Lock()
 		n.gate.StopRecording()
 		nc.result.Recorded, n.recorded = n.recorded, nil
 		st := n.gate.Stats()
@@ -439,6 +448,15 @@ func (hc *hostCut) collect() {
 		}
 	}
 	hc.report(cut.Collected{Cut: hc.id, Host: hc.a.cfg.Host})
+}
+
+// missing is how many copies the switch counts that have not come.
+func (n *node) missing(c fabric.Counters) (sum uint64) {
+	for _, p := range n.ports {
+		counted := c.Records[p.number]
+		sum += counted - min(p.copies+p.others, counted)
+	}
+	return sum
 }
 
 // unseen is how many frames the switch has handed over that never came here, the

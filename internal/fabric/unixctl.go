@@ -3,6 +3,7 @@ package fabric
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"sync"
@@ -11,58 +12,93 @@ import (
 
 // unixctl is a session with a daemon's control socket: JSON-RPC 1.0, what
 // ovs-appctl speaks. One session serves all calls, which keeps a purge well
-// under a millisecond.
+// under a millisecond. A call that fails or is given up may leave half a message
+// behind, in either direction: it ends the session, and the next call begins another.
 type unixctl struct {
+	path string
+
 	mu   sync.Mutex
-	conn net.Conn
+	conn net.Conn // nil between sessions
 	dec  *json.Decoder
 	id   int
 }
 
 func dialControl(ctx context.Context, path string) (*unixctl, error) {
-	var d net.Dialer
-	c, err := d.DialContext(ctx, "unix", path)
-	if err != nil {
-		return nil, fmt.Errorf("reach ovs-vswitchd's control socket: %w", err)
+	u := &unixctl{path: path}
+	if err := u.dial(ctx); err != nil {
+		return nil, err
 	}
-	return &unixctl{conn: c, dec: json.NewDecoder(c)}, nil
+	return u, nil
+}
+
+func (u *unixctl) dial(ctx context.Context) error {
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "unix", u.path)
+	if err != nil {
+		return fmt.Errorf("reach ovs-vswitchd's control socket: %w", err)
+	}
+	u.conn, u.dec = c, json.NewDecoder(c)
+	return nil
 }
 
 func (u *unixctl) call(ctx context.Context, method string, params ...string) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
+	if u.conn == nil {
+		if err := u.dial(ctx); err != nil {
+			return fmt.Errorf("%s: %w", method, err)
+		}
+	}
+	conn := u.conn
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	refusal, err := u.exchange(method, params)
+	if !stop() || err != nil {
+		conn.Close()
+		u.conn = nil
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", method, errors.Join(context.Cause(ctx), err))
+	}
+	if refusal != "" {
+		return fmt.Errorf("%s: ovs-vswitchd says %s", method, refusal)
+	}
+	return nil
+}
+
+// exchange sends a request and reads its answer. A refusal is an answer, too.
+func (u *unixctl) exchange(method string, params []string) (refusal string, err error) {
 	if params == nil {
 		params = []string{}
 	}
 	u.id++
-	if err := u.conn.SetDeadline(time.Time{}); err != nil {
-		return fmt.Errorf("%s: %w", method, err)
-	}
-	stop := context.AfterFunc(ctx, func() { _ = u.conn.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
 	req, err := json.Marshal(map[string]any{"id": u.id, "method": method, "params": params})
 	if err != nil {
-		return fmt.Errorf("%s: %w", method, err)
+		return "", err
 	}
 	if _, err := u.conn.Write(req); err != nil {
-		return fmt.Errorf("%s: %w", method, err)
+		return "", err
 	}
-	for {
-		var reply struct {
-			ID    int             `json:"id"`
-			Error json.RawMessage `json:"error"`
-		}
-		if err := u.dec.Decode(&reply); err != nil {
-			return fmt.Errorf("%s: %w", method, err)
-		}
-		if reply.ID != u.id {
-			continue // of a call that was given up
-		}
-		if len(reply.Error) > 0 && string(reply.Error) != "null" {
-			return fmt.Errorf("%s: ovs-vswitchd says %s", method, reply.Error)
-		}
-		return nil
+	var reply struct {
+		ID    int             `json:"id"`
+		Error json.RawMessage `json:"error"`
 	}
+	if err := u.dec.Decode(&reply); err != nil {
+		return "", err
+	}
+	if reply.ID != u.id {
+		return "", fmt.Errorf("the answer is to call %d, not %d", reply.ID, u.id)
+	}
+	if len(reply.Error) > 0 && string(reply.Error) != "null" {
+		return string(reply.Error), nil
+	}
+	return "", nil
 }
 
-func (u *unixctl) close() { u.conn.Close() }
+func (u *unixctl) close() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.conn != nil {
+		u.conn.Close()
+		u.conn = nil
+	}
+}
