@@ -55,7 +55,7 @@ e2e: image
 # protocol's exploration. VIOLIN_SEED=N, from a run's log, repeats its choices.
 soak: deps build image
 	VIOLIN_E2E=1 VIOLIN_CUTS=1000 VIOLIN_STATE_DIR=$(STATE) $(GO) test -count 1 -timeout 4h -v -run TestSoak ./test/e2e
-	VIOLIN_LONG=1 $(GO) test -timeout 60m ./internal/cut
+	VIOLIN_LONG=1 $(GO) test -timeout 60m ./internal/cut ./internal/coloring
 
 bench:
 	$(GO) test -run XXX -bench . ./internal/store ./internal/migration/...

@@ -584,6 +584,13 @@ func TestRequests(t *testing.T) {
 		{[]string{"down", "--all"}, &violinv1.DownRequest{All: true}},
 		{[]string{"snapshot", "pair"}, &violinv1.SnapshotRequest{Slice: "pair"}},
 		{[]string{"snapshot", "pair", "--mode", "precopy", "--tag", "x"}, &violinv1.SnapshotRequest{Slice: "pair", Mode: violinv1.CaptureMode_CAPTURE_MODE_PRECOPY, Tag: "x"}},
+		{
+			[]string{"snapshot", "pair", "--newer", "trigger", "--at", "2126-01-31T12:00:00Z", "--hold-bytes", "4096", "--hold-time", "2s"},
+			&violinv1.SnapshotRequest{
+				Slice: "pair", Newer: violinv1.NewerPolicy_NEWER_POLICY_TRIGGER, HoldBytes: 4096, HoldTime: durationpb.New(2 * time.Second),
+				At: timestamppb.New(time.Date(2126, 1, 31, 12, 0, 0, 0, time.UTC)),
+			},
+		},
 		{[]string{"snapshots", "pair"}, &violinv1.ListSnapshotsRequest{Slice: "pair"}},
 		{[]string{"restore", "pair@x"}, &violinv1.RestoreRequest{Snapshot: "pair@x"}},
 		{[]string{"exec", "pair/rank0", "ls"}, &violinv1.ExecRequest{Slice: "pair", Node: "rank0", Command: []string{"ls"}}},

@@ -2,10 +2,13 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"time"
@@ -65,6 +68,7 @@ func (a *app) serve(ctx context.Context, idleExit time.Duration, level slog.Leve
 		return err
 	}
 	logger := slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: level}))
+	runtime.GOMAXPROCS(runtime.NumCPU() + spareProcessors)
 	raisePriority(logger)
 	err = daemon.Serve(ctx, daemon.Config{
 		Dirs:     dirs,
@@ -107,9 +111,22 @@ func apiHandler(s violinv1connect.SliceServiceHandler, logger *slog.Logger) http
 // still while they work on its cut.
 const serverNice = -10
 
-// raisePriority does so for all threads there are; new ones inherit it. Without the
-// privilege, pauses are longer, and nothing else.
+// spareProcessors is what the Go runtime is given beyond the machine's processors.
+// A thread that takes a state in has a low priority; while the kernel lets it
+// wait it still occupies one of the runtime's, and what a pause waits for must find
+// another.
+const spareProcessors = 16
+
+// raisePriority does so for all threads there are; new ones inherit it. A kernel that
+// groups the processes of a session for scheduling heeds niceness only within the
+// session, so that of the session itself is raised too, if it is the server's own.
+// Without the privilege, pauses are longer, and nothing else.
 func raisePriority(log *slog.Logger) {
+	if session, err := unix.Getsid(0); err == nil && session == os.Getpid() {
+		if err := os.WriteFile("/proc/self/autogroup", []byte(strconv.Itoa(serverNice)), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			log.Debug("the session's priority was not raised", "err", err)
+		}
+	}
 	tasks, err := os.ReadDir("/proc/self/task")
 	if err != nil {
 		log.Debug("the server's priority was not raised", "err", err)

@@ -8,12 +8,16 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	violinv1 "violin/api/violin/v1"
 )
 
 func (a *app) snapshotCommand() *cobra.Command {
-	var mode, tag string
+	var mode, tag, newer, at string
+	var holdBytes uint64
+	var holdTime time.Duration
 	cmd := &cobra.Command{
 		Use:   "snapshot SLICE",
 		Short: "Take a consistent live snapshot of a slice",
@@ -37,11 +41,29 @@ frame is delivered, and nothing of it remains in the store (exit status 4).`,
 			if err != nil {
 				return err
 			}
-			return a.snapshot(cmd.Context(), &violinv1.SnapshotRequest{Slice: args[0], Mode: m, Tag: tag})
+			request := &violinv1.SnapshotRequest{Slice: args[0], Mode: m, Tag: tag}
+			if request.Newer, err = newerPolicy(newer); err != nil {
+				return err
+			}
+			if request.At, err = instant(at, time.Now()); err != nil {
+				return err
+			}
+			request.HoldBytes = holdBytes
+			if cmd.Flags().Changed("hold-time") {
+				request.HoldTime = durationpb.New(holdTime)
+			}
+			return a.snapshot(cmd.Context(), request)
 		},
 	}
 	cmd.Flags().StringVar(&mode, "mode", "", "how memory is captured: `MODE` is background (while the node runs on; the default where it works)\nor precopy (before the node is stopped for a moment)")
 	cmd.Flags().StringVar(&tag, "tag", "", "a `name` for the snapshot, unique in the slice")
+	cmd.Flags().StringVar(&newer, "newer", "", `what becomes of a frame that reaches a node before the node's cut and was sent after
+its sender's: hold (it waits; the default), trigger (it waits, and the node is cut at once), or
+drop (it is lost, and nothing in flight is recorded: for comparison only)`)
+	cmd.Flags().StringVar(&at, "at", "", "cut all nodes at this `INSTANT`: RFC 3339, or +DURATION from now. Makes the skew small")
+	cmd.Flags().Uint64Var(&holdBytes, "hold-bytes", 0, "abort when more than these `BYTES` wait at one node's gate (default 64 MiB)")
+	cmd.Flags().DurationVar(&holdTime, "hold-time", 0, "abort when the nodes are not all cut within this `TIME` (default 10s)")
+	_ = cmd.RegisterFlagCompletionFunc("newer", cobra.FixedCompletions([]string{"hold", "trigger", "drop"}, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.RegisterFlagCompletionFunc("mode", cobra.FixedCompletions([]string{"background", "precopy"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }
@@ -56,6 +78,38 @@ func captureMode(name string) (violinv1.CaptureMode, error) {
 		return violinv1.CaptureMode_CAPTURE_MODE_PRECOPY, nil
 	}
 	return 0, &failure{code: exitUsage, err: fmt.Errorf("--mode %q: it is background or precopy", name)}
+}
+
+func newerPolicy(name string) (violinv1.NewerPolicy, error) {
+	switch name {
+	case "":
+		return violinv1.NewerPolicy_NEWER_POLICY_UNSPECIFIED, nil
+	case "hold":
+		return violinv1.NewerPolicy_NEWER_POLICY_HOLD, nil
+	case "trigger":
+		return violinv1.NewerPolicy_NEWER_POLICY_TRIGGER, nil
+	case "drop":
+		return violinv1.NewerPolicy_NEWER_POLICY_DROP, nil
+	}
+	return 0, &failure{code: exitUsage, err: fmt.Errorf("--newer %q: it is hold, trigger or drop", name)}
+}
+
+// instant reads --at.
+func instant(text string, now time.Time) (*timestamppb.Timestamp, error) {
+	if text == "" {
+		return nil, nil
+	}
+	if after, ok := strings.CutPrefix(text, "+"); ok {
+		if d, err := time.ParseDuration(after); err == nil && d > 0 {
+			return timestamppb.New(now.Add(d)), nil
+		}
+	} else if t, err := time.Parse(time.RFC3339Nano, text); err == nil {
+		if t.Before(now) {
+			return nil, &failure{code: exitUsage, err: fmt.Errorf("--at %s: that has passed", text)}
+		}
+		return timestamppb.New(t), nil
+	}
+	return nil, &failure{code: exitUsage, err: fmt.Errorf("--at %q: it is an instant such as 2026-01-31T12:00:00Z, or a duration from now such as +5s", text)}
 }
 
 func modeName(m violinv1.CaptureMode) string {

@@ -25,6 +25,7 @@ import (
 	"violin/internal/cut"
 	"violin/internal/fabric"
 	"violin/internal/hypervisor/qemu"
+	"violin/internal/priority"
 )
 
 // Platform is the machine an agent works on: a real one, or a namespace that
@@ -52,8 +53,13 @@ type Config struct {
 	Underlay Underlay
 	// Limits bound what the gate of one node holds. At the bound the cut is aborted.
 	Limits cut.Limits
-	Logger *slog.Logger
+	// Urgency is that of the agent's own process: agents of one process share it.
+	Urgency *priority.Shared
+	Logger  *slog.Logger
 }
+
+// Now is the host's clock.
+func (a *Agent) Now(context.Context) (time.Time, error) { return time.Now(), nil }
 
 // DefaultLimits bound a gate where Config gives no limits: 64 MiB of frames.
 var DefaultLimits = cut.Limits{Bytes: 64 << 20}
@@ -85,7 +91,7 @@ func Start(ctx context.Context, cfg Config) (*Agent, error) {
 	sw, err := fabric.Start(ctx, fabric.Config{
 		Host: cfg.Host, Dir: filepath.Join(cfg.Dir, "ovs"), Launcher: cfg.Platform, Netlink: cfg.Platform.Netlink,
 		UnderlayDevice: cfg.Underlay.Device, UnderlayAddr: cfg.Underlay.Addr, UnderlayMAC: cfg.Underlay.MAC, MTU: cfg.Underlay.MTU,
-		OnPacket: a.packet, Logger: a.log,
+		OnPacket: a.packet, OnLost: a.lost, Logger: a.log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("host %s: %w", cfg.Host, err)
@@ -136,6 +142,10 @@ type node struct {
 	arrived  time.Time // of the last frame that the switch handed over and did not deliver
 	recorded []Recorded
 	overflow func(error) // where a gate that is over its bound is reported
+	newer    func()      // what a newer frame sets off
+
+	discard   bool // newer frames, instead of holding them: see [Drop]
+	discarded uint64
 }
 
 type port struct {
@@ -163,6 +173,17 @@ type Recorded struct {
 	Data      []byte
 }
 
+// lost fails the cuts that run: between switch and gates, frames may be missing.
+func (a *Agent) lost(err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, hc := range a.cuts {
+		if !hc.ended {
+			go hc.fail("", fmt.Errorf("the session with the switch was lost: %w", err))
+		}
+	}
+}
+
 // packet takes a frame that the switch handed over. It runs on the session's
 // goroutine, in the order of the wire.
 func (a *Agent) packet(p coloring.Packet, data []byte) {
@@ -183,9 +204,16 @@ func (n *node) arrive(a *Agent, p coloring.Packet, f arrival) {
 	} else {
 		n.arrived = f.at
 	}
+	if n.discard && !p.Delivered() && p.Epoch.Compare(n.gate.Epoch()) > 0 {
+		n.discarded++
+		return
+	}
 	v, err := n.gate.Arrive(cut.Frame[arrival]{Epoch: p.Epoch, Size: len(f.data), Delivered: p.Delivered(), Ref: f})
 	if err != nil && n.overflow != nil {
 		n.overflow(err)
+	}
+	if v.Newer && n.newer != nil {
+		go n.newer() // it takes the agent's lock, which is taken before the node's
 	}
 	if v.Record {
 		n.record(p.Epoch, f)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"violin/internal/coloring"
@@ -14,6 +15,7 @@ import (
 	"violin/internal/fabric"
 	"violin/internal/hypervisor/qemu"
 	stream "violin/internal/migration/qemu"
+	"violin/internal/priority"
 	"violin/internal/store"
 )
 
@@ -26,15 +28,28 @@ const (
 	levelTries = 20
 )
 
-// Order is one of the coordinator's messages for this host. Mode and Session
-// go with SendPrepare.
+// Order is one of the coordinator's messages for this host. Mode, Session, Newer
+// and Limits go with SendPrepare, At with SendCut.
 type Order struct {
 	Slice    string
 	Networks map[uint16]string // the slice's networks, by number: the counters' names
 	Effect   cut.Effect
 	Mode     qemu.Mode
 	Session  *store.Session
+	Newer    Newer
+	Limits   cut.Limits // of what each gate holds; zero for [DefaultLimits]
+	At       time.Time  // by this host's clock; zero or past for at once
 }
+
+// Newer is what becomes of a newer frame at a node that has not cut.
+type Newer int
+
+// The policies for newer frames.
+const (
+	Hold    Newer = iota // it waits for the node's cut
+	Trigger              // it waits, and is taken for the order to cut the node
+	Drop                 // it is dropped, and no channel state recorded: what VNsnap did, for comparison
+)
 
 // NodeResult is what a node brings to a snapshot.
 type NodeResult struct {
@@ -72,7 +87,8 @@ type hostCut struct {
 type nodeCut struct {
 	n       *node
 	capture *qemu.Capture
-	decoded chan error // one value: the stream has been read and stored
+	decoded chan error  // one value: the stream has been read and stored
+	ordered atomic.Bool // the cut has begun, by whatever order
 	begun   cut.Step
 	base    cut.GateStats
 	result  NodeResult
@@ -97,7 +113,11 @@ func (a *Agent) Handle(o Order, report func(cut.Event)) {
 	case cut.SendCut:
 		if hc != nil && hc.id == e.Cut && !hc.ended {
 			for _, name := range e.Nodes {
-				hc.spawn(func() { hc.cutNode(name) })
+				hc.spawn(func() {
+					if hc.await(o.At) {
+						hc.cutNode(name)
+					}
+				})
 			}
 		}
 	case cut.SendPoll:
@@ -200,10 +220,17 @@ func (hc *hostCut) arm(nc *nodeCut) error {
 	if !nc.n.alive() {
 		return fmt.Errorf("its hypervisor is gone: %w", errors.Join(nc.n.vm.Err()))
 	}
+	limits := hc.order.Limits
+	if limits == (cut.Limits{}) {
+		limits = hc.a.cfg.Limits
+	}
 	nc.n.mu.Lock()
 	nc.base = nc.n.gate.Stats()
+	nc.n.gate.Limit(limits)
 	nc.n.recorded = nil
 	nc.n.overflow = func(err error) { hc.fail(nc.n.spec.Name, err) }
+	nc.n.newer = hc.newer(nc.n.spec.Name)
+	nc.n.discard, nc.n.discarded = hc.order.Newer == Drop, 0
 	nc.n.mu.Unlock()
 	capture, err := nc.n.vm.Arm(hc.ctx, hc.order.Mode)
 	if err != nil {
@@ -216,7 +243,7 @@ func (hc *hostCut) arm(nc *nodeCut) error {
 
 // receive is the far end of the migration: the node's state goes to the store.
 func (hc *hostCut) receive(nc *nodeCut) error {
-	Background(hc.a.log)
+	priority.Background(hc.a.log)
 	var pages *store.PageWriter
 	d := stream.NewDecoder(nc.capture.Stream())
 	skeleton, err := d.Decode(func(blocks []stream.RAMBlock) (stream.PageSink, error) {
@@ -248,20 +275,43 @@ func (hc *hostCut) receive(nc *nodeCut) error {
 	return nil
 }
 
+// await waits for the instant that the nodes are to be cut at. It tells whether they
+// still are to be.
+func (hc *hostCut) await(at time.Time) bool {
+	select {
+	case <-time.After(time.Until(at)):
+		return true
+	case <-hc.ctx.Done():
+		return false
+	}
+}
+
+// newer is what a gate does, beside holding, at a newer frame.
+func (hc *hostCut) newer(name string) func() {
+	if hc.order.Newer != Trigger {
+		return func() {}
+	}
+	return sync.OnceFunc(func() {
+		hc.a.mu.Lock()
+		defer hc.a.mu.Unlock()
+		if !hc.ended {
+			hc.spawn(func() { hc.cutNode(name) })
+		}
+	})
+}
+
 func (hc *hostCut) cutNode(name string) {
 	nc := hc.nodes[name]
 	if nc == nil {
 		hc.fail(name, fmt.Errorf("host %s has no such node", hc.a.cfg.Host))
 		return
 	}
-	for _, step := range cut.Steps() {
-		nc.begun = step
-		began := time.Now()
-		if err := hc.step(nc, step); err != nil {
-			hc.fail(name, fmt.Errorf("%s: %w", step, err))
-			return
-		}
-		hc.a.log.Debug("step done", "cut", hc.id, "node", name, "step", step.String(), "took", time.Since(began))
+	if nc.ordered.Swap(true) {
+		return // a newer frame and an order both tell it
+	}
+	if err := hc.steps(nc); err != nil {
+		hc.fail(name, err)
+		return
 	}
 	hc.report(cut.NodeCut{Cut: hc.id, Node: name})
 
@@ -279,6 +329,20 @@ func (hc *hostCut) cutNode(name string) {
 	}
 }
 
+func (hc *hostCut) steps(nc *nodeCut) error {
+	defer hc.a.cfg.Urgency.Raise()()
+	defer hc.a.fabric.Urgency().Raise()()
+	for _, step := range cut.Steps() {
+		nc.begun = step
+		began := time.Now()
+		if err := hc.step(nc, step); err != nil {
+			return fmt.Errorf("%s: %w", step, err)
+		}
+		hc.a.log.Debug("step done", "cut", hc.id, "node", nc.n.spec.Name, "step", step.String(), "took", time.Since(began))
+	}
+	return nil
+}
+
 func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {
 	a, n, ctx := hc.a, nc.n, hc.ctx
 	var err error
@@ -293,7 +357,7 @@ func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {
 	case cut.StepFlush:
 		return n.eachPort(ctx, a.fabric.Flush)
 	case cut.StepFlip:
-		return hc.flip(ctx, n, hc.to, true)
+		return hc.flip(ctx, n, hc.to, hc.order.Newer != Drop)
 	case cut.StepCapture:
 		return nc.capture.Release(ctx)
 	case cut.StepResume:
@@ -462,7 +526,8 @@ func (hc *hostCut) collect() {
 		nc.result.Recorded, n.recorded = n.recorded, nil
 		st := n.gate.Stats()
 		nc.result.Held = st.Held - nc.base.Held
-		n.overflow = nil
+		hc.dropped += n.discarded
+		n.overflow, n.newer, n.discard = nil, nil, false
 		n.mu.Unlock()
 		if err := hc.a.recolor(hc.ctx, n, func(c *coloring.Color) { c.Recording = false }); err != nil {
 			hc.fail(name, err)
@@ -545,7 +610,7 @@ func (hc *hostCut) abort(to cut.Epoch) {
 		n := nc.n
 		n.mu.Lock()
 		n.gate.StopRecording()
-		n.recorded, n.overflow = nil, nil
+		n.recorded, n.overflow, n.newer, n.discard = nil, nil, nil, false
 		n.mu.Unlock()
 		if to == hc.from {
 			continue
@@ -581,6 +646,10 @@ func (hc *hostCut) abortStep(ctx context.Context, nc *nodeCut, step cut.Step, to
 	case cut.StepResume:
 		return nil // Capture.Abort left the node running
 	case cut.StepOpen:
+		// The switch of a node that had been cut still copies older frames.
+		if err := hc.a.recolor(ctx, nc.n, func(c *coloring.Color) { c.Recording = false }); err != nil {
+			return err
+		}
 		return hc.open(ctx, nc.n)
 	}
 	return fmt.Errorf("unknown step %d of an abort", step)

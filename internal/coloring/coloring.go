@@ -3,7 +3,9 @@ package coloring
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"net"
+	"reflect"
 	"slices"
 
 	"violin/internal/cut"
@@ -121,14 +123,9 @@ func key(table uint8, priority uint16, match openflow.Match) string {
 
 // Sorted returns the entries by table, then falling priority, then match.
 func (fs FlowSet) Sorted() []openflow.FlowMod {
-	keys := make([]string, 0, len(fs))
-	for k := range fs {
-		keys = append(keys, k)
-	}
-	slices.Sort(keys)
-	out := make([]openflow.FlowMod, len(keys))
-	for i, k := range keys {
-		out[i] = fs[k]
+	out := make([]openflow.FlowMod, 0, len(fs))
+	for _, k := range slices.Sorted(maps.Keys(fs)) {
+		out = append(out, fs[k])
 	}
 	return out
 }
@@ -171,6 +168,19 @@ func (b *builder) check() error {
 		numbers[n] = who
 		return nil
 	}
+	// Of two interfaces with one address on one network, one would have no entry.
+	addresses := map[string]string{}
+	address := func(network uint16, a net.HardwareAddr, who string) error {
+		if len(a) != 6 {
+			return fmt.Errorf("coloring: %s: %q is not an Ethernet address", who, a)
+		}
+		k := fmt.Sprintf("%s on network %d", a, network)
+		if other, ok := addresses[k]; ok {
+			return fmt.Errorf("coloring: address %s is given to %s and to %s", k, other, who)
+		}
+		addresses[k] = who
+		return nil
+	}
 	for _, p := range b.sw.Ports {
 		who := fmt.Sprintf("%s/%s interface %d", p.Slice, p.Node, p.Interface)
 		if err := use(p.Number, who); err != nil {
@@ -182,11 +192,24 @@ func (b *builder) check() error {
 		if _, ok := b.st.Nodes[NodeKey{p.Slice, p.Node}]; !ok {
 			return fmt.Errorf("coloring: %s: its node has no colour", who)
 		}
+		if err := address(p.Network, p.Address, who); err != nil {
+			return err
+		}
 	}
+	for _, r := range b.sw.Remotes {
+		if err := address(r.Network, r.Address, fmt.Sprintf("an interface on peer %d", r.Peer)); err != nil {
+			return err
+		}
+	}
+	peers := map[uint16]string{}
 	for _, p := range b.sw.Peers {
 		if p.ID == 0 {
 			return fmt.Errorf("coloring: peer %s: number 0 means no peer", p.Host)
 		}
+		if other, ok := peers[p.ID]; ok {
+			return fmt.Errorf("coloring: peer number %d is given to %s and to %s", p.ID, other, p.Host)
+		}
+		peers[p.ID] = p.Host
 		if err := use(p.Port, "tunnel to "+p.Host); err != nil {
 			return err
 		}
@@ -228,9 +251,11 @@ func (b *builder) gate(p Port) {
 	})
 	if c.Closed {
 		b.fs.add(openflow.FlowMod{
-			Table: TableGate, Priority: prioClosed, Cookie: cookie(KindClosed, c.Epoch),
-			// Its count is needed when it is gone: did all it handed over arrive?
-			Flags: openflow.FlagSendFlowRemoved | openflow.FlagResetCounts,
+			Table: TableGate, Priority: prioClosed, Cookie: cookie(KindClosed, 0),
+			// Its count is needed when it is gone: did all it handed over arrive? For
+			// the same reason it is the same in every epoch: the flip comes while the
+			// gate is closed, and of an entry that is replaced nobody is told.
+			Flags: openflow.FlagSendFlowRemoved,
 			Match: openflow.Match{to}, Instructions: apply(controller),
 		})
 	}
@@ -251,7 +276,8 @@ func (b *builder) gate(p Port) {
 	}
 	b.fs.add(older)
 	b.fs.add(openflow.FlowMod{
-		Table: TableGate, Priority: prioBase, Cookie: cookie(KindHold, c.Epoch),
+		Table: TableGate, Priority: prioBase, Cookie: cookie(KindHold, 0),
+		Flags: openflow.FlagSendFlowRemoved,
 		Match: openflow.Match{to}, Instructions: apply(controller),
 	})
 }
@@ -393,23 +419,20 @@ func load(reg int, v uint32) openflow.Action {
 // replaced; those that do not are left alone, and keep their counters.
 func Diff(have, want FlowSet) []openflow.FlowMod {
 	var mods []openflow.FlowMod
-	for _, f := range have.Sorted() {
-		if _, ok := want[key(f.Table, f.Priority, f.Match)]; !ok {
+	for _, k := range slices.Sorted(maps.Keys(have)) {
+		if _, ok := want[k]; !ok {
+			f := have[k]
 			mods = append(mods, openflow.FlowMod{
 				Command: openflow.FlowDeleteStrict, Table: f.Table, Priority: f.Priority, Match: f.Match,
 				OutPort: openflow.PortAny, OutGroup: openflow.GroupAny,
 			})
 		}
 	}
-	for _, f := range want.Sorted() {
-		old, ok := have[key(f.Table, f.Priority, f.Match)]
-		if !ok || old.Cookie != f.Cookie || !sameInstructions(old.Instructions, f.Instructions) {
+	for _, k := range slices.Sorted(maps.Keys(want)) {
+		old, ok := have[k]
+		if f := want[k]; !ok || old.Cookie != f.Cookie || !reflect.DeepEqual(old.Instructions, f.Instructions) {
 			mods = append(mods, f)
 		}
 	}
 	return mods
-}
-
-func sameInstructions(a, b []openflow.Instruction) bool {
-	return fmt.Sprint(a) == fmt.Sprint(b)
 }

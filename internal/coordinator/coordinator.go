@@ -27,6 +27,8 @@ type Host interface {
 	// the order of the calls.
 	Handle(o agent.Order, report func(cut.Event))
 	Results(slice, id string) (agent.HostResult, error)
+	// Now is the host's clock.
+	Now(ctx context.Context) (time.Time, error)
 }
 
 // Config is a slice as its coordinator finds it.
@@ -76,6 +78,12 @@ type Cut struct {
 	ID      string
 	Mode    qemu.Mode
 	Session *store.Session
+	Newer   agent.Newer
+	Limits  cut.Limits    // of what each gate holds; zero for the agent's default
+	Hold    time.Duration // how long it may; 0 for the default
+	// At is the instant at which all nodes are to be cut, by this machine's clock; zero
+	// or past for at once. It makes the skew small, and nothing rests on it.
+	At time.Time
 	// Seal makes the snapshot visible by one atomic write. Its error aborts the cut.
 	Seal func(ctx context.Context, hosts []agent.HostResult, lost []cut.ChannelLoss) error
 	// Progress is told what happens, for people; nil for none.
@@ -90,7 +98,10 @@ func (c *Coordinator) Take(ctx context.Context, req Cut) error {
 	}
 	r := &run{c: c, req: req, events: make(chan cut.Event, 64), gone: make(chan struct{}), log: c.cfg.Logger.With("slice", c.cfg.Slice, "cut", req.ID)}
 	defer close(r.gone)
-	effects, err := c.step(cut.Begin{Cut: req.ID})
+	if err := r.agree(ctx); err != nil {
+		return fmt.Errorf("snapshot slice %q: %w", c.cfg.Slice, err)
+	}
+	effects, err := c.step(cut.Begin{Cut: req.ID, Hold: req.Hold})
 	if err != nil {
 		return fmt.Errorf("snapshot slice %q: %w", c.cfg.Slice, err)
 	}
@@ -112,6 +123,7 @@ type run struct {
 	gone   chan struct{} // closed when nobody reads events any more
 	lost   []cut.ChannelLoss
 	sealed error
+	local  map[string]time.Time // the agreed instant, by host and its clock
 }
 
 func (r *run) report(ev cut.Event) {
@@ -192,6 +204,7 @@ func (r *run) send(ef cut.Effect) {
 	}
 	h.Handle(agent.Order{
 		Slice: r.c.cfg.Slice, Networks: r.c.cfg.Networks, Effect: ef, Mode: r.req.Mode, Session: r.req.Session,
+		Newer: r.req.Newer, Limits: r.req.Limits, At: r.local[host],
 	}, r.report)
 }
 

@@ -67,6 +67,7 @@ type Coordinator struct {
 	settled  time.Duration // no frame from before the last abort is under way any more
 	cut      string        // the running cut
 	to       Epoch         // where it leads
+	hold     time.Duration // bound of PhaseCut
 	deadline time.Duration // of the phase
 	waiting  set           // hosts, in PhaseCut nodes, that the phase waits for
 	unstored set           // nodes whose state is not stored yet
@@ -227,6 +228,7 @@ func (c *Coordinator) begin(now time.Duration, ev Begin) ([]Effect, error) {
 	}
 	c.cut, c.last = ev.Cut, ev.Cut
 	c.to = c.epoch.Next()
+	c.hold = cmp.Or(ev.Hold, c.timing.Cut)
 	c.reason = ""
 	c.left = set{}
 	c.drain = drain{}
@@ -244,7 +246,7 @@ func (c *Coordinator) enter(now time.Duration, p Phase) []Effect {
 			return SendPrepare{Cut: c.cut, Host: h, From: c.epoch, To: c.to}
 		})
 	case PhaseCut:
-		c.deadline = now + c.timing.Cut
+		c.deadline = now + c.hold
 		c.waiting = set{}
 		for _, nodes := range c.hosts {
 			for _, n := range nodes {

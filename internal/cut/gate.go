@@ -96,6 +96,9 @@ func NewGate[T any](epoch Epoch, limits Limits) *Gate[T] {
 	return &Gate[T]{epoch: epoch, limits: limits}
 }
 
+// Limit sets the bounds of what the gate holds from now on.
+func (g *Gate[T]) Limit(limits Limits) { g.limits = limits }
+
 // Epoch returns the node's epoch as far as the gate knows.
 func (g *Gate[T]) Epoch() Epoch { return g.epoch }
 

@@ -13,7 +13,8 @@ type Event interface{ event() }
 // [ErrNoNodes] if the slice has none, and with [ErrCutID] if the name is empty
 // or that of the cut before.
 type Begin struct {
-	Cut string // never used before
+	Cut  string        // never used before
+	Hold time.Duration // bounds [PhaseCut], and so how long frames are held; 0 for Timing.Cut
 }
 
 // Prepared says that a host can cut: it counts frames of the new epoch, of which

@@ -16,15 +16,16 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/vishvananda/netlink"
 
 	"violin/internal/coloring"
 	"violin/internal/cut"
 	"violin/internal/openflow"
+	"violin/internal/priority"
 )
 
 // The bridges of a host: the nodes' and, with the user-space datapath, the
@@ -49,7 +50,10 @@ type Config struct {
 	// OnPacket takes what the gate table hands over, in the order of the wire. It
 	// may call Output; it must not wait for the switch.
 	OnPacket func(coloring.Packet, []byte)
-	Logger   *slog.Logger
+	// OnLost is told that the session with the switch was lost: what the switch has
+	// handed over since may be lost as well. It is being opened again. May be nil.
+	OnLost func(error)
+	Logger *slog.Logger
 }
 
 // Peer is another host, to be reached by VXLAN.
@@ -95,11 +99,15 @@ type Switch struct {
 	log     *slog.Logger
 	run     uint16
 	daemons *daemons
+	urgency *priority.Shared
 	db      *database
 	control *unixctl
 	nl      *netlink.Handle
-	conn    *openflow.Conn
-	served  chan struct{}
+	conn    atomic.Pointer[openflow.Conn] // replaced when the session is opened again
+	served  chan struct{}                 // closed when there is no session any more
+
+	lifetime context.Context // until Close
+	end      context.CancelFunc
 
 	mu        sync.Mutex // guards the desired and the installed state
 	sw        coloring.Switch
@@ -127,6 +135,7 @@ func Start(ctx context.Context, cfg Config) (_ *Switch, err error) {
 		state:     coloring.State{Nodes: map[coloring.NodeKey]coloring.Color{}, Counted: map[uint16][]cut.Epoch{}},
 		installed: coloring.FlowSet{}, taps: map[string]uint32{}, handed: map[coloring.Kind]uint64{},
 	}
+	s.lifetime, s.end = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("start Open vSwitch on %s: %w", cfg.Host, err), s.Close())
@@ -138,6 +147,7 @@ func Start(ctx context.Context, cfg Config) (_ *Switch, err error) {
 	if s.daemons, err = startDaemons(ctx, cfg); err != nil {
 		return nil, err
 	}
+	s.urgency = &priority.Shared{PID: s.daemons.pid(), Log: s.log}
 	if s.db, err = openDatabase(ctx, s.daemons.socket(), s.log); err != nil {
 		return nil, err
 	}
@@ -221,31 +231,6 @@ func (s *Switch) moveUnderlay() error {
 		}
 	}
 	return nil
-}
-
-// connect opens the OpenFlow session: by the bridge's management socket, which is
-// always there, so the session needs no address and no namespace.
-func (s *Switch) connect(ctx context.Context) error {
-	var d net.Dialer
-	c, err := d.DialContext(ctx, "unix", filepath.Join(s.cfg.Dir, integration+".mgmt"))
-	if err != nil {
-		return fmt.Errorf("reach the switch by OpenFlow: %w", err)
-	}
-	s.conn = openflow.NewConn(c, openflow.Options{Handler: s.handle, Logger: s.log})
-	if _, err := s.conn.Handshake(ctx); err != nil {
-		return err
-	}
-	s.served = make(chan struct{})
-	go func() {
-		defer close(s.served)
-		if err := s.conn.Serve(context.Background()); err != nil {
-			s.log.Debug("the OpenFlow session has ended", "err", err)
-		}
-	}()
-	if err := s.conn.EnableAsync(ctx); err != nil {
-		return err
-	}
-	return s.daemons.raiseBuffers()
 }
 
 // handle takes what the switch sends of its own accord.
@@ -364,7 +349,7 @@ func (s *Switch) Update(ctx context.Context, change func(*coloring.State)) error
 		if err := s.Purge(ctx); err != nil {
 			return err
 		}
-		if err := s.conn.Bundle(ctx, mods); err != nil {
+		if err := s.conn.Load().Bundle(ctx, mods); err != nil {
 			return fmt.Errorf("switch of %s: install %d flow mods: %w", s.cfg.Host, len(mods), err)
 		}
 	}
@@ -384,7 +369,7 @@ func (s *Switch) Counters(ctx context.Context) (Counters, error) {
 	if err := s.Purge(ctx); err != nil {
 		return Counters{}, err
 	}
-	stats, err := s.conn.FlowStats(ctx, openflow.FlowStatsRequest{
+	stats, err := s.conn.Load().FlowStats(ctx, openflow.FlowStatsRequest{
 		Table: openflow.TableAll, Cookie: uint64(s.run) << 48, CookieMask: 0xffff << 48,
 	})
 	if err != nil {
@@ -408,9 +393,12 @@ func (s *Switch) Counters(ctx context.Context) (Counters, error) {
 	return c, nil
 }
 
+// Urgency is that of the switch's process.
+func (s *Switch) Urgency() *priority.Shared { return s.urgency }
+
 // Output sends a frame out of a port.
 func (s *Switch) Output(port uint32, frame []byte) error {
-	return s.conn.Send(&openflow.PacketOut{
+	return s.conn.Load().Send(&openflow.PacketOut{
 		Actions: []openflow.Action{openflow.Output{Port: port}},
 		Data:    frame,
 	})
@@ -418,11 +406,9 @@ func (s *Switch) Output(port uint32, frame []byte) error {
 
 // Close stops the switch and waits until it is gone.
 func (s *Switch) Close() error {
-	if s.conn != nil {
-		s.conn.Close()
-		if s.served != nil {
-			<-s.served
-		}
+	s.end()
+	if s.served != nil {
+		<-s.served
 	}
 	if s.control != nil {
 		s.control.close()

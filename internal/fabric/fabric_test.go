@@ -231,5 +231,13 @@ func TestNoHeldFrameIsLost(t *testing.T) {
 	if last < frames/2 {
 		t.Errorf("only %d of %d frames reached the gate", last, frames)
 	}
-	t.Logf("%d of %d frames reached the gate", last, frames)
+	sent, err := p.switches["a"].Counters(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := sw.Counters(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d of %d frames reached the gate; sent %v, received %v", last, frames, sent.Sent, got.Received)
 }

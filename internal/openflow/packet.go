@@ -139,6 +139,9 @@ func (m *PacketOut) encode(e *encoder) {
 	if port == 0 {
 		port = PortController
 	}
+	if f, ok := m.Match.Get(FieldInPort); ok {
+		e.failf("%s stands in the match: a switch refuses it twice", f)
+	}
 	append(Match{InPort(port)}, m.Match...).encode(e)
 	start := len(e.b)
 	encodeActions(e, m.Actions)

@@ -18,10 +18,10 @@ import (
 
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
-	"violin/internal/agent"
 	"violin/internal/catalog"
 	"violin/internal/coordinator"
 	"violin/internal/cut"
+	"violin/internal/priority"
 	"violin/internal/store"
 	"violin/internal/topology"
 )
@@ -40,6 +40,7 @@ type Server struct {
 	log     *slog.Logger
 	store   *store.Store
 	catalog *catalog.Catalog
+	urgency *priority.Shared // of this process
 
 	mu     sync.Mutex
 	slices map[string]*slice // a nil slice is a name taken by one that is coming up
@@ -50,13 +51,14 @@ var _ violinv1connect.SliceServiceHandler = (*Server)(nil)
 // New makes a server with no slice. ctx bounds the making only.
 func New(ctx context.Context, config Config) (*Server, error) {
 	st, err := store.Open(ctx, filepath.Join(config.StateDir, "store"), store.Options{
-		Logger: config.Logger, StartWorker: func() { agent.Background(config.Logger) },
+		Logger: config.Logger, StartWorker: func() { priority.Background(config.Logger) },
 	})
 	if err != nil {
 		return nil, err
 	}
 	return &Server{
 		cfg: config, log: config.Logger, store: st, catalog: catalog.New(st), slices: map[string]*slice{},
+		urgency: &priority.Shared{PID: os.Getpid(), Keep: priority.Lowered, Log: config.Logger},
 	}, nil
 }
 
@@ -100,7 +102,10 @@ func (s *Server) slice(name string) (*slice, error) {
 func (s *Server) claim(name string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, ok := s.slices[name]; ok {
+	switch sl, ok := s.slices[name]; {
+	case ok && sl == nil:
+		return connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("slice %q is coming up or going down just now; wait until it has", name))
+	case ok:
 		return connect.NewError(connect.CodeAlreadyExists, fmt.Errorf("slice %q runs already; take it down first, or give the other one another name", name))
 	}
 	s.slices[name] = nil

@@ -43,13 +43,9 @@ type slice struct {
 // for their state and load gives it to them; without, they boot. A failure
 // leaves nothing behind.
 func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.Epoch, head string, tell teller, load func(context.Context, *slice) error) (_ *slice, err error) {
-	machines := map[string]qemu.Spec{}
-	for i := range topo.Nodes {
-		spec, err := s.machine(topo, &topo.Nodes[i])
-		if err != nil {
-			return nil, connect.NewError(connect.CodeFailedPrecondition, err)
-		}
-		machines[topo.Nodes[i].Name] = spec
+	machines, err := s.machines(topo)
+	if err != nil {
+		return nil, err
 	}
 	sl := &slice{topo: topo, created: time.Now(), agents: map[string]*agent.Agent{}, head: head}
 	defer func() {
@@ -99,7 +95,10 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 		return nil, err
 	}
 	if load != nil {
-		return sl, load(ctx, sl)
+		if err := load(ctx, sl); err != nil {
+			return nil, err
+		}
+		return sl, nil
 	}
 	g, gctx = errgroup.WithContext(ctx)
 	for i := range topo.Nodes {
@@ -109,7 +108,24 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 			return err
 		})
 	}
-	return sl, g.Wait()
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	return sl, nil
+}
+
+// machines are the nodes' VMs, by name. It changes nothing, so it also tells
+// beforehand whether the slice could be built here.
+func (s *Server) machines(topo *topology.Topology) (map[string]qemu.Spec, error) {
+	machines := map[string]qemu.Spec{}
+	for i := range topo.Nodes {
+		spec, err := s.machine(topo, &topo.Nodes[i])
+		if err != nil {
+			return nil, connect.NewError(connect.CodeFailedPrecondition, err)
+		}
+		machines[topo.Nodes[i].Name] = spec
+	}
+	return machines, nil
 }
 
 // machine is a node's VM. What it boots from must be there before anything starts.
@@ -165,6 +181,7 @@ func (sl *slice) startAgents(ctx context.Context, s *Server) error {
 			a, err := agent.Start(gctx, agent.Config{
 				Host: name, Dir: filepath.Join(s.cfg.RunDir, sl.topo.Slice, name), Platform: h,
 				Underlay: agent.Underlay{Device: h.UnderlayDevice, Addr: h.UnderlayAddr, MAC: h.UnderlayMAC, MTU: h.MTU},
+				Urgency:  s.urgency,
 				Logger:   s.log.With("slice", sl.topo.Slice),
 			})
 			if err != nil {

@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"sync"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"connectrpc.com/connect"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	violinv1 "violin/api/violin/v1"
 	"violin/internal/agent"
@@ -26,6 +28,9 @@ import (
 	"violin/internal/store"
 	"violin/internal/topology"
 )
+
+// maxAhead bounds how long before its instant a cut may be asked for.
+const maxAhead = time.Hour
 
 // Snapshot implements the API.
 func (s *Server) Snapshot(ctx context.Context, req *violinv1.SnapshotRequest, out *connect.ServerStream[violinv1.SnapshotResponse]) error {
@@ -41,6 +46,12 @@ func (s *Server) Snapshot(ctx context.Context, req *violinv1.SnapshotRequest, ou
 			return connect.NewError(connect.CodeAlreadyExists, fmt.Errorf("the tag %q names snapshot %s already", tag, old.Ref()))
 		}
 	}
+	if at := instant(req.GetAt()); time.Until(at) > maxAhead {
+		return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("a cut at %s is more than %s ahead", at.Format(time.RFC3339), maxAhead))
+	}
+	if h := req.GetHoldTime(); h != nil && h.AsDuration() <= 0 || req.GetHoldBytes() > math.MaxInt32 {
+		return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("hold at most %d bytes for %s: the time must be positive, the bytes below 2 GiB", req.GetHoldBytes(), h.AsDuration()))
+	}
 	tell := serialize(func(p *violinv1.Progress) error {
 		return out.Send(&violinv1.SnapshotResponse{Event: &violinv1.SnapshotResponse_Progress{Progress: p}})
 	})
@@ -49,6 +60,23 @@ func (s *Server) Snapshot(ctx context.Context, req *violinv1.SnapshotRequest, ou
 		return apiError(err)
 	}
 	return out.Send(&violinv1.SnapshotResponse{Event: &violinv1.SnapshotResponse_Snapshot{Snapshot: snapshotMessage(snap)}})
+}
+
+func newerPolicy(p violinv1.NewerPolicy) agent.Newer {
+	switch p {
+	case violinv1.NewerPolicy_NEWER_POLICY_TRIGGER:
+		return agent.Trigger
+	case violinv1.NewerPolicy_NEWER_POLICY_DROP:
+		return agent.Drop
+	}
+	return agent.Hold
+}
+
+func instant(t *timestamppb.Timestamp) time.Time {
+	if t == nil {
+		return time.Time{}
+	}
+	return t.AsTime()
 }
 
 func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequest, tell teller) (_ *catalog.Snapshot, err error) {
@@ -76,6 +104,8 @@ func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequ
 	}
 	err = sl.coord.Take(ctx, coordinator.Cut{
 		ID: id, Mode: mode, Session: session, Progress: tell,
+		Newer: newerPolicy(req.GetNewer()), At: instant(req.GetAt()),
+		Limits: cut.Limits{Bytes: int(req.GetHoldBytes())}, Hold: req.GetHoldTime().AsDuration(),
 		Seal: func(ctx context.Context, hosts []agent.HostResult, lost []cut.ChannelLoss) error {
 			return s.seal(ctx, sl, snap, session, began, hosts, lost)
 		},
@@ -189,6 +219,9 @@ func (s *Server) Restore(ctx context.Context, req *violinv1.RestoreRequest, out 
 	channel, err := s.channelOf(ctx, snap)
 	if err != nil {
 		return apiError(err)
+	}
+	if _, err := s.machines(topo); err != nil {
+		return err
 	}
 	if sl, err := s.slice(topo.Slice); err == nil {
 		tell("stop", "", "what still runs of slice "+topo.Slice)

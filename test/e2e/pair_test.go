@@ -21,9 +21,16 @@ const root = "../.."
 // command runs violin and returns what it printed.
 func command(t *testing.T, dirs []string, args ...string) ([]byte, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	return violin(t.Context(), t, dirs, args...)
+}
+
+// violin does so until ctx ends, which interrupts it.
+func violin(ctx context.Context, t *testing.T, dirs []string, args ...string) ([]byte, error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, filepath.Join(root, "bin/violin"), append(append([]string{}, dirs...), args...)...)
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -59,7 +66,10 @@ func ours(t *testing.T, dir string) []string {
 	return found
 }
 
-func TestPair(t *testing.T) {
+// begin gives a test directories of its own. At its end nothing may be left that
+// names them.
+func begin(t *testing.T) (dirs []string, runDir string) {
+	t.Helper()
 	if os.Getenv("VIOLIN_E2E") != "1" {
 		t.Skip("runs real VMs, switches and MPI, as root: set VIOLIN_E2E=1")
 	}
@@ -71,7 +81,6 @@ func TestPair(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer os.RemoveAll(runDir)
 	// The images are shared; the store is the test's own.
 	own := filepath.Join(runDir, "state")
 	if err := os.MkdirAll(own, 0o700); err != nil {
@@ -84,19 +93,30 @@ func TestPair(t *testing.T) {
 	if err := os.Symlink(images, filepath.Join(own, "images")); err != nil {
 		t.Fatal(err)
 	}
-	dirs := []string{"--run-dir", runDir, "--state-dir", own}
-	defer func() {
-		if _, err := command(t, dirs, "down", "--all"); err != nil {
+	dirs = []string{"--run-dir", runDir, "--state-dir", own}
+	t.Cleanup(func() {
+		defer os.RemoveAll(runDir)
+		if _, err := violin(context.Background(), t, dirs, "down", "--all"); err != nil {
 			t.Error("down --all failed")
 		}
-		for deadline := time.Now().Add(time.Minute); len(ours(t, runDir)) > 0; time.Sleep(100 * time.Millisecond) {
-			if time.Now().After(deadline) {
-				t.Errorf("left behind: %q", ours(t, runDir))
-				return
-			}
-		}
-	}()
+		gone(t, runDir)
+	})
+	return dirs, runDir
+}
 
+// gone waits until no process is left that names the directory.
+func gone(t *testing.T, dir string) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); len(ours(t, dir)) > 0; time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Errorf("left behind: %q", ours(t, dir))
+			return
+		}
+	}
+}
+
+func TestPair(t *testing.T) {
+	dirs, runDir := begin(t)
 	must(t, dirs, "up", filepath.Join(root, "examples/pair.yaml"))
 	log := func() string {
 		out, err := command(t, dirs, "exec", "pair/left", "--", "cat", "/var/log/run.log")

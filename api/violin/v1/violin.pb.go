@@ -137,6 +137,60 @@ func (CaptureMode) EnumDescriptor() ([]byte, []int) {
 	return file_violin_v1_violin_proto_rawDescGZIP(), []int{1}
 }
 
+// NewerPolicy is what becomes of a frame that reaches a node before the node's cut
+// and was sent after its sender's.
+type NewerPolicy int32
+
+const (
+	NewerPolicy_NEWER_POLICY_UNSPECIFIED NewerPolicy = 0 // hold
+	NewerPolicy_NEWER_POLICY_HOLD        NewerPolicy = 1 // it waits for the node's cut
+	NewerPolicy_NEWER_POLICY_TRIGGER     NewerPolicy = 2 // it waits, and the node is cut at once (Lai and Yang)
+	NewerPolicy_NEWER_POLICY_DROP        NewerPolicy = 3 // it is dropped, and nothing is recorded (VNsnap): for comparison only
+)
+
+// Enum value maps for NewerPolicy.
+var (
+	NewerPolicy_name = map[int32]string{
+		0: "NEWER_POLICY_UNSPECIFIED",
+		1: "NEWER_POLICY_HOLD",
+		2: "NEWER_POLICY_TRIGGER",
+		3: "NEWER_POLICY_DROP",
+	}
+	NewerPolicy_value = map[string]int32{
+		"NEWER_POLICY_UNSPECIFIED": 0,
+		"NEWER_POLICY_HOLD":        1,
+		"NEWER_POLICY_TRIGGER":     2,
+		"NEWER_POLICY_DROP":        3,
+	}
+)
+
+func (x NewerPolicy) Enum() *NewerPolicy {
+	p := new(NewerPolicy)
+	*p = x
+	return p
+}
+
+func (x NewerPolicy) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (NewerPolicy) Descriptor() protoreflect.EnumDescriptor {
+	return file_violin_v1_violin_proto_enumTypes[2].Descriptor()
+}
+
+func (NewerPolicy) Type() protoreflect.EnumType {
+	return &file_violin_v1_violin_proto_enumTypes[2]
+}
+
+func (x NewerPolicy) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use NewerPolicy.Descriptor instead.
+func (NewerPolicy) EnumDescriptor() ([]byte, []int) {
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{2}
+}
+
 // Progress is one step of a long call, for people.
 type Progress struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -778,10 +832,18 @@ func (x *ListSlicesResponse) GetSlices() []*Slice {
 }
 
 type SnapshotRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Slice         string                 `protobuf:"bytes,1,opt,name=slice,proto3" json:"slice,omitempty"`
-	Mode          CaptureMode            `protobuf:"varint,2,opt,name=mode,proto3,enum=violin.v1.CaptureMode" json:"mode,omitempty"`
-	Tag           string                 `protobuf:"bytes,3,opt,name=tag,proto3" json:"tag,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Slice string                 `protobuf:"bytes,1,opt,name=slice,proto3" json:"slice,omitempty"`
+	Mode  CaptureMode            `protobuf:"varint,2,opt,name=mode,proto3,enum=violin.v1.CaptureMode" json:"mode,omitempty"`
+	Tag   string                 `protobuf:"bytes,3,opt,name=tag,proto3" json:"tag,omitempty"`
+	Newer NewerPolicy            `protobuf:"varint,4,opt,name=newer,proto3,enum=violin.v1.NewerPolicy" json:"newer,omitempty"`
+	// The instant at which all nodes are to be cut, by the server's clock; unset for
+	// at once. Correctness does not rest on it.
+	At *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=at,proto3" json:"at,omitempty"`
+	// Bounds of what one node's gate holds and for how long; at the bound the cut is
+	// aborted. 0 and unset for the defaults: 64 MiB, 10 s.
+	HoldBytes     uint64               `protobuf:"varint,6,opt,name=hold_bytes,json=holdBytes,proto3" json:"hold_bytes,omitempty"`
+	HoldTime      *durationpb.Duration `protobuf:"bytes,7,opt,name=hold_time,json=holdTime,proto3" json:"hold_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -835,6 +897,34 @@ func (x *SnapshotRequest) GetTag() string {
 		return x.Tag
 	}
 	return ""
+}
+
+func (x *SnapshotRequest) GetNewer() NewerPolicy {
+	if x != nil {
+		return x.Newer
+	}
+	return NewerPolicy_NEWER_POLICY_UNSPECIFIED
+}
+
+func (x *SnapshotRequest) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+func (x *SnapshotRequest) GetHoldBytes() uint64 {
+	if x != nil {
+		return x.HoldBytes
+	}
+	return 0
+}
+
+func (x *SnapshotRequest) GetHoldTime() *durationpb.Duration {
+	if x != nil {
+		return x.HoldTime
+	}
+	return nil
 }
 
 type SnapshotResponse struct {
@@ -1875,11 +1965,16 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x11ListSlicesRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\">\n" +
 	"\x12ListSlicesResponse\x12(\n" +
-	"\x06slices\x18\x01 \x03(\v2\x10.violin.v1.SliceR\x06slices\"e\n" +
+	"\x06slices\x18\x01 \x03(\v2\x10.violin.v1.SliceR\x06slices\"\x96\x02\n" +
 	"\x0fSnapshotRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\x12*\n" +
 	"\x04mode\x18\x02 \x01(\x0e2\x16.violin.v1.CaptureModeR\x04mode\x12\x10\n" +
-	"\x03tag\x18\x03 \x01(\tR\x03tag\"\x81\x01\n" +
+	"\x03tag\x18\x03 \x01(\tR\x03tag\x12,\n" +
+	"\x05newer\x18\x04 \x01(\x0e2\x16.violin.v1.NewerPolicyR\x05newer\x12*\n" +
+	"\x02at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x1d\n" +
+	"\n" +
+	"hold_bytes\x18\x06 \x01(\x04R\tholdBytes\x126\n" +
+	"\thold_time\x18\a \x01(\v2\x19.google.protobuf.DurationR\bholdTime\"\x81\x01\n" +
 	"\x10SnapshotResponse\x121\n" +
 	"\bprogress\x18\x01 \x01(\v2\x13.violin.v1.ProgressH\x00R\bprogress\x121\n" +
 	"\bsnapshot\x18\x02 \x01(\v2\x13.violin.v1.SnapshotH\x00R\bsnapshotB\a\n" +
@@ -1964,7 +2059,12 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\vCaptureMode\x12\x1c\n" +
 	"\x18CAPTURE_MODE_UNSPECIFIED\x10\x00\x12\x1b\n" +
 	"\x17CAPTURE_MODE_BACKGROUND\x10\x01\x12\x18\n" +
-	"\x14CAPTURE_MODE_PRECOPY\x10\x022\xf6\x04\n" +
+	"\x14CAPTURE_MODE_PRECOPY\x10\x02*s\n" +
+	"\vNewerPolicy\x12\x1c\n" +
+	"\x18NEWER_POLICY_UNSPECIFIED\x10\x00\x12\x15\n" +
+	"\x11NEWER_POLICY_HOLD\x10\x01\x12\x18\n" +
+	"\x14NEWER_POLICY_TRIGGER\x10\x02\x12\x15\n" +
+	"\x11NEWER_POLICY_DROP\x10\x032\xf6\x04\n" +
 	"\fSliceService\x123\n" +
 	"\x02Up\x12\x14.violin.v1.UpRequest\x1a\x15.violin.v1.UpResponse0\x01\x127\n" +
 	"\x04Down\x12\x16.violin.v1.DownRequest\x1a\x17.violin.v1.DownResponse\x12N\n" +
@@ -1989,89 +2089,93 @@ func file_violin_v1_violin_proto_rawDescGZIP() []byte {
 	return file_violin_v1_violin_proto_rawDescData
 }
 
-var file_violin_v1_violin_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_violin_v1_violin_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
 var file_violin_v1_violin_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_violin_v1_violin_proto_goTypes = []any{
 	(NodeState)(0),                // 0: violin.v1.NodeState
 	(CaptureMode)(0),              // 1: violin.v1.CaptureMode
-	(*Progress)(nil),              // 2: violin.v1.Progress
-	(*Interface)(nil),             // 3: violin.v1.Interface
-	(*Node)(nil),                  // 4: violin.v1.Node
-	(*Slice)(nil),                 // 5: violin.v1.Slice
-	(*UpRequest)(nil),             // 6: violin.v1.UpRequest
-	(*UpResponse)(nil),            // 7: violin.v1.UpResponse
-	(*DownRequest)(nil),           // 8: violin.v1.DownRequest
-	(*DownResponse)(nil),          // 9: violin.v1.DownResponse
-	(*ListSlicesRequest)(nil),     // 10: violin.v1.ListSlicesRequest
-	(*ListSlicesResponse)(nil),    // 11: violin.v1.ListSlicesResponse
-	(*SnapshotRequest)(nil),       // 12: violin.v1.SnapshotRequest
-	(*SnapshotResponse)(nil),      // 13: violin.v1.SnapshotResponse
-	(*SnapshotNode)(nil),          // 14: violin.v1.SnapshotNode
-	(*Snapshot)(nil),              // 15: violin.v1.Snapshot
-	(*ListSnapshotsRequest)(nil),  // 16: violin.v1.ListSnapshotsRequest
-	(*ListSnapshotsResponse)(nil), // 17: violin.v1.ListSnapshotsResponse
-	(*RestoreRequest)(nil),        // 18: violin.v1.RestoreRequest
-	(*RestoreResponse)(nil),       // 19: violin.v1.RestoreResponse
-	(*Restored)(nil),              // 20: violin.v1.Restored
-	(*ExecRequest)(nil),           // 21: violin.v1.ExecRequest
-	(*ExecResponse)(nil),          // 22: violin.v1.ExecResponse
-	(*ConsoleRequest)(nil),        // 23: violin.v1.ConsoleRequest
-	(*ConsoleResponse)(nil),       // 24: violin.v1.ConsoleResponse
-	(*VersionRequest)(nil),        // 25: violin.v1.VersionRequest
-	(*VersionResponse)(nil),       // 26: violin.v1.VersionResponse
-	(*timestamppb.Timestamp)(nil), // 27: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 28: google.protobuf.Duration
+	(NewerPolicy)(0),              // 2: violin.v1.NewerPolicy
+	(*Progress)(nil),              // 3: violin.v1.Progress
+	(*Interface)(nil),             // 4: violin.v1.Interface
+	(*Node)(nil),                  // 5: violin.v1.Node
+	(*Slice)(nil),                 // 6: violin.v1.Slice
+	(*UpRequest)(nil),             // 7: violin.v1.UpRequest
+	(*UpResponse)(nil),            // 8: violin.v1.UpResponse
+	(*DownRequest)(nil),           // 9: violin.v1.DownRequest
+	(*DownResponse)(nil),          // 10: violin.v1.DownResponse
+	(*ListSlicesRequest)(nil),     // 11: violin.v1.ListSlicesRequest
+	(*ListSlicesResponse)(nil),    // 12: violin.v1.ListSlicesResponse
+	(*SnapshotRequest)(nil),       // 13: violin.v1.SnapshotRequest
+	(*SnapshotResponse)(nil),      // 14: violin.v1.SnapshotResponse
+	(*SnapshotNode)(nil),          // 15: violin.v1.SnapshotNode
+	(*Snapshot)(nil),              // 16: violin.v1.Snapshot
+	(*ListSnapshotsRequest)(nil),  // 17: violin.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil), // 18: violin.v1.ListSnapshotsResponse
+	(*RestoreRequest)(nil),        // 19: violin.v1.RestoreRequest
+	(*RestoreResponse)(nil),       // 20: violin.v1.RestoreResponse
+	(*Restored)(nil),              // 21: violin.v1.Restored
+	(*ExecRequest)(nil),           // 22: violin.v1.ExecRequest
+	(*ExecResponse)(nil),          // 23: violin.v1.ExecResponse
+	(*ConsoleRequest)(nil),        // 24: violin.v1.ConsoleRequest
+	(*ConsoleResponse)(nil),       // 25: violin.v1.ConsoleResponse
+	(*VersionRequest)(nil),        // 26: violin.v1.VersionRequest
+	(*VersionResponse)(nil),       // 27: violin.v1.VersionResponse
+	(*timestamppb.Timestamp)(nil), // 28: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
 }
 var file_violin_v1_violin_proto_depIdxs = []int32{
 	0,  // 0: violin.v1.Node.state:type_name -> violin.v1.NodeState
-	3,  // 1: violin.v1.Node.interfaces:type_name -> violin.v1.Interface
-	27, // 2: violin.v1.Slice.created:type_name -> google.protobuf.Timestamp
-	4,  // 3: violin.v1.Slice.nodes:type_name -> violin.v1.Node
-	2,  // 4: violin.v1.UpResponse.progress:type_name -> violin.v1.Progress
-	5,  // 5: violin.v1.UpResponse.slice:type_name -> violin.v1.Slice
-	5,  // 6: violin.v1.ListSlicesResponse.slices:type_name -> violin.v1.Slice
+	4,  // 1: violin.v1.Node.interfaces:type_name -> violin.v1.Interface
+	28, // 2: violin.v1.Slice.created:type_name -> google.protobuf.Timestamp
+	5,  // 3: violin.v1.Slice.nodes:type_name -> violin.v1.Node
+	3,  // 4: violin.v1.UpResponse.progress:type_name -> violin.v1.Progress
+	6,  // 5: violin.v1.UpResponse.slice:type_name -> violin.v1.Slice
+	6,  // 6: violin.v1.ListSlicesResponse.slices:type_name -> violin.v1.Slice
 	1,  // 7: violin.v1.SnapshotRequest.mode:type_name -> violin.v1.CaptureMode
-	2,  // 8: violin.v1.SnapshotResponse.progress:type_name -> violin.v1.Progress
-	15, // 9: violin.v1.SnapshotResponse.snapshot:type_name -> violin.v1.Snapshot
-	28, // 10: violin.v1.SnapshotNode.pause:type_name -> google.protobuf.Duration
-	27, // 11: violin.v1.SnapshotNode.cut_at:type_name -> google.protobuf.Timestamp
-	28, // 12: violin.v1.SnapshotNode.cut_offset:type_name -> google.protobuf.Duration
-	27, // 13: violin.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
-	1,  // 14: violin.v1.Snapshot.mode:type_name -> violin.v1.CaptureMode
-	28, // 15: violin.v1.Snapshot.duration:type_name -> google.protobuf.Duration
-	28, // 16: violin.v1.Snapshot.skew:type_name -> google.protobuf.Duration
-	14, // 17: violin.v1.Snapshot.nodes:type_name -> violin.v1.SnapshotNode
-	15, // 18: violin.v1.ListSnapshotsResponse.snapshots:type_name -> violin.v1.Snapshot
-	2,  // 19: violin.v1.RestoreResponse.progress:type_name -> violin.v1.Progress
-	20, // 20: violin.v1.RestoreResponse.restored:type_name -> violin.v1.Restored
-	5,  // 21: violin.v1.Restored.slice:type_name -> violin.v1.Slice
-	15, // 22: violin.v1.Restored.snapshot:type_name -> violin.v1.Snapshot
-	28, // 23: violin.v1.Restored.duration:type_name -> google.protobuf.Duration
-	28, // 24: violin.v1.Restored.skew:type_name -> google.protobuf.Duration
-	28, // 25: violin.v1.ExecRequest.timeout:type_name -> google.protobuf.Duration
-	6,  // 26: violin.v1.SliceService.Up:input_type -> violin.v1.UpRequest
-	8,  // 27: violin.v1.SliceService.Down:input_type -> violin.v1.DownRequest
-	10, // 28: violin.v1.SliceService.ListSlices:input_type -> violin.v1.ListSlicesRequest
-	12, // 29: violin.v1.SliceService.Snapshot:input_type -> violin.v1.SnapshotRequest
-	16, // 30: violin.v1.SliceService.ListSnapshots:input_type -> violin.v1.ListSnapshotsRequest
-	18, // 31: violin.v1.SliceService.Restore:input_type -> violin.v1.RestoreRequest
-	21, // 32: violin.v1.SliceService.Exec:input_type -> violin.v1.ExecRequest
-	23, // 33: violin.v1.SliceService.Console:input_type -> violin.v1.ConsoleRequest
-	25, // 34: violin.v1.SliceService.Version:input_type -> violin.v1.VersionRequest
-	7,  // 35: violin.v1.SliceService.Up:output_type -> violin.v1.UpResponse
-	9,  // 36: violin.v1.SliceService.Down:output_type -> violin.v1.DownResponse
-	11, // 37: violin.v1.SliceService.ListSlices:output_type -> violin.v1.ListSlicesResponse
-	13, // 38: violin.v1.SliceService.Snapshot:output_type -> violin.v1.SnapshotResponse
-	17, // 39: violin.v1.SliceService.ListSnapshots:output_type -> violin.v1.ListSnapshotsResponse
-	19, // 40: violin.v1.SliceService.Restore:output_type -> violin.v1.RestoreResponse
-	22, // 41: violin.v1.SliceService.Exec:output_type -> violin.v1.ExecResponse
-	24, // 42: violin.v1.SliceService.Console:output_type -> violin.v1.ConsoleResponse
-	26, // 43: violin.v1.SliceService.Version:output_type -> violin.v1.VersionResponse
-	35, // [35:44] is the sub-list for method output_type
-	26, // [26:35] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	2,  // 8: violin.v1.SnapshotRequest.newer:type_name -> violin.v1.NewerPolicy
+	28, // 9: violin.v1.SnapshotRequest.at:type_name -> google.protobuf.Timestamp
+	29, // 10: violin.v1.SnapshotRequest.hold_time:type_name -> google.protobuf.Duration
+	3,  // 11: violin.v1.SnapshotResponse.progress:type_name -> violin.v1.Progress
+	16, // 12: violin.v1.SnapshotResponse.snapshot:type_name -> violin.v1.Snapshot
+	29, // 13: violin.v1.SnapshotNode.pause:type_name -> google.protobuf.Duration
+	28, // 14: violin.v1.SnapshotNode.cut_at:type_name -> google.protobuf.Timestamp
+	29, // 15: violin.v1.SnapshotNode.cut_offset:type_name -> google.protobuf.Duration
+	28, // 16: violin.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	1,  // 17: violin.v1.Snapshot.mode:type_name -> violin.v1.CaptureMode
+	29, // 18: violin.v1.Snapshot.duration:type_name -> google.protobuf.Duration
+	29, // 19: violin.v1.Snapshot.skew:type_name -> google.protobuf.Duration
+	15, // 20: violin.v1.Snapshot.nodes:type_name -> violin.v1.SnapshotNode
+	16, // 21: violin.v1.ListSnapshotsResponse.snapshots:type_name -> violin.v1.Snapshot
+	3,  // 22: violin.v1.RestoreResponse.progress:type_name -> violin.v1.Progress
+	21, // 23: violin.v1.RestoreResponse.restored:type_name -> violin.v1.Restored
+	6,  // 24: violin.v1.Restored.slice:type_name -> violin.v1.Slice
+	16, // 25: violin.v1.Restored.snapshot:type_name -> violin.v1.Snapshot
+	29, // 26: violin.v1.Restored.duration:type_name -> google.protobuf.Duration
+	29, // 27: violin.v1.Restored.skew:type_name -> google.protobuf.Duration
+	29, // 28: violin.v1.ExecRequest.timeout:type_name -> google.protobuf.Duration
+	7,  // 29: violin.v1.SliceService.Up:input_type -> violin.v1.UpRequest
+	9,  // 30: violin.v1.SliceService.Down:input_type -> violin.v1.DownRequest
+	11, // 31: violin.v1.SliceService.ListSlices:input_type -> violin.v1.ListSlicesRequest
+	13, // 32: violin.v1.SliceService.Snapshot:input_type -> violin.v1.SnapshotRequest
+	17, // 33: violin.v1.SliceService.ListSnapshots:input_type -> violin.v1.ListSnapshotsRequest
+	19, // 34: violin.v1.SliceService.Restore:input_type -> violin.v1.RestoreRequest
+	22, // 35: violin.v1.SliceService.Exec:input_type -> violin.v1.ExecRequest
+	24, // 36: violin.v1.SliceService.Console:input_type -> violin.v1.ConsoleRequest
+	26, // 37: violin.v1.SliceService.Version:input_type -> violin.v1.VersionRequest
+	8,  // 38: violin.v1.SliceService.Up:output_type -> violin.v1.UpResponse
+	10, // 39: violin.v1.SliceService.Down:output_type -> violin.v1.DownResponse
+	12, // 40: violin.v1.SliceService.ListSlices:output_type -> violin.v1.ListSlicesResponse
+	14, // 41: violin.v1.SliceService.Snapshot:output_type -> violin.v1.SnapshotResponse
+	18, // 42: violin.v1.SliceService.ListSnapshots:output_type -> violin.v1.ListSnapshotsResponse
+	20, // 43: violin.v1.SliceService.Restore:output_type -> violin.v1.RestoreResponse
+	23, // 44: violin.v1.SliceService.Exec:output_type -> violin.v1.ExecResponse
+	25, // 45: violin.v1.SliceService.Console:output_type -> violin.v1.ConsoleResponse
+	27, // 46: violin.v1.SliceService.Version:output_type -> violin.v1.VersionResponse
+	38, // [38:47] is the sub-list for method output_type
+	29, // [29:38] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_violin_v1_violin_proto_init() }
@@ -2096,7 +2200,7 @@ func file_violin_v1_violin_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_violin_v1_violin_proto_rawDesc), len(file_violin_v1_violin_proto_rawDesc)),
-			NumEnums:      2,
+			NumEnums:      3,
 			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,

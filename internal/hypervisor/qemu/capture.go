@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"violin/internal/priority"
 	"violin/internal/qmp"
 )
 
@@ -40,6 +41,11 @@ func (m Mode) String() string {
 // early only makes the pause longer.
 const armBound = 5 * time.Second
 
+// streamBuffer is the stream's socket buffer in bytes. It is small, so that QEMU's
+// snapshot thread soon waits for who reads: the pace of the capture is then that of
+// a thread that lets pauses of other nodes go first.
+const streamBuffer = 256 << 10
+
 // nearlyDone is how much memory a pre-copy keeps back, in bytes.
 const nearlyDone = 32 << 20
 
@@ -51,13 +57,14 @@ const nearlyDone = 32 << 20
 // its first write, until [Capture.Release] makes room. There is nothing to wait
 // for in the pause but the devices' state and the protection of memory.
 type Capture struct {
-	vm     *VM
-	mode   Mode
-	events *qmp.Subscription
-	ours   *os.File
-	theirs *os.File // our duplicate of QEMU's end, until the capture is released
-	junk   int      // bytes that fill the socket
-	thread int      // QEMU's snapshot thread; 0 if it was not seen
+	vm      *VM
+	mode    Mode
+	events  *qmp.Subscription
+	ours    *os.File
+	theirs  *os.File          // our duplicate of QEMU's end, until the capture is released
+	junk    int               // bytes that fill the socket
+	urgency *priority.Urgency // from Stop to Resumed or Abort
+	thread  int               // QEMU's snapshot thread; 0 if it was not seen
 
 	released chan struct{} // closed when the stream may be read
 	once     sync.Once
@@ -269,6 +276,7 @@ func (s *captureStream) Read(p []byte) (int, error) {
 
 // Stop stops the vCPUs and returns when they stopped.
 func (c *Capture) Stop(ctx context.Context) (time.Time, error) {
+	c.hurry()
 	var err error
 	if c.mode == Background {
 		err = c.vm.qmp.Execute(ctx, "stop", nil, nil)
@@ -286,6 +294,9 @@ func (c *Capture) Stop(ctx context.Context) (time.Time, error) {
 		switch {
 		case e.Name == "STOP":
 			c.stopped = e.Timestamp
+			for _, cpu := range c.vm.cpus { // they had to run in order to see that they shall stop
+				c.report(c.urgency.LowerThread(cpu, vcpuNice))
+			}
 			if c.mode == Background {
 				return c.stopped, nil
 			}
@@ -317,7 +328,7 @@ func (c *Capture) unblock() (err error) {
 			return
 		}
 		defer close(c.released)
-		err = unix.SetsockoptInt(int(c.theirs.Fd()), unix.SOL_SOCKET, unix.SO_SNDBUF, 4<<20)
+		err = unix.SetsockoptInt(int(c.theirs.Fd()), unix.SOL_SOCKET, unix.SO_SNDBUF, streamBuffer)
 		c.theirs.Close()
 		if _, rerr := io.CopyN(io.Discard, c.ours, int64(c.junk)); rerr != nil {
 			err = errors.Join(err, rerr)
@@ -338,6 +349,7 @@ func (c *Capture) Resumed(ctx context.Context) (time.Time, error) {
 		if err := c.finalized(ctx); err != nil {
 			return time.Time{}, err
 		}
+		defer c.relax()
 		return c.vm.Resume(ctx)
 	}
 	for {
@@ -349,7 +361,7 @@ func (c *Capture) Resumed(ctx context.Context) (time.Time, error) {
 			return time.Time{}, err
 		}
 		if e.Name == "RESUME" {
-			c.yield()
+			c.relax()
 			return e.Timestamp, nil
 		}
 	}
@@ -371,14 +383,34 @@ func (c *Capture) finalized(ctx context.Context) error {
 	}
 }
 
-// yield puts the rest of the capture behind the pauses of nodes that are being cut
-// beside this one, and still before the vCPUs: it must keep up with their writes.
-func (c *Capture) yield() {
-	if c.thread == 0 {
+// hurry makes QEMU urgent for the time of the pause; see [priority.Urgency].
+func (c *Capture) hurry() {
+	u, err := priority.Raise(c.vm.PID(), nil)
+	c.report(err)
+	c.mu.Lock()
+	c.urgency = u
+	c.mu.Unlock()
+}
+
+// relax ends that. The rest of the capture goes behind the pauses of nodes that are
+// being cut beside this one, and still before the vCPUs: it must keep up with their
+// writes.
+func (c *Capture) relax() {
+	c.mu.Lock()
+	u := c.urgency
+	c.mu.Unlock()
+	if u == nil {
 		return
 	}
-	if err := unix.Setpriority(unix.PRIO_PROCESS, c.thread, 0); err != nil {
-		c.vm.log.Debug("the snapshot thread's priority was not lowered", "err", err)
+	if c.thread != 0 {
+		c.report(u.LowerThread(c.thread, snapshotNice))
+	}
+	c.report(u.Lower())
+}
+
+func (c *Capture) report(err error) {
+	if err != nil {
+		c.vm.log.Debug("the pause's priority is not as it should be", "err", err)
 	}
 }
 
@@ -430,6 +462,7 @@ func (c *Capture) Abort(ctx context.Context) error {
 	completed := c.completed
 	c.mu.Unlock()
 	defer c.events.Close()
+	defer c.relax()
 	if c.mode == Precopy && !completed {
 		if err := c.vm.qmp.Execute(ctx, "migrate_cancel", nil, nil); err != nil {
 			return fmt.Errorf("give the capture up: %w", err)

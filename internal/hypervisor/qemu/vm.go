@@ -27,10 +27,12 @@ import (
 // Program is QEMU's name; it is looked up in PATH.
 const Program = "qemu-system-x86_64"
 
-// vcpuNice is the vCPU threads' niceness. Under TCG they use all the processor
-// time there is; QEMU's main loop and the switch must come before them, or the
-// pause of a cut grows by what they wait.
-const vcpuNice = 10
+// The niceness of QEMU's threads that work beside others' pauses. A vCPU uses, under
+// TCG, all the processor time there is.
+const (
+	vcpuNice     = 10
+	snapshotNice = 0
+)
 
 // oddMemory is added to a VM's memory, in KiB, so that it is no multiple of 256 KiB.
 // QEMU before 9.0 loses pages written near the end of a pre-copy under TCG if it is
@@ -67,6 +69,7 @@ type VM struct {
 	log  *slog.Logger
 	cmd  *exec.Cmd
 	qmp  *qmp.Client
+	cpus []int // the vCPUs' threads
 
 	done chan struct{}
 	err  error // valid once done is closed
@@ -131,7 +134,7 @@ func Start(ctx context.Context, l Launcher, spec Spec, incoming bool, log *slog.
 		return nil, errors.Join(fmt.Errorf("start QEMU of %s: %w%s", spec.Name, err, tail), vm.Close())
 	}
 	if err = vm.setCapabilities(ctx, nil); err == nil {
-		err = vm.lowerVCPUs(ctx)
+		err = vm.findVCPUs(ctx)
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("start QEMU of %s: %w", spec.Name, err), vm.Close())
@@ -246,7 +249,8 @@ func (vm *VM) logTail() string {
 	return ": " + strings.TrimSpace(string(b))
 }
 
-func (vm *VM) lowerVCPUs(ctx context.Context) error {
+// findVCPUs finds the vCPUs' threads and lowers their priority.
+func (vm *VM) findVCPUs(ctx context.Context) error {
 	var cpus []struct {
 		Thread int `json:"thread-id"`
 	}
@@ -254,6 +258,7 @@ func (vm *VM) lowerVCPUs(ctx context.Context) error {
 		return err
 	}
 	for _, c := range cpus {
+		vm.cpus = append(vm.cpus, c.Thread)
 		if err := unix.Setpriority(unix.PRIO_PROCESS, c.Thread, vcpuNice); err != nil {
 			return fmt.Errorf("lower the priority of vCPU thread %d: %w", c.Thread, err)
 		}
