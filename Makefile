@@ -49,10 +49,12 @@ fuzz:
 
 # Real QEMU, Open vSwitch and namespaces; as root.
 e2e: image
-	VIOLIN_E2E=1 VIOLIN_STATE_DIR=$(STATE) $(GO) test -p 1 -timeout 30m ./internal/lab ./internal/openflow ./internal/fabric ./internal/qmp ./internal/migration/... ./internal/hypervisor/... ./test/...
+	VIOLIN_E2E=1 VIOLIN_STATE_DIR=$(STATE) $(GO) test -p 1 -timeout 30m ./internal/lab ./internal/openflow ./internal/fabric ./internal/qmp ./internal/migration/... ./internal/hypervisor/... ./internal/agent ./test/...
 
-# The long form of the protocol's exploration.
-soak:
+# The long forms: a thousand cuts of real VMs under load (more than an hour), and the
+# protocol's exploration. VIOLIN_SEED=N, from a run's log, repeats its choices.
+soak: deps build image
+	VIOLIN_E2E=1 VIOLIN_CUTS=1000 VIOLIN_STATE_DIR=$(STATE) $(GO) test -count 1 -timeout 4h -v -run TestSoak ./test/e2e
 	VIOLIN_LONG=1 $(GO) test -timeout 60m ./internal/cut ./internal/coloring
 
 bench:

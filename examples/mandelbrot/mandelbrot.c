@@ -62,6 +62,7 @@ static int save(const uint8_t *picture) {
 	return 0;
 }
 
+#ifndef NO_MPI
 static void progress(int done) {
 	static int shown = -1;
 	int percent = (int)((int64_t)done * 100 / blocks());
@@ -72,7 +73,6 @@ static void progress(int done) {
 	}
 }
 
-#ifndef NO_MPI
 /* Waiting must leave the processor to those who compute. */
 static void await(int from, int tag, MPI_Status *st) {
 	int there = 0;

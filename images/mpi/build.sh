@@ -6,20 +6,21 @@
 # OUTDIR gets vmlinuz, initrd.img (busybox and the modules to reach the disk),
 # rootfs.squashfs (Debian with OpenMPI; read-only, a tmpfs above it) and
 # image.json. An OUTDIR that was built from the same recipe is left as it is.
-# The host's own apt sources are used. Nothing is mounted.
+# The host's own apt sources are used. What mmdebstrap mounts lives in a mount
+# namespace of its own, so that nothing stays behind however the build ends.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
 top=$(cd "$here/../.." && pwd)
 out=${1:?usage: images/mpi/build.sh OUTDIR}
-key=$(cat "$here"/* "$top/examples/mandelbrot/mandelbrot.c" | sha256sum | cut -d' ' -f1)
+key=$(cat "$here"/* "$top/examples/mandelbrot/mandelbrot.c" "$top/examples/ledger/ledger.c" | sha256sum | cut -d' ' -f1)
 if [ -f "$out/image.json" ] && grep -q "\"recipe\": \"$key\"" "$out/image.json"; then
 	echo "image mpi: up to date in $out"
 	exit 0
 fi
 
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+trap 'rm -rf --one-file-system "$work"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 root=$work/root
@@ -37,7 +38,7 @@ for f in /etc/apt/sources.list /etc/apt/sources.list.d/*.sources /etc/apt/source
 	[ -s "$f" ] && sources="$sources $f"
 done
 # shellcheck disable=SC2086 # a list of files
-mmdebstrap --quiet --variant=minbase --mode=root --skip=check/empty \
+unshare --mount mmdebstrap --quiet --variant=minbase --mode=root --skip=check/empty \
 	--include=openmpi-bin,dropbear-bin,qemu-guest-agent,iproute2,iputils-ping,busybox-static \
 	--aptopt='APT::Install-Recommends "false"' \
 	--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
@@ -70,8 +71,9 @@ depmod -b "$ird" "$version"
 install -m 755 "$here/initrd-init" "$ird/init"
 (cd "$ird" && find . | cpio --quiet -o -H newc | gzip -1) >"$work/initrd.img"
 
-step 4 "the Mandelbrot program"
+step 4 "the examples' programs"
 mpicc -O2 -Wall -o "$root/usr/local/bin/mandelbrot" "$top/examples/mandelbrot/mandelbrot.c"
+gcc -O2 -Wall -o "$root/usr/local/bin/ledger" "$top/examples/ledger/ledger.c"
 
 step 5 "configuration"
 install -D -m 755 "$here/boot" "$root/etc/violin/boot"

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -19,11 +20,13 @@ import (
 	"violin/internal/store"
 )
 
-// The bounds of the steps that wait for a queue to run empty, and of the
-// silence after which no frame is under way from the switch's closed gate.
+// The bounds of the steps that wait for a queue to run empty, of the silence after
+// which no frame is under way from the switch's closed gate, and of the looks for a
+// moment in which no copy comes.
 const (
 	queueBound = 2 * time.Second
 	openQuiet  = 10 * time.Millisecond
+	levelTries = 20
 )
 
 // Order is one of the coordinator's messages for this host. Mode, Session, Newer
@@ -83,6 +86,7 @@ type hostCut struct {
 	reads     map[int]time.Time // when a round's counters were read
 	before    fabric.Counters   // when the host prepared
 	after     fabric.Counters   // when the recording had ended
+	excused   int64             // frames counted as handed over that the switch had delivered
 	discarded uint64            // frames, by the policy [Drop]
 }
 
@@ -354,7 +358,10 @@ func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {
 	var err error
 	switch step {
 	case cut.StepClose:
-		return hc.close(ctx, n)
+		if err := hc.close(ctx, n); err != nil {
+			return err
+		}
+		return hc.excuse(ctx)
 	case cut.StepSettle:
 		return n.eachPort(ctx, a.fabric.Settle)
 	case cut.StepStop:
@@ -382,22 +389,41 @@ func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {
 // level finds out what the record entries count that is no copy. Frames that came
 // to the closed gate between [fabric.Switch.Update]'s purge and its bundle went to
 // the gate, but the switch credits them to the entries that match once it is open.
-// They would pass for copies that never come. All that the answer counts came
-// before the answer; were a copy later, it would be one too many, and the drain
-// waits for the quiet time.
+// They would pass for copies that never come.
+//
+// The counters' answer comes behind all copies that it counts, so what it has in
+// excess of those that have come is no copy: exactly, if none came meanwhile, for
+// which it tries. Otherwise some are taken for none; the drain then waits for the
+// quiet time, and loses nothing.
 func (hc *hostCut) level(ctx context.Context, n *node) error {
-	counters, err := hc.a.fabric.Counters(ctx)
-	if err != nil {
-		return err
-	}
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	for _, p := range n.ports {
-		counted := counters.Records[p.number]
-		p.others = counted - min(p.copies, counted)
-		hc.a.log.Debug("level", "cut", hc.id, "node", n.spec.Name, "counted", counted, "copies", p.copies)
+	for range levelTries {
+		before := n.copies()
+		counters, err := hc.a.fabric.Counters(ctx)
+		if err != nil {
+			return err
+		}
+		n.mu.Lock()
+		for i, p := range n.ports {
+			counted := counters.Records[p.number]
+			p.others = counted - min(before[i], counted)
+		}
+		n.mu.Unlock()
+		if slices.Equal(before, n.copies()) {
+			return nil
+		}
 	}
 	return nil
+}
+
+// copies are those that have come for the record in this cut, by port.
+func (n *node) copies() []uint64 {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var c []uint64
+	for _, p := range n.ports {
+		c = append(c, p.copies)
+	}
+	return c
 }
 
 func (hc *hostCut) close(ctx context.Context, n *node) error {
@@ -502,6 +528,15 @@ func (hc *hostCut) collect() {
 	for name, nc := range hc.nodes {
 		n := nc.n
 		n.mu.Lock()
+		missing := n.missing(hc.after)
+		n.mu.Unlock()
+		if missing > 0 {
+			// The quiet time has passed: they never come. The node has these frames, and
+			// a restore would not.
+			hc.fail(name, fmt.Errorf("%d frames of the channel state were not handed over by the switch; try again", missing))
+			return
+		}
+		n.mu.Lock()
 		n.gate.StopRecording()
 		nc.result.Recorded, n.recorded = n.recorded, nil
 		st := n.gate.Stats()
@@ -520,6 +555,15 @@ func (hc *hostCut) collect() {
 		return
 	}
 	hc.report(cut.Collected{Cut: hc.id, Host: hc.a.cfg.Host})
+}
+
+// missing is how many copies the switch counts that have not come.
+func (n *node) missing(c fabric.Counters) (sum uint64) {
+	for _, p := range n.ports {
+		counted := c.Records[p.number]
+		sum += counted - min(p.copies+p.others, counted)
+	}
+	return sum
 }
 
 func (hc *hostCut) commit() {

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"slices"
 	"time"
@@ -86,7 +87,7 @@ func (hc *hostCut) awaitSeen() error {
 		if n := counters.Refused - hc.before.Refused; n > 0 {
 			return fmt.Errorf("the switch did not take %d frames that a gate gave out; its log and the agent's say why", n)
 		}
-		if done, err := judge(dropped(hc.before, counters), time.Since(began)); done {
+		if done, err := judge(hc.dropped(counters), time.Since(began)); done {
 			return err
 		}
 		select {
@@ -120,6 +121,40 @@ func dropped(before, now fabric.Counters) int64 {
 	return int64(now.Handed-before.Handed) - int64(now.Seen-before.Seen)
 }
 
+// dropped is that since the host prepared.
+func (hc *hostCut) dropped(now fabric.Counters) int64 {
+	return dropped(hc.before, now) - hc.excused
+}
+
+// excuse takes note of what the closed entries count that was never handed over:
+// frames that the switch delivered between [fabric.Switch.Update]'s purge and its
+// bundle, and credits to the gate that closed then. They would pass for dropped.
+//
+// The counters' answer comes behind all that they count, so the excess over what has
+// come is exact if nothing came meanwhile, for which it tries; else what came
+// between two answers is excused with it.
+func (hc *hostCut) excuse(ctx context.Context) error {
+	first, err := hc.a.fabric.Counters(ctx)
+	if err != nil {
+		return err
+	}
+	for try := range levelTries {
+		second, err := hc.a.fabric.Counters(ctx)
+		if err != nil {
+			return err
+		}
+		if second.Seen == first.Seen || try == levelTries-1 {
+			second.Seen = first.Seen
+			hc.a.mu.Lock()
+			hc.excused += max(0, hc.dropped(second))
+			hc.a.mu.Unlock()
+			return nil
+		}
+		first = second
+	}
+	return nil
+}
+
 // HostResult is what a host brings to a snapshot.
 type HostResult struct {
 	Host     string
@@ -138,8 +173,8 @@ func (a *Agent) Results(slice, id string) (HostResult, error) {
 	if hc == nil || hc.id != id {
 		return HostResult{}, fmt.Errorf("host %s: knows of no cut %s", a.cfg.Host, id)
 	}
-	r := HostResult{Host: a.cfg.Host, Dropped: uint64(max(0, dropped(hc.before, hc.after))) + hc.discarded, Reads: map[int]int64{}}
-	r.Counters = certificate.Host{Name: a.cfg.Host, Handed: hc.after.Handed - hc.before.Handed, Seen: hc.after.Seen - hc.before.Seen}
+	r := HostResult{Host: a.cfg.Host, Dropped: uint64(max(0, hc.dropped(hc.after))) + hc.discarded, Reads: map[int]int64{}}
+	r.Counters = certificate.Host{Name: a.cfg.Host, Handed: uint64(max(0, int64(hc.after.Handed-hc.before.Handed)-hc.excused)), Seen: hc.after.Seen - hc.before.Seen}
 	for round, at := range hc.reads {
 		r.Reads[round] = int64(at.Sub(hc.began))
 	}

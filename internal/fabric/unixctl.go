@@ -3,6 +3,7 @@ package fabric
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"sync"
@@ -11,22 +12,26 @@ import (
 
 // unixctl is a session with a daemon's control socket: JSON-RPC 1.0, what
 // ovs-appctl speaks. One session serves all calls, which keeps a purge well
-// under a millisecond.
+// under a millisecond. A call that fails or is given up may leave half a message
+// behind, in either direction: it ends the session, and the next call begins another.
 type unixctl struct {
 	path string
 
 	mu   sync.Mutex
-	conn net.Conn // nil after a call that failed
+	conn net.Conn // nil between sessions
 	dec  *json.Decoder
 	id   int
 }
 
 // controlBound is the longest that the daemon may take to answer.
-const controlBound = 5 * time.Second
+const controlBound = 10 * time.Second
 
 func dialControl(ctx context.Context, path string) (*unixctl, error) {
 	u := &unixctl{path: path}
-	return u, u.dial(ctx)
+	if err := u.dial(ctx); err != nil {
+		return nil, err
+	}
+	return u, nil
 }
 
 func (u *unixctl) dial(ctx context.Context) error {
@@ -39,12 +44,7 @@ func (u *unixctl) dial(ctx context.Context) error {
 	return nil
 }
 
-// call calls a method. Once it has begun, ctx does not end it: an answer that nobody
-// took would be taken for the next call's.
 func (u *unixctl) call(ctx context.Context, method string, params ...string) error {
-	if err := ctx.Err(); err != nil {
-		return fmt.Errorf("%s: %w", method, err)
-	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.conn == nil {
@@ -52,11 +52,18 @@ func (u *unixctl) call(ctx context.Context, method string, params ...string) err
 			return fmt.Errorf("%s: %w", method, err)
 		}
 	}
-	refusal, err := u.exchange(method, params)
-	if err != nil {
-		u.conn.Close()
-		u.conn = nil
+	conn := u.conn
+	if err := conn.SetDeadline(time.Now().Add(controlBound)); err != nil {
 		return fmt.Errorf("%s: %w", method, err)
+	}
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	refusal, err := u.exchange(method, params)
+	if !stop() || err != nil {
+		conn.Close()
+		u.conn = nil
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", method, errors.Join(context.Cause(ctx), err))
 	}
 	if refusal != "" {
 		return fmt.Errorf("%s: ovs-vswitchd says %s", method, refusal)
@@ -64,6 +71,7 @@ func (u *unixctl) call(ctx context.Context, method string, params ...string) err
 	return nil
 }
 
+// exchange sends a request and reads its answer. A refusal is an answer, too.
 func (u *unixctl) exchange(method string, params []string) (refusal string, err error) {
 	if params == nil {
 		params = []string{}
@@ -71,9 +79,6 @@ func (u *unixctl) exchange(method string, params []string) (refusal string, err 
 	u.id++
 	req, err := json.Marshal(map[string]any{"id": u.id, "method": method, "params": params})
 	if err != nil {
-		return "", err
-	}
-	if err := u.conn.SetDeadline(time.Now().Add(controlBound)); err != nil {
 		return "", err
 	}
 	if _, err := u.conn.Write(req); err != nil {
@@ -87,7 +92,7 @@ func (u *unixctl) exchange(method string, params []string) (refusal string, err 
 		return "", err
 	}
 	if reply.ID != u.id {
-		return "", fmt.Errorf("the answer is to call %d, not to %d", reply.ID, u.id)
+		return "", fmt.Errorf("the answer is to call %d, not %d", reply.ID, u.id)
 	}
 	if len(reply.Error) > 0 && string(reply.Error) != "null" {
 		return string(reply.Error), nil
