@@ -383,7 +383,11 @@ func (s *soak) read(ids []string, later ledger, writable bool) {
 	s.t.Helper()
 	defer func(began time.Time) { s.stats.reading += time.Since(began) }(time.Now())
 	ctx := s.t.Context()
-	options := store.Options{ReadOnly: !writable, Logger: slog.New(slog.DiscardHandler)}
+	key, err := store.ReadKeyFile(filepath.Join(s.own, "store.key"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	options := store.Options{ReadOnly: !writable, Logger: slog.New(slog.DiscardHandler), Key: key}
 	st, err := store.Open(ctx, filepath.Join(s.own, "store"), options)
 	// A killed process gives its command line up before its locks.
 	for deadline := time.Now().Add(30 * time.Second); errors.Is(err, store.ErrLocked) && time.Now().Before(deadline); {
