@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 
@@ -20,6 +21,10 @@ import (
 // ErrAborted is wrapped in the error of a cut that was given up: the nodes run
 // on, and no frame was lost by it.
 var ErrAborted = errors.New("the cut was aborted; the nodes run on")
+
+// ErrHostLost: a host went down or did not answer at the end of an earlier cut. It is
+// of the slice no more, and without its nodes no snapshot of the slice is whole.
+var ErrHostLost = errors.New("a host of the slice was lost; restore the slice from its last snapshot")
 
 // Host is what a coordinator asks of a host: an [agent.Agent], here or far away.
 type Host interface {
@@ -49,6 +54,7 @@ type Coordinator struct {
 
 	mu      sync.Mutex // guards the machine
 	machine *cut.Coordinator
+	lost    []string // hosts
 }
 
 // New returns the idle coordinator of a slice.
@@ -93,6 +99,12 @@ type Cut struct {
 // Take runs one cut to its end. It is refused with [cut.ErrBusy] while another
 // runs. If ctx ends, the cut is aborted, and Take returns once it is.
 func (c *Coordinator) Take(ctx context.Context, req Cut) error {
+	c.mu.Lock()
+	lost := c.lost
+	c.mu.Unlock()
+	if len(lost) > 0 {
+		return fmt.Errorf("snapshot slice %q: %w: %s", c.cfg.Slice, ErrHostLost, strings.Join(lost, ", "))
+	}
 	if req.Progress == nil {
 		req.Progress = func(_, _, _ string) {}
 	}
@@ -183,6 +195,12 @@ func (r *run) apply(ctx context.Context, effects []cut.Effect) (bool, error) {
 			drained := r.witness.drained(r.c.machine.Timing().Quiet)
 			go func() { r.report(r.seal(ctx, drained)) }()
 		case cut.Done:
+			if len(e.Left) > 0 {
+				r.log.Error("hosts were lost", "hosts", e.Left)
+				r.c.mu.Lock()
+				r.c.lost = append(r.c.lost, e.Left...)
+				r.c.mu.Unlock()
+			}
 			if e.Outcome == cut.OutcomeCommitted {
 				return true, nil
 			}

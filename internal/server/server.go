@@ -22,6 +22,7 @@ import (
 	"violin/internal/coordinator"
 	"violin/internal/cut"
 	"violin/internal/priority"
+	"violin/internal/qmp"
 	"violin/internal/store"
 	"violin/internal/topology"
 )
@@ -224,7 +225,11 @@ func (s *Server) Exec(ctx context.Context, req *violinv1.ExecRequest) (*violinv1
 		if errors.Is(err, context.DeadlineExceeded) {
 			return nil, connect.NewError(connect.CodeDeadlineExceeded, fmt.Errorf("after %s: %w", timeout, err))
 		}
-		return nil, connect.NewError(connect.CodeUnavailable, err)
+		var refused *qmp.Error
+		if errors.As(err, &refused) { // such as a program that is not there
+			return nil, connect.NewError(connect.CodeInvalidArgument, err)
+		}
+		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
 	}
 	return &violinv1.ExecResponse{ExitCode: int32(r.ExitCode), Stdout: r.Stdout, Stderr: r.Stderr}, nil
 }
@@ -245,7 +250,7 @@ func (s *Server) Console(ctx context.Context, stream *connect.BidiStream[violinv
 	}
 	conn, err := a.Console(ctx, first.GetSlice(), first.GetNode())
 	if err != nil {
-		return connect.NewError(connect.CodeUnavailable, err)
+		return connect.NewError(connect.CodeFailedPrecondition, err)
 	}
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
@@ -314,7 +319,7 @@ func apiError(err error) error {
 		return nil
 	case errors.As(err, &coded):
 		return err
-	case errors.Is(err, cut.ErrBusy):
+	case errors.Is(err, cut.ErrBusy), errors.Is(err, coordinator.ErrHostLost):
 		return connect.NewError(connect.CodeFailedPrecondition, err)
 	case errors.Is(err, coordinator.ErrAborted):
 		return connect.NewError(connect.CodeAborted, err)
