@@ -196,7 +196,7 @@ func (n *node) arrive(a *Agent, p coloring.Packet, f arrival) {
 	} else {
 		n.arrived = f.at
 	}
-	v, err := n.gate.Arrive(cut.Frame[arrival]{Epoch: p.Epoch, Size: len(f.data), Delivered: p.Delivered(), Ref: f})
+	v, err := n.gate.Arrive(cut.Frame[arrival]{Epoch: p.Epoch, Size: len(f.data), Delivered: p.Delivered(), Outside: p.Outside, Ref: f})
 	if err != nil && n.overflow != nil {
 		n.overflow(err)
 	}
