@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"sync"
@@ -34,6 +35,8 @@ type Platform interface {
 	Start(cmd *exec.Cmd) error
 	Netlink() (*netlink.Handle, error)
 	CreateTap(name string, mtu int) error
+	// OpenTap opens the end of a TAP device that a guest would have.
+	OpenTap(name string) (*os.File, error)
 	DeleteTap(name string) error
 }
 
@@ -73,6 +76,7 @@ type Agent struct {
 	cuts  map[string]*hostCut // by slice
 	peers map[uint16]string   // host by peer number
 	taps  int                 // taps made so far, for their names
+	exits []*exit
 }
 
 // Start brings the host's switch up.
@@ -120,7 +124,7 @@ func (a *Agent) Close() error {
 		keys = append(keys, k)
 	}
 	a.mu.Unlock()
-	var errs []error
+	errs := []error{a.closeGateways()}
 	for _, k := range keys {
 		errs = append(errs, a.stopNode(k))
 	}
