@@ -49,7 +49,7 @@ fuzz:
 
 # Real QEMU, Open vSwitch and namespaces; as root.
 e2e: image
-	VIOLIN_E2E=1 VIOLIN_STATE_DIR=$(STATE) $(GO) test -p 1 -timeout 30m ./internal/lab ./internal/openflow ./internal/fabric ./internal/qmp ./internal/migration/... ./internal/hypervisor/... ./test/...
+	VIOLIN_E2E=1 VIOLIN_STATE_DIR=$(STATE) $(GO) test -p 1 -timeout 30m ./internal/lab ./internal/openflow ./internal/fabric ./internal/gateway ./internal/qmp ./internal/migration/... ./internal/hypervisor/... ./test/...
 
 # The long form of the protocol's exploration.
 soak:
