@@ -49,7 +49,7 @@ fuzz:
 
 # Real QEMU, Open vSwitch and namespaces; as root.
 e2e: image
-	VIOLIN_E2E=1 VIOLIN_STATE_DIR=$(STATE) $(GO) test -p 1 -timeout 30m ./internal/lab ./internal/openflow ./internal/fabric ./internal/qmp ./internal/migration/... ./internal/hypervisor/... ./internal/agent ./test/...
+	VIOLIN_E2E=1 VIOLIN_STATE_DIR=$(STATE) $(GO) test -p 1 -timeout 30m ./internal/lab ./internal/openflow ./internal/fabric ./internal/gateway ./internal/qmp ./internal/migration/... ./internal/hypervisor/... ./internal/agent ./test/...
 
 # The long forms: a thousand cuts of real VMs under load (more than an hour), and the
 # protocol's exploration. VIOLIN_SEED=N, from a run's log, repeats its choices.

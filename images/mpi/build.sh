@@ -89,6 +89,7 @@ chmod 600 "$root/root/.ssh/authorized_keys"
 rm -rf "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/* "$root"/var/log/* "$root"/usr/share/doc "$root"/usr/share/man
 rm -f "$root/etc/hosts" "$root/etc/hostname" "$root/etc/resolv.conf"
 ln -s /run/hosts "$root/etc/hosts"
+ln -s /run/resolv.conf "$root/etc/resolv.conf"
 
 step 6 "squashfs"
 mksquashfs "$root" "$work/rootfs.squashfs" -quiet -no-progress -comp lz4 -Xhc -noappend

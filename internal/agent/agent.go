@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"sync"
@@ -34,6 +35,8 @@ type Platform interface {
 	Start(cmd *exec.Cmd) error
 	Netlink() (*netlink.Handle, error)
 	CreateTap(name string, mtu int) error
+	// OpenTap opens the end of a TAP device that a guest would have.
+	OpenTap(name string) (*os.File, error)
 	DeleteTap(name string) error
 }
 
@@ -76,6 +79,7 @@ type Agent struct {
 	cuts  map[string]*hostCut // by slice
 	peers map[uint16]string   // host by peer number
 	taps  int                 // taps made so far, for their names
+	exits []*exit
 }
 
 // Start brings the host's switch up.
@@ -123,7 +127,7 @@ func (a *Agent) Close() error {
 		keys = append(keys, k)
 	}
 	a.mu.Unlock()
-	var errs []error
+	errs := []error{a.closeGateways()}
 	for _, k := range keys {
 		errs = append(errs, a.stopNode(k))
 	}
@@ -206,12 +210,12 @@ func (n *node) arrive(a *Agent, p coloring.Packet, f arrival) {
 		n.arrived = f.at
 	}
 	n.tally.arrive(p.Epoch, p.Delivered())
-	if n.discard && !p.Delivered() && p.Epoch.Compare(n.gate.Epoch()) > 0 {
+	if n.discard && !p.Delivered() && !p.Outside && p.Epoch.Compare(n.gate.Epoch()) > 0 {
 		n.discarded++
 		n.tally.discard()
 		return
 	}
-	v, err := n.gate.Arrive(cut.Frame[arrival]{Epoch: p.Epoch, Size: len(f.data), Delivered: p.Delivered(), Ref: f})
+	v, err := n.gate.Arrive(cut.Frame[arrival]{Epoch: p.Epoch, Size: len(f.data), Delivered: p.Delivered(), Outside: p.Outside, Ref: f})
 	if err != nil && n.overflow != nil {
 		n.overflow(err)
 	}
@@ -222,7 +226,7 @@ func (n *node) arrive(a *Agent, p coloring.Packet, f arrival) {
 		n.record(p.Epoch, f)
 	}
 	if v.Deliver {
-		n.tally.deliver(p.Epoch, n.gate.Epoch())
+		n.tally.deliver(p.Epoch, n.gate.Epoch(), p.Outside)
 		n.deliver(a, f)
 	}
 }

@@ -39,10 +39,12 @@ func (t *tally) discard() {
 	t.failed++
 }
 
-// deliver counts a frame that the gate gives to the node.
-func (t *tally) deliver(epoch, node cut.Epoch) {
+// deliver counts a frame that the gate gives to the node. One from the outside has
+// no colour.
+func (t *tally) deliver(epoch, node cut.Epoch, outside bool) {
 	t.delivered++
 	switch c := epoch.Compare(node); {
+	case outside:
 	case c > 0:
 		t.newer++
 	case c < 0 && t.flipped:

@@ -36,15 +36,15 @@ func TestTally(t *testing.T) {
 	var n tally
 	n.arrive(255, true) // a copy for an earlier cut
 	n.arrive(254, false)
-	n.deliver(254, 255)
+	n.deliver(254, 255, false)
 	n.flipped = true
 	n.arrive(255, true)
 	n.arrive(255, false)
 	n.arrive(0, false)
 	n.arrive(1, false)
-	n.deliver(255, 0)
-	n.deliver(0, 0)
-	n.deliver(1, 0)
+	n.deliver(255, 0, false)
+	n.deliver(0, 0, false)
+	n.deliver(1, 0, false)
 	n.failed++
 	g := n.gate(cut.GateStats{Held: 3, Recorded: 5}, cut.GateStats{Held: 4, Recorded: 7}, 6)
 	if g.Handed != 4 || g.Delivered != 3 || g.Failed != 1 || g.Newer != 1 || g.Older != 1 || g.Late != 1 || g.Copies != 1 || g.Held != 1 || g.Recorded != 2 || g.Waiting != 6 {

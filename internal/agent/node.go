@@ -82,11 +82,15 @@ func (a *Agent) AddNode(ctx context.Context, spec NodeSpec, incoming bool) (err 
 	return nil
 }
 
-func (a *Agent) addPort(ctx context.Context, n *node, index int, ifc Interface) (*port, error) {
+func (a *Agent) tapName() string {
 	a.mu.Lock()
+	defer a.mu.Unlock()
 	a.taps++
-	tap := fmt.Sprintf("vtap%d", a.taps)
-	a.mu.Unlock()
+	return fmt.Sprintf("vtap%d", a.taps)
+}
+
+func (a *Agent) addPort(ctx context.Context, n *node, index int, ifc Interface) (*port, error) {
+	tap := a.tapName()
 	if err := a.cfg.Platform.CreateTap(tap, ifc.MTU); err != nil {
 		return nil, err
 	}
@@ -157,7 +161,7 @@ func (a *Agent) open(ctx context.Context, n *node) error {
 		if r.Record {
 			n.record(r.Frame.Epoch, r.Frame.Ref)
 		}
-		n.tally.deliver(r.Frame.Epoch, n.gate.Epoch())
+		n.tally.deliver(r.Frame.Epoch, n.gate.Epoch(), r.Frame.Outside)
 		n.deliver(a, r.Frame.Ref)
 	}
 	n.mu.Unlock()

@@ -28,17 +28,23 @@ const (
 	regPort     = 2
 	regPeer     = 3
 	regTunneled = 4
+	regOutside  = 5
 )
 
 // The priorities within a table: a more special entry wins.
 const (
-	prioBase   = 100 // any epoch
-	prioExact  = 200 // one epoch
-	prioClosed = 300 // a closed gate, whatever the epoch
-	prioSelf   = 400 // a frame never returns to the port it came from
+	prioBase    = 100 // any epoch
+	prioExact   = 200 // one epoch
+	prioOutside = 250 // no epoch: from outside
+	prioClosed  = 300 // a closed gate, whatever the epoch
+	prioSelf    = 400 // a frame never returns to the port it came from
 )
 
-// Port is one interface of a node on this switch.
+// MaxNetwork is the highest number of a network: the bit above it marks frames
+// from outside in the tunnel id.
+const MaxNetwork = 1<<15 - 1
+
+// Port is one interface of a node on this switch, or a gateway to the outside.
 type Port struct {
 	Number    uint32 // OpenFlow port number, 1..65279
 	Slice     string
@@ -46,6 +52,9 @@ type Port struct {
 	Interface int // index among the node's interfaces
 	Network   uint16
 	Address   net.HardwareAddr
+	// Outside says that what is plugged in is no node but a way out of the slice.
+	// It has no epoch: its frames have no colour, and it is given every frame.
+	Outside bool
 }
 
 // Peer is another host, reached through a tunnel port of this switch.
@@ -55,11 +64,12 @@ type Peer struct {
 	Port uint32 // OpenFlow number of the tunnel port towards it
 }
 
-// Remote is an interface of a node on a peer.
+// Remote is an interface of a node, or a gateway to the outside, on a peer.
 type Remote struct {
 	Network uint16
 	Address net.HardwareAddr
 	Peer    uint16
+	Outside bool
 }
 
 // Switch is what is plugged into one host's switch and what lies beyond it.
@@ -103,6 +113,12 @@ func TunnelID(network uint16, epoch cut.Epoch) uint64 {
 	return uint64(network)<<8 | uint64(epoch)
 }
 
+// OutsideTunnelID is the VXLAN network identifier of a frame of the network that
+// came from outside and has no epoch.
+func OutsideTunnelID(network uint16) uint64 {
+	return 1<<23 | uint64(network)<<8
+}
+
 // FlowSet is the flow entries a switch should hold, by table, priority and match.
 type FlowSet map[string]openflow.FlowMod
 
@@ -144,6 +160,10 @@ func Flows(run uint16, sw Switch, st State) (FlowSet, error) {
 		return nil, err
 	}
 	for _, p := range sw.Ports {
+		if p.Outside {
+			b.outside(p)
+			continue
+		}
 		b.stamp(p)
 		b.gate(p)
 	}
@@ -188,13 +208,16 @@ func (b *builder) check() error {
 	}
 	for _, p := range b.sw.Ports {
 		who := fmt.Sprintf("%s/%s interface %d", p.Slice, p.Node, p.Interface)
+		if p.Outside {
+			who = fmt.Sprintf("gateway of %s network %d", p.Slice, p.Network)
+		}
 		if err := use(p.Number, who); err != nil {
 			return err
 		}
-		if p.Network == 0 {
-			return fmt.Errorf("coloring: %s: network 0 is not a network", who)
+		if p.Network == 0 || p.Network > MaxNetwork {
+			return fmt.Errorf("coloring: %s: network %d is outside 1..%d", who, p.Network, MaxNetwork)
 		}
-		if _, ok := b.st.Nodes[NodeKey{p.Slice, p.Node}]; !ok {
+		if _, ok := b.st.Nodes[NodeKey{p.Slice, p.Node}]; !ok && !p.Outside {
 			return fmt.Errorf("coloring: %s: its node has no colour", who)
 		}
 		if err := address(p.Network, p.Address, who); err != nil {
@@ -238,6 +261,33 @@ func (b *builder) stamp(p Port) {
 	})
 }
 
+// outside is a port that is no node. Frames from it have a network and no epoch:
+// no cut divides what is outside into before and after, so no frame from there
+// can be older or newer than its receiver. Frames to it leave the slice; there
+// is nothing to hold them for, and no memory that a record would complete.
+func (b *builder) outside(p Port) {
+	cookie := func(k Kind) uint64 {
+		return Cookie{Run: b.run, Kind: k, Port: uint16(p.Number), Network: p.Network}.Pack()
+	}
+	to := openflow.Reg(regPort, p.Number)
+	b.fs.add(openflow.FlowMod{
+		Table: TableClassify, Priority: prioBase, Cookie: cookie(KindStamp),
+		Match: openflow.Match{openflow.InPort(p.Number)},
+		Instructions: apply(
+			load(regNetwork, uint32(p.Network)), load(regOutside, 1),
+			openflow.Resubmit{Table: TableForward},
+		),
+	})
+	b.fs.add(openflow.FlowMod{
+		Table: TableGate, Priority: prioSelf, Cookie: cookie(KindSelf),
+		Match: openflow.Match{openflow.InPort(p.Number), to},
+	})
+	b.fs.add(openflow.FlowMod{
+		Table: TableGate, Priority: prioBase, Cookie: cookie(KindOutside),
+		Match: openflow.Match{to}, Instructions: apply(openflow.Output{Port: p.Number}),
+	})
+}
+
 // gate decides, for one receiving port, what becomes of a frame by the
 // difference between its epoch and the receiver's. What no entry knows (a newer
 // epoch, above all) is held: it goes to the controller and nowhere else.
@@ -262,6 +312,12 @@ func (b *builder) gate(p Port) {
 			// gate is closed, and of an entry that is replaced nobody is told.
 			Flags: openflow.FlagSendFlowRemoved,
 			Match: openflow.Match{to}, Instructions: apply(controller),
+		})
+	}
+	if b.hasOutside(p.Network) {
+		b.fs.add(openflow.FlowMod{
+			Table: TableGate, Priority: prioOutside, Cookie: cookie(KindOutside, 0),
+			Match: openflow.Match{to, openflow.Reg(regOutside, 1)}, Instructions: apply(deliver),
 		})
 	}
 	b.fs.add(openflow.FlowMod{
@@ -317,6 +373,7 @@ func (b *builder) tunnel(p Peer) {
 			})
 		}
 	}
+	b.tunnelOutside(p)
 	b.fs.add(openflow.FlowMod{
 		Table: TableClassify, Priority: prioBase, Cookie: cookie(KindTunnelIn, 0, 0),
 		Match: openflow.Match{openflow.InPort(p.Port)},
@@ -337,6 +394,49 @@ func (b *builder) tunnel(p Peer) {
 			openflow.Output{Port: p.Port},
 		),
 	})
+}
+
+// tunnelOutside carries frames from outside by a tunnel id of their own, past the
+// entries that count: a message counter is of one epoch, and they have none.
+func (b *builder) tunnelOutside(p Peer) {
+	for _, n := range b.networks() {
+		for _, g := range b.sw.Ports {
+			if !g.Outside || g.Network != n {
+				continue
+			}
+			b.fs.add(openflow.FlowMod{
+				Table: TableTunnel, Priority: prioOutside,
+				Cookie: Cookie{Run: b.run, Kind: KindOutsideOut, Port: p.ID, Network: n}.Pack(),
+				Match: openflow.Match{
+					openflow.Reg(regPeer, uint32(p.ID)), openflow.Reg(regNetwork, uint32(n)), openflow.Reg(regOutside, 1),
+				},
+				Instructions: apply(
+					openflow.SetField{Field: openflow.TunnelID(OutsideTunnelID(n))},
+					openflow.Output{Port: p.Port},
+				),
+			})
+		}
+		for _, r := range b.sw.Remotes {
+			if !r.Outside || r.Network != n || r.Peer != p.ID {
+				continue
+			}
+			b.fs.add(openflow.FlowMod{
+				Table: TableClassify, Priority: prioOutside,
+				Cookie: Cookie{Run: b.run, Kind: KindOutsideIn, Port: p.ID, Network: n}.Pack(),
+				Match:  openflow.Match{openflow.InPort(p.Port), openflow.TunnelID(OutsideTunnelID(n))},
+				Instructions: apply(
+					load(regNetwork, uint32(n)), load(regOutside, 1), load(regTunneled, 1),
+					openflow.Resubmit{Table: TableForward},
+				),
+			})
+		}
+	}
+}
+
+// hasOutside tells whether the network has a gateway to the outside, here or elsewhere.
+func (b *builder) hasOutside(network uint16) bool {
+	return slices.ContainsFunc(b.sw.Ports, func(p Port) bool { return p.Outside && p.Network == network }) ||
+		slices.ContainsFunc(b.sw.Remotes, func(r Remote) bool { return r.Outside && r.Network == network })
 }
 
 // forward knows every interface of the slices' topologies: no learning, so no

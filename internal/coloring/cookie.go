@@ -11,25 +11,29 @@ type Kind uint8
 
 // The kinds of flow entries.
 const (
-	KindStamp     Kind = 1 + iota // classify: a local node's frames get their colour
-	KindTunnelIn                  // classify: a peer's frames bring their colour
-	KindReceived                  // classify: the same, counted: received from the peer
-	KindForward                   // forward: a known address
-	KindFlood                     // forward: broadcast, multicast, unknown
-	KindSelf                      // gate: back to where it came from, dropped
-	KindClosed                    // gate: closed, to the controller
-	KindDeliver                   // gate: same epoch, delivered
-	KindOlder                     // gate: older, delivered
-	KindRecord                    // gate: older, delivered and copied to the controller
-	KindHold                      // gate: newer, to the controller
-	KindTunnelOut                 // tunnel: to a peer
-	KindSent                      // tunnel: the same, counted: sent to the peer
+	KindStamp      Kind = 1 + iota // classify: a local node's frames get their colour
+	KindTunnelIn                   // classify: a peer's frames bring their colour
+	KindReceived                   // classify: the same, counted: received from the peer
+	KindForward                    // forward: a known address
+	KindFlood                      // forward: broadcast, multicast, unknown
+	KindSelf                       // gate: back to where it came from, dropped
+	KindClosed                     // gate: closed, to the controller
+	KindDeliver                    // gate: same epoch, delivered
+	KindOlder                      // gate: older, delivered
+	KindRecord                     // gate: older, delivered and copied to the controller
+	KindHold                       // gate: newer, to the controller
+	KindTunnelOut                  // tunnel: to a peer
+	KindSent                       // tunnel: the same, counted: sent to the peer
+	KindOutside                    // gate: from or to a gateway to the outside, delivered
+	KindOutsideIn                  // classify: from a gateway on a peer
+	KindOutsideOut                 // tunnel: from the gateway here to a peer
 )
 
 var kindNames = map[Kind]string{
 	KindStamp: "stamp", KindTunnelIn: "tunnel-in", KindReceived: "received", KindForward: "forward",
 	KindFlood: "flood", KindSelf: "self", KindClosed: "closed", KindDeliver: "deliver", KindOlder: "older",
 	KindRecord: "record", KindHold: "hold", KindTunnelOut: "tunnel-out", KindSent: "sent",
+	KindOutside: "outside", KindOutsideIn: "outside-in", KindOutsideOut: "outside-out",
 }
 
 func (k Kind) String() string {

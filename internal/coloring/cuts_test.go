@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"testing"
 )
 
@@ -22,7 +23,7 @@ var specs = []spec{
 		{host: 0, networks: []uint16{1, 1}}, {host: 1, networks: []uint16{1, 1}}, {host: 1, networks: []uint16{1}},
 	}},
 	{name: "a router between two networks", hosts: 3, nodes: []nodeSpec{
-		{host: 0, networks: []uint16{1}}, {host: 1, networks: []uint16{1, 65535}}, {host: 2, networks: []uint16{65535}},
+		{host: 0, networks: []uint16{1}}, {host: 1, networks: []uint16{1, MaxNetwork}}, {host: 2, networks: []uint16{MaxNetwork}},
 	}},
 	{name: "three hosts", hosts: 3, nodes: []nodeSpec{
 		{host: 0, networks: []uint16{1}}, {host: 1, networks: []uint16{1}}, {host: 2, networks: []uint16{1}},
@@ -30,6 +31,13 @@ var specs = []spec{
 	{name: "another slice", hosts: 3, nodes: []nodeSpec{
 		{host: 0, networks: []uint16{1}}, {host: 1, networks: []uint16{1, 2}}, {host: 2, networks: []uint16{2}},
 		{host: 0, networks: []uint16{3}, other: true}, {host: 1, networks: []uint16{3}, other: true},
+	}},
+	{name: "a gateway", hosts: 2, nodes: []nodeSpec{
+		{host: 0, networks: []uint16{1}}, {host: 1, networks: []uint16{1}}, {host: 0, networks: []uint16{1}, outside: true},
+	}},
+	{name: "a gateway on one of two networks", hosts: 3, nodes: []nodeSpec{
+		{host: 0, networks: []uint16{1, MaxNetwork}}, {host: 1, networks: []uint16{MaxNetwork, 1}}, {host: 2, networks: []uint16{MaxNetwork}},
+		{host: 1, networks: []uint16{MaxNetwork}, outside: true},
 	}},
 }
 
@@ -42,6 +50,9 @@ func randomSpec(rnd *rand.Rand) spec {
 			n.networks = append(n.networks, uint16(1+rnd.IntN(3)))
 		}
 		s.nodes = append(s.nodes, n)
+	}
+	if n := s.nodes[0]; rnd.IntN(3) == 0 {
+		s.nodes = append(s.nodes, nodeSpec{host: n.host, networks: n.networks[:1], outside: true})
 	}
 	return s
 }
@@ -82,6 +93,9 @@ func TestCuts(t *testing.T) {
 					}
 					total.add(w)
 				}
+				if slices.ContainsFunc(s.nodes, func(n nodeSpec) bool { return n.outside }) && total.shut == 0 {
+					t.Error("no frame from outside came to a closed gate")
+				}
 				t.Log(total.tried())
 				if total.sealed == 0 || total.recorded == 0 || total.held == 0 || how.rules.trouble != (total.aborted > 0) ||
 					how.rules.reorder != (total.lost > 0) {
@@ -114,9 +128,10 @@ func (w *world) add(o *world) {
 	w.held += o.held
 	w.raced += o.raced
 	w.lost += o.lost
+	w.shut += o.shut
 }
 
 func (w *world) tried() string {
-	return fmt.Sprintf("%d things happened: %d cuts sealed, %d aborted; %d frames held, %d recorded, %d between switch and gate at an opening, %d lost in tunnels",
-		w.clock, w.sealed, w.aborted, w.held, w.recorded, w.raced, w.lost)
+	return fmt.Sprintf("%d things happened: %d cuts sealed, %d aborted; %d frames held, %d recorded, %d between switch and gate at an opening, %d lost in tunnels; %d from outside at a closed gate",
+		w.clock, w.sealed, w.aborted, w.held, w.recorded, w.raced, w.lost, w.shut)
 }

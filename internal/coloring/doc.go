@@ -17,13 +17,14 @@
 //
 // # Registers
 //
-//	reg0        NETWORK  number of the network, 1..65535
+//	reg0        NETWORK  number of the network, 1..32767
 //	reg1        EPOCH    the sender's epoch, 0..255
 //	reg2        PORT     the receiving port's OpenFlow number (input of table 20)
 //	reg3        PEER     the peer's number (input of table 30)
 //	reg4 bit 0  TUNNELED the frame came from another host (never goes out to a peer again)
+//	reg5 bit 0  OUTSIDE  the frame came from a gateway to the outside; EPOCH means nothing
 //
-// The tunnel id (the VXLAN network identifier, 24 bits) is NETWORK<<8 | EPOCH,
+// The tunnel id (the VXLAN network identifier, 24 bits) is OUTSIDE<<23 | NETWORK<<8 | EPOCH,
 // so inner frames and their MTU are untouched.
 //
 // docs/flow-tables.md shows the tables of a running host.

@@ -57,9 +57,17 @@ func (h *host) color(m *openflow.FlowMod) Color {
 	return h.state.Nodes[h.ports[uint32(UnpackCookie(m.Cookie).Port)].node.key]
 }
 
+// atGateway tells whether the entry is of a gateway's port.
+func (h *host) atGateway(m *openflow.FlowMod) bool {
+	return h.ports[uint32(UnpackCookie(m.Cookie).Port)].node.outside()
+}
+
 // stampWith makes the stamp's epoch anything else.
 func stampWith(f func(Color) cut.Epoch) func(*host, *openflow.FlowMod) bool {
 	return func(h *host, m *openflow.FlowMod) bool {
+		if h.ports[uint32(UnpackCookie(m.Cookie).Port)].node.outside() {
+			return true
+		}
 		as := actions(m)
 		as[1] = load(regEpoch, uint32(f(h.color(m))))
 		m.Instructions = apply(as...)
@@ -147,6 +155,35 @@ func TestMutants(t *testing.T) {
 		{"the gate of one interface serves the other", "", edit(KindDeliver, func(h *host, m *openflow.FlowMod) bool {
 			p := h.ports[uint32(UnpackCookie(m.Cookie).Port)]
 			m.Instructions = apply(output(p.node.ifaces[0].port)...)
+			return true
+		})},
+
+		// The outside.
+		{"a frame from outside is judged by its epoch", "from outside is handed over", edit(KindOutside, func(h *host, m *openflow.FlowMod) bool {
+			return h.atGateway(m)
+		})},
+		{"a frame from outside is recorded", "from outside is handed over", edit(KindOutside, func(h *host, m *openflow.FlowMod) bool {
+			return h.atGateway(m) || poses(KindRecord, does(func(p uint32) []openflow.Action { return append(output(p), controller) }))(h, m)
+		})},
+		{"a frame from outside is like one of epoch 0", "", edit(KindStamp, func(h *host, m *openflow.FlowMod) bool {
+			if h.atGateway(m) {
+				m.Instructions = apply(slices.Delete(actions(m), 1, 2)...)
+			}
+			return true
+		})},
+		{"a frame to the outside is held", "to the outside is handed over", edit(KindOutside, func(h *host, m *openflow.FlowMod) bool {
+			return !h.atGateway(m) || poses(KindHold, does(toGate))(h, m)
+		})},
+		{"a frame to the outside is judged by its epoch", "", edit(KindOutside, func(h *host, m *openflow.FlowMod) bool {
+			if h.atGateway(m) {
+				m.Match = append(slices.Clone(m.Match), openflow.Reg(regEpoch, uint32(h.w.first)))
+			}
+			return true
+		})},
+		{"a frame from outside goes into the tunnel coloured", color, edit(KindOutsideOut, forgotten)},
+		{"a frame from outside is not known at the tunnel's end", "", edit(KindOutsideIn, forgotten)},
+		{"what came from outside by a tunnel goes on by another", "", edit(KindOutsideIn, func(_ *host, m *openflow.FlowMod) bool {
+			m.Instructions = apply(slices.Delete(actions(m), 2, 3)...)
 			return true
 		})},
 

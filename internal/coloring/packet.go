@@ -14,6 +14,7 @@ type Packet struct {
 	Network  uint16    // the frame's network
 	Epoch    cut.Epoch // the frame's epoch: its sender's when it left
 	Tunneled bool      // it came from another host
+	Outside  bool      // it came from outside the slice: it has no epoch
 }
 
 // Delivered tells whether the switch has delivered the frame already and the
@@ -34,6 +35,7 @@ func ReadPacket(in *openflow.PacketIn) (Packet, error) {
 		Network:  c.Network,
 		Epoch:    cut.Epoch(in.Reg(regEpoch)),
 		Tunneled: in.Reg(regTunneled)&1 == 1,
+		Outside:  in.Reg(regOutside)&1 == 1,
 	}, nil
 }
 

@@ -35,6 +35,7 @@ type nodeSpec struct {
 	host     int
 	networks []uint16 // an interface each
 	other    bool     // of another slice, which is not cut
+	outside  bool     // no node but a gateway, on a host that has nodes of its network
 }
 
 // rules say what may happen.
@@ -53,6 +54,7 @@ type rules struct {
 const (
 	cutSlice   = "s"
 	otherSlice = "other"
+	outside    = "outside" // of no slice
 	otherEpoch = cut.Epoch(77)
 )
 
@@ -77,7 +79,7 @@ type world struct {
 	open int            // frames under way, one for each that it is for
 	slow [ops][]float64 // how slow each is, in this cut, in doing each thing: the probability of not being next
 
-	sealed, aborted, recorded, held, raced, lost int // how much has been tried
+	sealed, aborted, recorded, held, raced, lost, shut int // how much has been tried
 }
 
 type channel struct {
@@ -226,7 +228,7 @@ func newWorld(r rules, seed uint64) *world {
 	members := map[string][]string{}
 	for i, ns := range r.nodes {
 		w.addNode(i, ns)
-		if n := w.nodes[i]; !ns.other {
+		if n := w.nodes[i]; n.key.Slice == cutSlice {
 			members[n.host.name] = append(members[n.host.name], n.name)
 		}
 	}
@@ -242,7 +244,7 @@ func newWorld(r rules, seed uint64) *world {
 		}
 		for _, f := range w.ifaces {
 			if f.node.host != h {
-				h.sw.Remotes = append(h.sw.Remotes, Remote{Network: f.network, Address: f.addr, Peer: f.node.host.id})
+				h.sw.Remotes = append(h.sw.Remotes, Remote{Network: f.network, Address: f.addr, Peer: f.node.host.id, Outside: f.node.outside()})
 			}
 		}
 		h.update(nil, func(*State) {})
@@ -265,9 +267,14 @@ func (w *world) addNode(i int, ns nodeSpec) {
 	if ns.other {
 		n.key.Slice, n.epoch = otherSlice, int(otherEpoch)
 	}
+	if ns.outside {
+		n.key.Slice, n.epoch = outside, 0
+	}
 	n.gate = cut.NewGate[arrival](cut.Epoch(n.epoch), limits)
 	w.nodes = append(w.nodes, n)
-	h.state.Nodes[n.key] = Color{Epoch: cut.Epoch(n.epoch)}
+	if !ns.outside {
+		h.state.Nodes[n.key] = Color{Epoch: cut.Epoch(n.epoch)}
+	}
 	for k, network := range ns.networks {
 		f := &iface{
 			node: n, index: k, network: network, addr: mac(len(w.ifaces) + 1), port: uint32(len(h.ports) + 1), last: map[*iface]uint64{},
@@ -278,10 +285,16 @@ func (w *world) addNode(i int, ns nodeSpec) {
 		h.of.AddPort(f.port, false)
 		h.sw.Ports = append(h.sw.Ports, Port{
 			Number: f.port, Slice: n.key.Slice, Node: n.name, Interface: k, Network: network, Address: f.addr,
+			Outside: ns.outside,
 		})
+		if ns.outside {
+			continue
+		}
 		h.state.Counted[network] = []cut.Epoch{cut.Epoch(n.epoch)}
 	}
 }
+
+func (n *node) outside() bool { return n.key.Slice == outside }
 
 func (f *iface) String() string { return fmt.Sprintf("%s.%d", f.node.name, f.index) }
 
@@ -476,7 +489,11 @@ func (w *world) enterTunnel(from, to *host, p softswitch.Frame) {
 	f := w.frames[number(p.Data)]
 	w.must(f != nil && bytes.Equal(f.data, p.Data), "frame %d is not what was sent", number(p.Data))
 	w.must(from == f.from.node.host, "frame %d goes from %s to %s, and is not of there", f.id, from.name, to.name)
-	w.must(p.TunnelID == uint64(f.from.network)*256+uint64(f.epoch%256), "frame %d of network %d and epoch %d has tunnel id %#x",
+	color := uint64(f.from.network)*256 + uint64(f.epoch%256)
+	if f.from.node.outside() {
+		color = 0x800000 + uint64(f.from.network)*256
+	}
+	w.must(p.TunnelID == color, "frame %d of network %d and epoch %d has tunnel id %#x",
 		f.id, f.from.network, f.epoch%256, p.TunnelID)
 	wanted := false
 	for at := range f.to {
@@ -485,7 +502,9 @@ func (w *world) enterTunnel(from, to *host, p softswitch.Frame) {
 	w.must(wanted, "frame %d goes to %s, where it is for nobody", f.id, to.name)
 	w.must(!w.flown[flight{f.id, to}], "frame %d goes to %s twice", f.id, to.name)
 	w.flown[flight{f.id, to}] = true
-	w.gone[channel{from, to, f.from.network, f.epoch}]++
+	if !f.from.node.outside() {
+		w.gone[channel{from, to, f.from.network, f.epoch}]++
+	}
 	from.tunnels[to.id-1] = append(from.tunnels[to.id-1], packet{id: p.TunnelID, data: p.Data})
 }
 
@@ -504,7 +523,9 @@ func (w *world) arrive(from, to *host, i int, lose bool) {
 		}
 		return
 	}
-	w.come[channel{from, to, f.from.network, f.epoch}]++
+	if !f.from.node.outside() {
+		w.come[channel{from, to, f.from.network, f.epoch}]++
+	}
 	err := to.of.Receive(softswitch.Frame{Port: uint32(100 + from.id), TunnelID: p.id, Data: p.data})
 	w.must(err == nil, "host %s: %v", to.name, err)
 }
@@ -545,11 +566,18 @@ func (h *host) hear() {
 	data := m.(*openflow.PacketIn).Data
 	r := h.w.reach(h, in.Port, data)
 	n := r.at.node
+	w := h.w
+	w.must(!n.outside(), "frame %d to the outside is handed over", r.frame.id)
+	w.must(in.Outside == r.frame.from.node.outside(), "packet-in of frame %d says %+v", r.frame.id, in)
+	w.must(!in.Outside || in.Kind == KindClosed, "frame %d from outside is handed over by the %s entry", r.frame.id, in.Kind)
+	if in.Outside {
+		w.shut++
+	}
 	if in.Delivered() {
 		h.copies[in.Port]++
 	}
 	h.w.must(in.Network == r.at.network && in.Tunneled == (r.frame.from.node.host != h), "packet-in of frame %d says %+v", r.frame.id, in)
-	v, err := n.gate.Arrive(cut.Frame[arrival]{Epoch: in.Epoch, Size: len(data), Delivered: in.Delivered(), Ref: arrival{r, data}})
+	v, err := n.gate.Arrive(cut.Frame[arrival]{Epoch: in.Epoch, Size: len(data), Delivered: in.Delivered(), Outside: in.Outside, Ref: arrival{r, data}})
 	if v.Record {
 		h.w.record(r)
 	}
@@ -874,13 +902,17 @@ func (w *world) step(ev cut.Event) {
 // check judges a snapshot at the moment it becomes visible.
 func (w *world) check(s cut.Seal) {
 	for _, n := range w.nodes {
-		w.must(n.captured > 0 || n.key.Slice == otherSlice, "the snapshot lacks %s", n.name)
+		w.must(n.captured > 0 || n.key.Slice != cutSlice, "the snapshot lacks %s", n.name)
 	}
 	for _, f := range w.frames {
 		from := f.from.node
 		for at, r := range f.to {
 			if from.key.Slice == otherSlice {
 				w.must(r.recorded == 0, "frame %d is of another slice, and recorded", f.id)
+				continue
+			}
+			if from.outside() || at.node.outside() {
+				w.must(r.recorded == 0, "frame %d from %s to %s is recorded, and one of them is outside", f.id, f.from, at)
 				continue
 			}
 			sent := f.sent < from.captured
@@ -952,6 +984,10 @@ func (w *world) underWay(f *frame) bool {
 func (w *world) checkEnd() {
 	w.must(w.coord.Phase() == cut.PhaseIdle, "the cut does not end: it is in its %s phase and waits for %v", w.coord.Phase(), w.coord.Waiting())
 	for _, n := range w.nodes {
+		if n.outside() {
+			w.must(n.gate.Stats() == cut.GateStats{}, "frames to the outside were at a gate: %+v", n.gate.Stats())
+			continue
+		}
 		c := n.host.state.Nodes[n.key]
 		w.must(n.running && n.gate.Held() == 0 && !c.Closed && !c.Recording, "%s runs: %t; its gate holds %d frames; its switch: %+v",
 			n.name, n.running, n.gate.Held(), c)

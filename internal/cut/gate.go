@@ -41,6 +41,10 @@ type Frame[T any] struct {
 	// the copy for the record. A switch in epoch e copies frames of epoch e-1, and
 	// no others.
 	Delivered bool
+	// Outside says that the sender is not of the slice. Such a frame has no epoch:
+	// a closed gate holds it like any other, but it is never newer than the node,
+	// and never channel state.
+	Outside bool
 
 	Ref T
 }
@@ -121,10 +125,10 @@ func (g *Gate[T]) Arrive(f Frame[T]) (Verdict, error) {
 		g.count(record, f.Epoch.Next() == g.epoch)
 		return Verdict{Record: record}, nil
 	}
-	if !g.closed && f.Epoch.Compare(g.epoch) <= 0 {
+	if !g.closed && !g.newer(f) {
 		return Verdict{Deliver: true, Record: g.judge(f)}, nil
 	}
-	v := Verdict{Newer: f.Epoch.Compare(g.epoch) > 0}
+	v := Verdict{Newer: g.newer(f)}
 	g.held = append(g.held, f)
 	g.bytes += f.Size
 	g.stats.Held++
@@ -161,7 +165,7 @@ func (g *Gate[T]) Open() []Released[T] {
 	var out []Released[T]
 	var newer []Frame[T]
 	for _, f := range g.held {
-		if f.Epoch.Compare(g.epoch) > 0 {
+		if g.newer(f) {
 			newer = append(newer, f)
 			continue
 		}
@@ -175,10 +179,13 @@ func (g *Gate[T]) Open() []Released[T] {
 // StopRecording ends the channel state: the cut is drained, or aborted.
 func (g *Gate[T]) StopRecording() { g.recording = false }
 
+// newer tells whether a frame left its sender after a cut that the node has not made yet.
+func (g *Gate[T]) newer(f Frame[T]) bool { return !f.Outside && f.Epoch.Compare(g.epoch) > 0 }
+
 // judge tells whether a frame that is delivered now is channel state: it left
 // its sender before the sender's cut and reaches the node after the node's.
 func (g *Gate[T]) judge(f Frame[T]) (record bool) {
-	older := f.Epoch.Compare(g.epoch) < 0
+	older := !f.Outside && f.Epoch.Compare(g.epoch) < 0
 	record = older && g.recording
 	g.count(record, older)
 	return record

@@ -64,7 +64,7 @@ type Peer struct {
 	MAC  net.HardwareAddr // of its underlay address, so that no frame waits for ARP
 }
 
-// Port is a node's interface, on a TAP device.
+// Port is a node's interface or a gateway, on a TAP device.
 type Port struct {
 	Tap       string
 	Slice     string
@@ -72,6 +72,7 @@ type Port struct {
 	Interface int
 	Network   uint16
 	Address   net.HardwareAddr
+	Outside   bool // a gateway to the outside, of no node
 }
 
 // Entry names the gate entries of one kind at one port.
@@ -306,6 +307,7 @@ func (s *Switch) Attach(ctx context.Context, p Port) (uint32, error) {
 	s.taps[p.Tap] = number
 	s.sw.Ports = append(s.sw.Ports, coloring.Port{
 		Number: number, Slice: p.Slice, Node: p.Node, Interface: p.Interface, Network: p.Network, Address: p.Address,
+		Outside: p.Outside,
 	})
 	return number, nil
 }
@@ -334,7 +336,7 @@ func (s *Switch) Update(ctx context.Context, change func(*coloring.State)) error
 	sw := s.sw
 	sw.Ports = nil
 	for _, p := range s.sw.Ports {
-		if _, ok := state.Nodes[coloring.NodeKey{Slice: p.Slice, Node: p.Node}]; ok {
+		if _, ok := state.Nodes[coloring.NodeKey{Slice: p.Slice, Node: p.Node}]; ok || p.Outside {
 			sw.Ports = append(sw.Ports, p)
 		}
 	}

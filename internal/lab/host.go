@@ -145,6 +145,28 @@ func prepareTap(nl *netlink.Handle, name string, mtu int) error {
 	return nil
 }
 
+// OpenTap opens the far end of a device that CreateTap made, as QEMU does: what the
+// switch sends is read, and what is written, the switch receives. A frame a call.
+func (h *Host) OpenTap(name string) (*os.File, error) {
+	var f *os.File
+	err := h.ns.do(func() error {
+		nl, err := netlink.NewHandleAt(netns.NsHandle(h.ns.fd.Fd()), unix.NETLINK_ROUTE)
+		if err != nil {
+			return err
+		}
+		defer nl.Close()
+		if _, err := nl.LinkByName(name); err != nil { // openTap would make it
+			return err
+		}
+		f, err = openTap(name)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open tap %q on host %q: %w", name, h.Name, err)
+	}
+	return f, nil
+}
+
 // DeleteTap removes a device that CreateTap made. It is no error if it has gone.
 func (h *Host) DeleteTap(name string) error {
 	err := h.ns.do(func() error {

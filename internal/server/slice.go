@@ -81,6 +81,9 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 		Slice: topo.Slice, Epoch: epoch, Hosts: sl.hosts(), Nodes: sl.nodesByHost(), Networks: networks, Logger: s.log,
 	})
 
+	if err := sl.startGateways(ctx, numbers); err != nil {
+		return nil, err
+	}
 	g, gctx := errgroup.WithContext(ctx)
 	for i := range topo.Nodes {
 		n := &topo.Nodes[i]
@@ -222,7 +225,25 @@ func (sl *slice) startAgents(ctx context.Context, s *Server) error {
 	return g.Wait()
 }
 
-// remotes are the interfaces that lie on other hosts, as seen from one.
+// startGateways gives the networks that ask for one their way out, before any
+// node can look for it.
+func (sl *slice) startGateways(ctx context.Context, numbers map[string]uint16) error {
+	for i := range sl.topo.Networks {
+		n := &sl.topo.Networks[i]
+		host := sl.topo.GatewayHost(n.Name)
+		if !n.Gateway.IsValid() || host == "" {
+			continue
+		}
+		if err := sl.agents[host].AddGateway(ctx, agent.GatewaySpec{
+			Slice: sl.topo.Slice, Network: numbers[n.Name], Address: n.Gateway, MAC: sl.topo.GatewayMAC(n.Name), MTU: n.MTU,
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// remotes are the interfaces and gateways that lie on other hosts, as seen from one.
 func (sl *slice) remotes(host string, ids map[string]uint16) []coloring.Remote {
 	numbers := map[string]uint16{}
 	for number, name := range sl.networks() {
@@ -236,6 +257,14 @@ func (sl *slice) remotes(host string, ids map[string]uint16) []coloring.Remote {
 		}
 		for _, ifc := range n.Interfaces {
 			rs = append(rs, coloring.Remote{Network: numbers[ifc.Network], Address: ifc.MAC, Peer: ids[n.Host]})
+		}
+	}
+	for _, n := range sl.topo.Networks {
+		at := sl.topo.GatewayHost(n.Name)
+		if n.Gateway.IsValid() && at != "" && at != host {
+			rs = append(rs, coloring.Remote{
+				Network: numbers[n.Name], Address: sl.topo.GatewayMAC(n.Name), Peer: ids[at], Outside: true,
+			})
 		}
 	}
 	return rs

@@ -14,6 +14,7 @@ const GuestConfigName = "opt/org.violin/node"
 //	hostname=rank0
 //	if=52:54:00:aa:bb:cc,10.10.0.1/24,1500    one an interface: MAC, address (or nothing), MTU
 //	host=rank1,10.10.0.2                      one an address of each node, its own among them
+//	gateway=10.10.0.254                       the way out, which also answers DNS, if there is one
 //	run=mpirun ...                            the command line started at boot, if any
 //
 // Only nodes that share a network with this one are listed as hosts, each with
@@ -29,6 +30,12 @@ func (t *Topology) GuestConfig(n *Node) []byte {
 			address = i.Address.String()
 		}
 		fmt.Fprintf(&b, "if=%v,%s,%d\n", i.MAC, address, t.Network(i.Network).MTU)
+	}
+	for _, i := range n.Interfaces {
+		if gw := t.Network(i.Network).Gateway; gw.IsValid() && i.Address.IsValid() {
+			fmt.Fprintf(&b, "gateway=%v\n", gw.Addr())
+			break // a guest has one default route
+		}
 	}
 	for _, peer := range t.Nodes {
 		for _, i := range peer.Interfaces {

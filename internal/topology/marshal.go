@@ -39,7 +39,11 @@ func (t *Topology) Marshal() []byte {
 		if n.Subnet.IsValid() {
 			fmt.Fprintf(&b, "subnet: %s, ", text(n.Subnet.String()))
 		}
-		fmt.Fprintf(&b, "mtu: %d}\n", n.MTU)
+		fmt.Fprintf(&b, "mtu: %d", n.MTU)
+		if n.Gateway.IsValid() {
+			fmt.Fprintf(&b, ", gateway: {nat: %s}", text(n.Gateway.Addr().String()))
+		}
+		b.WriteString("}\n")
 	}
 	b.WriteString("nodes:\n")
 	for _, n := range t.Nodes {

@@ -51,6 +51,7 @@ type reader struct {
 	firstSite map[string]string         // of a network's members, by network
 	addresses map[networkAddress]string // who has it
 	macs      map[string]string         // who has it
+	gateways  []entry                   // without an address of their own
 }
 
 type networkAddress struct {
@@ -85,6 +86,9 @@ func (r *reader) topology(e entry) {
 	}
 	if v, ok := r.required(e, f, "nodes", "name at least one node"); ok {
 		r.nodes(v)
+	}
+	for _, g := range r.gateways {
+		r.placeGateway(g)
 	}
 }
 
@@ -206,7 +210,7 @@ func (r *reader) networks(e entry) {
 	for _, n := range networks {
 		r.checkName("network", n.name, n, n.at)
 		network := Network{Name: n.name, MTU: DefaultMTU}
-		f := r.record(n, "subnet", "mtu")
+		f := r.record(n, "subnet", "mtu", "gateway")
 		if v, ok := f["subnet"]; ok {
 			if s, ok := r.text(v, subnetHint); ok {
 				p, err := netip.ParsePrefix(s)
@@ -227,8 +231,75 @@ func (r *reader) networks(e entry) {
 		if v, ok := f["mtu"]; ok {
 			network.MTU = r.number(v, minMTU, MaxMTU, "bytes of a frame's payload")
 		}
+		if v, ok := f["gateway"]; ok {
+			r.gateway(v, f, &network)
+		}
 		r.t.Networks = append(r.t.Networks, network)
 	}
+}
+
+const gatewayHint = "write gateway: nat, or gateway: {nat: 10.10.0.254} to choose its address"
+
+// gateway reads a network's way out. One without an address gets it when the
+// nodes have theirs.
+func (r *reader) gateway(v entry, f map[string]entry, network *Network) {
+	address := ""
+	var at entry
+	if _, ok := pairs(v.value); ok {
+		g := r.record(v, "nat")
+		if at, ok = r.required(v, g, "nat", gatewayHint); !ok {
+			return
+		}
+		if address, ok = r.text(at, gatewayHint); !ok {
+			return
+		}
+	} else {
+		s, ok := r.text(v, gatewayHint)
+		if !ok {
+			return
+		}
+		if s != "nat" {
+			r.wrong(v, fmt.Sprintf("gateway %s is not known", quoted(s)), gatewayHint)
+			return
+		}
+	}
+	subnet := network.Subnet
+	if !subnet.IsValid() {
+		if _, given := f["subnet"]; !given { // else it is reported already
+			r.wrong(v, fmt.Sprintf("a gateway on network %s, which has no subnet", plain(network.Name)), "give the network one, such as subnet: 10.10.0.0/24")
+		}
+		return
+	}
+	if !subnet.Addr().Is4() {
+		r.wrong(v, fmt.Sprintf("a gateway on network %s, whose subnet %v is IPv6", plain(network.Name), subnet), "NAT is of IPv4: give an IPv4 subnet, or leave the gateway out")
+		return
+	}
+	if at.value == nil {
+		r.gateways = append(r.gateways, entry{name: network.Name, path: v.path, at: v.valueAt()})
+		return
+	}
+	a, err := netip.ParseAddr(address)
+	if err != nil {
+		r.wrong(at, fmt.Sprintf("gateway %s is not an address", quoted(address)), "write it without a length, such as 10.10.0.254")
+		return
+	}
+	if !a.Is4() || !subnet.Contains(a) {
+		r.wrong(at, fmt.Sprintf("gateway %s is outside of network %s, which is %v", address, plain(network.Name), subnet), "choose an address in it")
+		return
+	}
+	network.Gateway = r.checkAddress(at, address, netip.PrefixFrom(a, subnet.Bits()), network, "the gateway of network "+plain(network.Name))
+}
+
+// placeGateway gives a gateway the first address of its network that no node has.
+func (r *reader) placeGateway(g entry) {
+	network := r.t.Network(g.name)
+	for a := network.Subnet.Addr().Next(); network.Subnet.Contains(a.Next()); a = a.Next() {
+		if _, taken := r.addresses[networkAddress{g.name, a}]; !taken {
+			network.Gateway = netip.PrefixFrom(a, network.Subnet.Bits())
+			return
+		}
+	}
+	r.problem(g.at, g.path, fmt.Sprintf("no address of %v is left for the gateway", network.Subnet), "make the subnet larger")
 }
 
 func hostBits(p netip.Prefix) int { return p.Addr().BitLen() - p.Bits() }
@@ -425,6 +496,11 @@ func (r *reader) address(v entry, network *Network, owner string) netip.Prefix {
 		r.wrong(v, fmt.Sprintf("address %s is not an address with its network's length", quoted(s)), h)
 		return netip.Prefix{}
 	}
+	return r.checkAddress(v, s, p, network, owner)
+}
+
+// checkAddress checks an address that is written as s against its network.
+func (r *reader) checkAddress(v entry, s string, p netip.Prefix, network *Network, owner string) netip.Prefix {
 	a := p.Addr()
 	if a.IsMulticast() || a.IsUnspecified() || a.IsLoopback() {
 		r.wrong(v, fmt.Sprintf("address %s can't be a node's", s), "choose another one")

@@ -53,6 +53,38 @@ type Network struct {
 	Name   string
 	Subnet netip.Prefix // the zero Prefix if none is given
 	MTU    int          // bytes of payload in a frame, as an interface's MTU is
+	// Gateway is the address of the way out, with the subnet's length, and the zero
+	// Prefix if there is none: the network reaches nothing but its nodes then.
+	Gateway netip.Prefix
+}
+
+// GatewayMAC is the Ethernet address of the network's gateway. It depends on the
+// network's name alone, so that the guests of a fork know it already.
+func (t *Topology) GatewayMAC(network string) net.HardwareAddr {
+	taken := make(map[string]bool)
+	for _, n := range t.Nodes {
+		for _, i := range n.Interfaces {
+			taken[string(i.MAC)] = true
+		}
+	}
+	for attempt := 0; ; attempt++ {
+		if mac := deriveMAC("", "gateway of "+network, 0, attempt); !taken[string(mac)] {
+			return mac
+		}
+	}
+}
+
+// GatewayHost is the host of the network's gateway, where its first node is. It is
+// empty if the network has no node.
+func (t *Topology) GatewayHost(network string) string {
+	for _, n := range t.Nodes {
+		for _, i := range n.Interfaces {
+			if i.Network == network {
+				return n.Host
+			}
+		}
+	}
+	return ""
 }
 
 // Node is a VM.

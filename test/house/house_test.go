@@ -24,10 +24,12 @@ var imports = map[string][]string{
 	"internal/server":      {"api", "internal/*"},
 	"internal/coordinator": {"internal/agent", "internal/certificate", "internal/cut", "internal/hypervisor/qemu", "internal/store"},
 	"internal/agent": {
-		"internal/certificate", "internal/coloring", "internal/cut", "internal/fabric", "internal/frames", "internal/hypervisor/qemu",
+		"internal/certificate", "internal/coloring", "internal/cut", "internal/fabric", "internal/frames",
+		"internal/gateway", "internal/hypervisor/qemu",
 		"internal/migration/qemu", "internal/priority", "internal/qga", "internal/store",
 	},
 	"internal/lab":             {},
+	"internal/gateway":         {},
 	"internal/fabric":          {"internal/coloring", "internal/cut", "internal/openflow", "internal/priority"},
 	"internal/hypervisor/qemu": {"internal/priority", "internal/qmp", "internal/topology"},
 	"internal/catalog":         {"internal/store"},

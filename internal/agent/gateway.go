@@ -1,0 +1,93 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"time"
+
+	"violin/internal/coloring"
+	"violin/internal/fabric"
+	"violin/internal/gateway"
+)
+
+// GatewaySpec is a network's way out, to be run on this host.
+type GatewaySpec struct {
+	Slice   string
+	Network uint16
+	Address netip.Prefix
+	MAC     net.HardwareAddr
+	MTU     int
+}
+
+// exit is a gateway and its device.
+type exit struct {
+	tap     string
+	plugged bool
+	gateway *gateway.Gateway
+}
+
+// AddGateway gives a network a way out. It stays until the agent is closed; a
+// failure leaves nothing behind.
+func (a *Agent) AddGateway(ctx context.Context, spec GatewaySpec) (err error) {
+	x := &exit{tap: a.tapName()}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("host %s: gateway %v: %w", a.cfg.Host, spec.Address, errors.Join(err, a.closeGateway(x)))
+		}
+	}()
+	if err := a.cfg.Platform.CreateTap(x.tap, spec.MTU); err != nil {
+		return err
+	}
+	f, err := a.cfg.Platform.OpenTap(x.tap)
+	if err != nil {
+		return err
+	}
+	x.gateway, err = gateway.Start(gateway.Config{Tap: f, Address: spec.Address, MAC: spec.MAC, MTU: spec.MTU, Logger: a.log})
+	if err != nil {
+		return err
+	}
+	if _, err = a.fabric.Attach(ctx, fabric.Port{
+		Tap: x.tap, Slice: spec.Slice, Network: spec.Network, Address: spec.MAC, Outside: true,
+	}); err != nil {
+		return err
+	}
+	x.plugged = true
+	if err := a.fabric.Update(ctx, func(*coloring.State) {}); err != nil {
+		return err
+	}
+	if err := a.fabric.Purge(ctx); err != nil {
+		return err
+	}
+	a.mu.Lock()
+	a.exits = append(a.exits, x)
+	a.mu.Unlock()
+	return nil
+}
+
+func (a *Agent) closeGateways() error {
+	a.mu.Lock()
+	exits := a.exits
+	a.exits = nil
+	a.mu.Unlock()
+	var errs []error
+	for _, x := range exits {
+		errs = append(errs, a.closeGateway(x))
+	}
+	return errors.Join(errs...)
+}
+
+func (a *Agent) closeGateway(x *exit) error {
+	var errs []error
+	if x.plugged {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		errs = append(errs, a.fabric.Detach(ctx, x.tap))
+	}
+	if x.gateway != nil {
+		errs = append(errs, x.gateway.Close())
+	}
+	return errors.Join(append(errs, a.cfg.Platform.DeleteTap(x.tap))...)
+}
