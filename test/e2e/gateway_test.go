@@ -85,7 +85,7 @@ func TestOutside(t *testing.T) {
 				return
 			}
 			for n := 0; r.Context().Err() == nil; n++ {
-				fmt.Fprintln(w, n)      //nolint:errcheck // the guest sees
+				fmt.Fprintln(w, n)       //nolint:errcheck // the guest sees
 				w.(http.Flusher).Flush() // so that there are frames all the time
 				time.Sleep(2 * time.Millisecond)
 			}
