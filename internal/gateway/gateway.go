@@ -201,12 +201,25 @@ func (g *Gateway) write() {
 			return
 		}
 		v := p.ToView()
+		g.sign(v.AsSlice())
 		_, err := g.cfg.Tap.Write(v.AsSlice())
 		v.Release()
 		p.DecRef()
 		if err != nil && g.ctx.Err() == nil {
 			g.log.Debug("a frame from outside was lost", "err", err)
 		}
+	}
+}
+
+// sign puts the gateway's own address into an ARP request. The stack asks in the name
+// of whoever is outside, which a guest may not answer, and should not learn.
+func (g *Gateway) sign(f []byte) {
+	const arp = header.EthernetMinimumSize
+	if len(f) < arp+header.ARPSize || binary.BigEndian.Uint16(f[12:]) != uint16(header.ARPProtocolNumber) {
+		return
+	}
+	if a := header.ARP(f[arp:]); a.Op() == header.ARPRequest {
+		copy(a.ProtocolAddressSender(), g.cfg.Address.Addr().AsSlice())
 	}
 }
 

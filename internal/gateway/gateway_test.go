@@ -177,6 +177,55 @@ func TestAnswersForItselfAlone(t *testing.T) {
 	exchange(func(f []byte) bool { return from(26)(f) && f[34] == byte(header.ICMPv4EchoReply) }, ping(elsewhere), ping(own))
 }
 
+// A guest that was restored knows the gateway and does not ask for it. The gateway
+// does not know the guest, and asks in its own name before it answers.
+func TestGuestThatDoesNotAsk(t *testing.T) {
+	near, far := cable(t)
+	s := server(t, "")
+	start(t, near, gateway.Config{Dial: instead(s.Listener.Addr().String())})
+	defer far.Close()
+	from, to := tcpip.AddrFrom4(guestAddress.Addr().As4()), tcpip.AddrFrom4(elsewhere.As4())
+	f := ping(elsewhere)[:header.EthernetMinimumSize+header.IPv4MinimumSize]
+	f = append(f, make([]byte, header.TCPMinimumSize)...)
+	p := header.IPv4(f[header.EthernetMinimumSize:])
+	p.Encode(&header.IPv4Fields{TotalLength: uint16(len(p)), TTL: 64, Protocol: uint8(header.TCPProtocolNumber), SrcAddr: from, DstAddr: to})
+	p.SetChecksum(^p.CalculateChecksum())
+	syn := header.TCP(p[header.IPv4MinimumSize:])
+	syn.Encode(&header.TCPFields{SrcPort: 1234, DstPort: 80, SeqNum: 1, DataOffset: header.TCPMinimumSize, Flags: header.TCPFlagSyn, WindowSize: 1000})
+	syn.SetChecksum(^syn.CalculateChecksum(header.PseudoHeaderChecksum(header.TCPProtocolNumber, from, to, header.TCPMinimumSize)))
+	if _, err := far.Write(f); err != nil {
+		t.Fatal(err)
+	}
+	if err := far.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 2048)
+	n, err := far.Read(buf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	question := header.ARP(buf[header.EthernetMinimumSize:n])
+	own := gatewayAddress.Addr()
+	if !question.IsValid() || question.Op() != header.ARPRequest || !bytes.Equal(question.ProtocolAddressSender(), own.AsSlice()) {
+		t.Fatalf("the gateway says % x", buf[:n])
+	}
+	answer := ask(own)
+	copy(answer, gatewayMAC)
+	a := header.ARP(answer[header.EthernetMinimumSize:])
+	a.SetOp(header.ARPReply)
+	copy(a.HardwareAddressTarget(), gatewayMAC)
+	if _, err := far.Write(answer); err != nil {
+		t.Fatal(err)
+	}
+	if n, err = far.Read(buf); err != nil {
+		t.Fatal(err)
+	}
+	if p = header.IPv4(buf[header.EthernetMinimumSize:n]); n < len(f) || p.SourceAddress() != to ||
+		header.TCP(p[header.IPv4MinimumSize:]).Flags() != header.TCPFlagSyn|header.TCPFlagAck {
+		t.Fatalf("no SYN-ACK but % x", buf[:n])
+	}
+}
+
 func TestStartRefuses(t *testing.T) {
 	near, far := cable(t)
 	defer far.Close()

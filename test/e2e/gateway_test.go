@@ -113,14 +113,14 @@ func TestOutside(t *testing.T) {
 	reach := func(when string) {
 		t.Helper()
 		for _, node := range []string{"near", "far"} {
-			if got, err := sh(node, "busybox wget -T 20 -q -O- http://192.0.2.1/"); err != nil || got != "from outside" {
+			if got, err := sh(node, "timeout 30 busybox wget -q -O- http://192.0.2.1/"); err != nil || got != "from outside" {
 				t.Errorf("%s: %s gets %q, %v", when, node, got, err)
 			}
 		}
 	}
 	reach("after boot")
 	for _, own := range []string{"192.0.2.2", "10.30.0.3"} { // of the machine, of the gateway
-		if got, err := sh("far", "busybox wget -T 20 -q -O- http://"+own+"/ || echo refused"); err != nil || got != "refused" {
+		if got, err := sh("far", "timeout 30 busybox wget -q -O- http://"+own+"/ || echo refused"); err != nil || got != "refused" {
 			t.Errorf("what listens on this machine: a guest gets %q of %s, %v", got, own, err)
 		}
 	}
