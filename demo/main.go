@@ -307,7 +307,8 @@ func reference(ctx context.Context, dir string) ([]byte, error) {
 
 func writePNG(path string, pgm []byte) error {
 	var w, h, depth int
-	if _, err := fmt.Sscanf(string(pgm[:min(len(pgm), 64)]), "P5\n%d %d\n%d\n", &w, &h, &depth); err != nil || len(pgm) < w*h {
+	_, err := fmt.Sscanf(string(pgm[:min(len(pgm), 64)]), "P5\n%d %d\n%d\n", &w, &h, &depth)
+	if header := fmt.Sprintf("P5\n%d %d\n%d\n", w, h, depth); err != nil || w <= 0 || h <= 0 || len(pgm) != len(header)+w*h {
 		return errors.New("what the guest computed is no picture")
 	}
 	img := &image.Gray{Pix: pgm[len(pgm)-w*h:], Stride: w, Rect: image.Rect(0, 0, w, h)}

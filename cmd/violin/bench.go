@@ -18,9 +18,9 @@ func (a *app) benchCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "bench",
 		Short: "Measure parts of Violin on this machine",
-		Long:  "Measure parts of Violin on this machine. No server and no slice is needed.",
+		Long:  "Measure parts of Violin on this machine.",
 	}
-	cmd.AddCommand(a.benchStoreCommand())
+	cmd.AddCommand(a.benchStoreCommand(), a.benchCutCommand())
 	return cmd
 }
 

@@ -39,7 +39,7 @@ for f in /etc/apt/sources.list /etc/apt/sources.list.d/*.sources /etc/apt/source
 done
 # shellcheck disable=SC2086 # a list of files
 unshare --mount mmdebstrap --quiet --variant=minbase --mode=root --skip=check/empty \
-	--include=openmpi-bin,dropbear-bin,qemu-guest-agent,iproute2,iputils-ping,busybox-static \
+	--include=openmpi-bin,dropbear-bin,qemu-guest-agent,iproute2,iputils-ping,iperf3,busybox-static \
 	--aptopt='APT::Install-Recommends "false"' \
 	--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
 	--dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/info/*' \

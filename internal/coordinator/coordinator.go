@@ -178,7 +178,9 @@ func (r *run) loop(ctx context.Context, effects []cut.Effect) error {
 			ev = cut.Cancel{Cut: r.req.ID, Reason: "cancelled"}
 		}
 		r.witness.event(ev)
-		r.log.Debug("event", "event", fmt.Sprintf("%T%+v", ev, ev))
+		if r.log.Enabled(ctx, slog.LevelDebug) { // there are thousands, and to print one costs more than to take it in
+			r.log.DebugContext(ctx, "event", "event", fmt.Sprintf("%T%+v", ev, ev))
+		}
 		if effects, err = r.c.step(ev); err != nil {
 			r.log.Error("event refused", "event", fmt.Sprintf("%T", ev), "err", err)
 		}

@@ -34,7 +34,7 @@ var imports = map[string][]string{
 	"internal/hypervisor/qemu": {"internal/priority", "internal/qmp", "internal/topology"},
 	"internal/catalog":         {"internal/store"},
 	"internal/transfer":        {"internal/catalog", "internal/store"},
-	"internal/bench":           {"internal/store"},
+	"internal/bench":           {"api", "internal/agent", "internal/coordinator", "internal/cut", "internal/store"},
 	"internal/certificate":     {"internal/topology"}, // it shares nothing with what it checks
 	"internal/store":           {},
 	"internal/priority":        {},
