@@ -31,10 +31,11 @@ func (a *app) benchCutCommand() *cobra.Command {
 		Long: `Measure cuts. First the coordination alone: the real coordinator and protocol, on
 simulated hosts. Then live: a slice of four nodes at two sites with a round trip of 60 ms,
 whose nodes send by TCP and UDP over the WAN while it is cut, with the policies hold
-and drop in turn; and a restore of the last snapshot. Needs the image "mpi".
+and drop in turn; and a restore of the last snapshot of each. Needs the image "mpi".
   GOODPUT      of TCP in the 5 s that begin with the cut, to that in the 5 s before
   TIMEOUTS     retransmission timeouts of TCP in those 5 s, less those in the 5 s before
   UDP LOST     datagrams of the whole flow of 16 s
+  RETRANSMITS  segments in the whole flow; of a restore, in the 5 s after it
 The exit status is 1 if a bound does not hold with the policy hold: goodput at least
 95 %, no timeout, no datagram lost, skew at most 5 ms; and 1,000 hosts in less than
 twice the time of 10.`,
@@ -55,7 +56,7 @@ type cutFigures struct {
 	Machine      bench.Machine        `json:"machine"`
 	Coordination []bench.Coordination `json:"coordination"`
 	Cuts         []bench.Cut          `json:"cuts,omitempty"`
-	Restore      *bench.Restore       `json:"restore,omitempty"`
+	Restores     []bench.Restore      `json:"restores,omitempty"`
 	Violations   []string             `json:"violations,omitempty"`
 }
 
@@ -76,11 +77,10 @@ func (a *app) benchCut(ctx context.Context, runs int, coordination bool) error {
 		if err != nil {
 			return err
 		}
-		cuts, restore, err := bench.Live(ctx, client, runs, func(what string) { p.step("measure", "", what) })
+		f.Cuts, f.Restores, err = bench.Live(ctx, client, runs, func(what string) { p.step("measure", "", what) })
 		if err != nil {
 			return err
 		}
-		f.Cuts, f.Restore = cuts, &restore
 	}
 	p.done()
 	f.judge()
@@ -136,7 +136,7 @@ func (f *cutFigures) write(w io.Writer) {
 		t.row(fmt.Sprint(c.Hosts), formatDuration(c.Took))
 	}
 	t.write(w)
-	if f.Restore != nil {
+	if len(f.Cuts) > 0 {
 		fmt.Fprintln(w)
 		t = newTable("CUT", "NEWER", ">PAUSE", ">SKEW", ">HELD", ">RECORDED", ">DROPPED", ">GOODPUT", ">RETRANSMITS", ">TIMEOUTS", ">UDP LOST")
 		for i, c := range f.Cuts {
@@ -144,9 +144,12 @@ func (f *cutFigures) write(w io.Writer) {
 				fmt.Sprintf("%.1f %%", 100*c.Ratio()), fmt.Sprint(c.Retransmits), fmt.Sprint(c.Timeouts), fmt.Sprintf("%d of %d", c.UDPLost, c.UDPSent))
 		}
 		t.write(w)
-		r := f.Restore
-		fmt.Fprintf(w, "\nrestore: %s, skew %s, %d frames injected; in the 5 s after it %d segments retransmitted, %d timeouts\n",
-			formatDuration(r.Took), formatDuration(r.Skew), r.Injected, r.Retransmits, r.Timeouts)
+		fmt.Fprintln(w)
+		t = newTable("RESTORE OF", ">TOOK", ">SKEW", ">INJECTED", ">RETRANSMITS", ">TIMEOUTS")
+		for _, r := range f.Restores {
+			t.row(r.Newer, formatDuration(r.Took), formatDuration(r.Skew), formatCount(r.Injected), fmt.Sprint(r.Retransmits), fmt.Sprint(r.Timeouts))
+		}
+		t.write(w)
 	}
 	fmt.Fprintf(w, "\n%s\n", f.Machine)
 }

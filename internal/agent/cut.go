@@ -39,8 +39,12 @@ type Order struct {
 	Session  *store.Session
 	Newer    Newer
 	Limits   cut.Limits // of what each gate holds; zero for [DefaultLimits]
-	At       time.Time  // by this host's clock; zero or past for at once
+	At       time.Time  // when the vCPUs are to stop, by this host's clock; zero or past for at once
 }
+
+// closeLead is how long before an agreed instant a node's gate is closed: what it takes
+// until the node could stop, on a busy machine.
+const closeLead = 30 * time.Millisecond
 
 // Newer is what becomes of a newer frame at a node that has not cut.
 type Newer int
@@ -96,6 +100,7 @@ type nodeCut struct {
 	capture *qemu.Capture
 	decoded chan error  // one value: the stream has been read and stored
 	ordered atomic.Bool // the cut has begun, by whatever order
+	at      time.Time   // when its vCPUs are to stop; past for at once
 	begun   cut.Step
 	base    cut.GateStats
 	result  NodeResult
@@ -121,8 +126,8 @@ func (a *Agent) Handle(o Order, report func(cut.Event)) {
 		if hc != nil && hc.id == e.Cut && !hc.ended {
 			for _, name := range e.Nodes {
 				hc.spawn(func() {
-					if hc.await(o.At) {
-						hc.cutNode(name)
+					if hc.await(o.At.Add(-closeLead)) {
+						hc.cutNode(name, o.At)
 					}
 				})
 			}
@@ -304,12 +309,12 @@ func (hc *hostCut) newer(name string) func() {
 		hc.a.mu.Lock()
 		defer hc.a.mu.Unlock()
 		if !hc.ended {
-			hc.spawn(func() { hc.cutNode(name) })
+			hc.spawn(func() { hc.cutNode(name, time.Time{}) })
 		}
 	})
 }
 
-func (hc *hostCut) cutNode(name string) {
+func (hc *hostCut) cutNode(name string, at time.Time) {
 	nc := hc.nodes[name]
 	if nc == nil {
 		hc.fail(name, fmt.Errorf("host %s has no such node", hc.a.cfg.Host))
@@ -318,6 +323,7 @@ func (hc *hostCut) cutNode(name string) {
 	if nc.ordered.Swap(true) {
 		return // a newer frame and an order both tell it
 	}
+	nc.at = at
 	if err := hc.steps(nc); err != nil {
 		hc.fail(name, err)
 		return
@@ -365,6 +371,9 @@ func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {
 	case cut.StepSettle:
 		return n.eachPort(ctx, a.fabric.Settle)
 	case cut.StepStop:
+		if !hc.await(nc.at) {
+			return ctx.Err()
+		}
 		nc.result.CutAt, err = nc.capture.Stop(ctx)
 		return err
 	case cut.StepFlush:

@@ -12,6 +12,7 @@ import (
 
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
@@ -23,9 +24,10 @@ const (
 	liveSlice = "bench-cut"
 	tcpRate   = "8M"
 	udpRate   = "1M"
-	flow      = 16 * time.Second // how long both flow
-	lead      = 7 * time.Second  // before the cut: slow start, then the window before it
-	window    = 5 * time.Second  // compared, before and across the cut
+	flow      = 16 * time.Second        // how long both flow
+	lead      = 7 * time.Second         // before the cut: slow start, then the window before it
+	window    = 5 * time.Second         // compared, before and across the cut
+	ahead     = 1500 * time.Millisecond // how long before the cut its instant is agreed
 )
 
 //go:embed bench-cut.yaml
@@ -58,6 +60,7 @@ func (c Cut) Ratio() float64 {
 
 // A Restore is one restore of a slice whose nodes were sending.
 type Restore struct {
+	Newer       string        `json:"newer"` // the policy of the snapshot
 	Took        time.Duration `json:"took_ns"`
 	Skew        time.Duration `json:"skew_ns"` // of the instants at which the nodes ran again
 	Injected    uint64        `json:"frames_injected"`
@@ -65,9 +68,9 @@ type Restore struct {
 	Timeouts    int           `json:"tcp_timeouts"`
 }
 
-// Live measures cuts of a slice of its own, with the policies in turn, and then a
-// restore from the last one that held. The slice is taken down in every case.
-func Live(ctx context.Context, c violinv1connect.SliceServiceClient, runs int, told func(string)) (cuts []Cut, restore Restore, err error) {
+// Live measures cuts of a slice of its own, with the policies in turn, and then
+// restores the last snapshot of each. The slice is taken down in every case.
+func Live(ctx context.Context, c violinv1connect.SliceServiceClient, runs int, told func(string)) (cuts []Cut, restores []Restore, err error) {
 	l := &live{client: c, told: told}
 	defer func() {
 		down, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
@@ -77,20 +80,33 @@ func Live(ctx context.Context, c violinv1connect.SliceServiceClient, runs int, t
 		}
 	}()
 	if err := l.up(ctx); err != nil {
-		return nil, Restore{}, err
+		return nil, nil, err
 	}
-	var last string
+	policies := []violinv1.NewerPolicy{violinv1.NewerPolicy_NEWER_POLICY_DROP, violinv1.NewerPolicy_NEWER_POLICY_HOLD}
+	type taken struct {
+		id     string
+		before map[string]int
+	}
+	last := map[violinv1.NewerPolicy]taken{}
 	for range runs {
-		for _, newer := range []violinv1.NewerPolicy{violinv1.NewerPolicy_NEWER_POLICY_DROP, violinv1.NewerPolicy_NEWER_POLICY_HOLD} {
+		for _, newer := range policies {
 			cut, id, err := l.cut(ctx, newer)
 			if err != nil {
-				return cuts, Restore{}, fmt.Errorf("cut with the policy %s: %w", newer, err)
+				return cuts, nil, fmt.Errorf("cut with the policy %s: %w", newer, err)
 			}
-			cuts, last = append(cuts, cut), id
+			cuts = append(cuts, cut)
+			last[newer] = taken{id, l.before}
 		}
 	}
-	restore, err = l.restore(ctx, last)
-	return cuts, restore, err
+	for _, newer := range policies {
+		r, err := l.restore(ctx, last[newer].id, last[newer].before)
+		if err != nil {
+			return cuts, restores, fmt.Errorf("restore a cut with the policy %s: %w", policy(newer), err)
+		}
+		r.Newer = policy(newer)
+		restores = append(restores, r)
+	}
+	return cuts, restores, nil
 }
 
 type live struct {
@@ -212,7 +228,9 @@ func (l *live) cut(ctx context.Context, newer violinv1.NewerPolicy) (Cut, string
 }
 
 func (l *live) snapshot(ctx context.Context, newer violinv1.NewerPolicy) (*violinv1.Snapshot, error) {
-	stream, err := l.client.Snapshot(ctx, &violinv1.SnapshotRequest{Slice: liveSlice, Newer: newer})
+	stream, err := l.client.Snapshot(ctx, &violinv1.SnapshotRequest{
+		Slice: liveSlice, Newer: newer, At: timestamppb.New(time.Now().Add(ahead)),
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -232,7 +250,7 @@ func (l *live) snapshot(ctx context.Context, newer violinv1.NewerPolicy) (*violi
 	return snap, nil
 }
 
-func (l *live) restore(ctx context.Context, id string) (Restore, error) {
+func (l *live) restore(ctx context.Context, id string, before map[string]int) (Restore, error) {
 	l.told("a restore")
 	stream, err := l.client.Restore(ctx, &violinv1.RestoreRequest{Snapshot: liveSlice + "@" + id})
 	if err != nil {
@@ -260,7 +278,7 @@ func (l *live) restore(ctx context.Context, id string) (Restore, error) {
 	}
 	return Restore{
 		Took: done.GetDuration().AsDuration(), Skew: done.GetSkew().AsDuration(), Injected: done.GetFramesInjected(),
-		Retransmits: after["RetransSegs"] - l.before["RetransSegs"], Timeouts: after["TCPTimeouts"] - l.before["TCPTimeouts"],
+		Retransmits: after["RetransSegs"] - before["RetransSegs"], Timeouts: after["TCPTimeouts"] - before["TCPTimeouts"],
 	}, nil
 }
 
