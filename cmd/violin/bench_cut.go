@@ -32,8 +32,8 @@ func (a *app) benchCutCommand() *cobra.Command {
 simulated hosts. Then live: a slice of four nodes at two sites with a round trip of 60 ms,
 whose nodes send by TCP and UDP over the WAN while it is cut, with the policies hold
 and drop in turn; and a restore of the last snapshot of each. Needs the image "mpi".
-  GOODPUT      of TCP in the 5 s that begin with the cut, to that in the 5 s before
-  TIMEOUTS     retransmission timeouts of TCP in those 5 s, less those in the 5 s before
+  GOODPUT      of TCP in the 5 s from half a second before the cut, to that in the 5 s before
+  TIMEOUTS     retransmission timeouts of TCP from 1.5 s before the cut to 5 s after it
   UDP LOST     datagrams of the whole flow of 16 s
   RETRANSMITS  segments in the whole flow; of a restore, in the 5 s after it
 The exit status is 1 if a bound does not hold with the policy hold: goodput at least

@@ -26,6 +26,7 @@ const (
 	udpRate   = "1M"
 	flow      = 16 * time.Second        // how long both flow
 	lead      = 7 * time.Second         // before the cut: slow start, then the window before it
+	guard     = 500 * time.Millisecond  // how far apart iperf3's clock and ours may be: the window across the cut begins so much before it
 	window    = 5 * time.Second         // compared, before and across the cut
 	ahead     = 1500 * time.Millisecond // how long before the cut its instant is agreed
 )
@@ -45,7 +46,7 @@ type Cut struct {
 	Before      float64 `json:"tcp_before_bits"` // goodput in the window before the cut, bit/s
 	Across      float64 `json:"tcp_across_bits"` // in that which begins with it
 	Retransmits int     `json:"tcp_retransmits"` // in all of the flow
-	Timeouts    int     `json:"tcp_timeouts"`    // retransmission timeouts from the cut on, less those in as long a time before
+	Timeouts    int     `json:"tcp_timeouts"`    // retransmission timeouts from 1.5 s before the cut to the window's end
 	UDPSent     int     `json:"udp_sent"`
 	UDPLost     int     `json:"udp_lost"` // of all of the flow
 }
@@ -177,16 +178,10 @@ func (l *live) cut(ctx context.Context, newer violinv1.NewerPolicy) (Cut, string
 		}
 	}
 	l.told("flows, and a cut with --newer " + policy(newer))
-	if err := until(ctx, began.Add(lead-window)); err != nil {
-		return Cut{}, "", err
-	}
-	early, err := l.tcp(ctx, "n0")
-	if err != nil {
-		return Cut{}, "", err
-	}
 	if err := until(ctx, began.Add(lead)); err != nil {
 		return Cut{}, "", err
 	}
+	var err error
 	if l.before, err = l.tcp(ctx, "n0"); err != nil {
 		return Cut{}, "", err
 	}
@@ -209,7 +204,7 @@ func (l *live) cut(ctx context.Context, newer violinv1.NewerPolicy) (Cut, string
 	}
 	c := Cut{
 		Newer: policy(newer), Skew: snap.GetSkew().AsDuration(), Held: snap.GetFramesHeld(), Recorded: snap.GetFramesRecorded(), Dropped: snap.GetFramesDropped(),
-		Timeouts: max(0, (late["TCPTimeouts"]-l.before["TCPTimeouts"])-(l.before["TCPTimeouts"]-early["TCPTimeouts"])),
+		Timeouts: late["TCPTimeouts"] - l.before["TCPTimeouts"],
 	}
 	for _, n := range snap.GetNodes() {
 		c.Pause = max(c.Pause, n.GetPause().AsDuration())
@@ -222,7 +217,13 @@ func (l *live) cut(ctx context.Context, newer violinv1.NewerPolicy) (Cut, string
 	if err != nil {
 		return Cut{}, "", err
 	}
-	c.Before, c.Across = tcp.goodput(at.Sub(began)-window, at.Sub(began)), tcp.goodput(at.Sub(began), at.Sub(began)+window)
+	middle := at.Sub(began) - guard
+	if c.Before, err = tcp.goodput(middle-window, middle); err != nil {
+		return Cut{}, "", fmt.Errorf("before the cut: %w", err)
+	}
+	if c.Across, err = tcp.goodput(middle, middle+window); err != nil {
+		return Cut{}, "", fmt.Errorf("across the cut: %w", err)
+	}
 	c.Retransmits, c.UDPSent, c.UDPLost = tcp.End.Sent.Retransmits, udp.End.Sum.Packets, udp.End.Sum.Lost
 	return c, snap.GetId(), nil
 }
@@ -288,9 +289,20 @@ func (l *live) tcp(ctx context.Context, node string) (map[string]int, error) {
 	if err != nil {
 		return nil, err
 	}
+	counters := parseCounters(out)
+	for _, name := range []string{"RetransSegs", "TCPTimeouts"} {
+		if _, ok := counters[name]; !ok {
+			return nil, fmt.Errorf("node %s: its kernel counts no %s", node, name)
+		}
+	}
+	return counters, nil
+}
+
+// parseCounters reads pairs of lines: names, and their values.
+func parseCounters(text string) map[string]int {
 	counters := map[string]int{}
 	var names []string
-	for line := range strings.SplitSeq(out, "\n") {
+	for line := range strings.SplitSeq(text, "\n") {
 		group, rest, ok := strings.Cut(line, ":")
 		if !ok || group != "Tcp" && group != "TcpExt" {
 			continue
@@ -307,12 +319,7 @@ func (l *live) tcp(ctx context.Context, node string) (map[string]int, error) {
 		}
 		names = nil
 	}
-	for _, name := range []string{"RetransSegs", "TCPTimeouts"} {
-		if _, ok := counters[name]; !ok {
-			return nil, fmt.Errorf("node %s: its kernel counts no %s", node, name)
-		}
-	}
-	return counters, nil
+	return counters
 }
 
 // report is what is used of iperf3's JSON.
@@ -333,8 +340,9 @@ type report struct {
 	}
 }
 
-// goodput is the mean rate between two instants of a flow, in bit/s.
-func (r *report) goodput(from, to time.Duration) float64 {
+// goodput is the mean rate between two instants of a flow, in bit/s. All of the time
+// between them must have been measured, but for a part of an interval at each end.
+func (r *report) goodput(from, to time.Duration) (float64, error) {
 	var bytes, seconds float64
 	for _, i := range r.Intervals {
 		if i.Sum.Start >= from.Seconds() && i.Sum.End <= to.Seconds() {
@@ -342,10 +350,10 @@ func (r *report) goodput(from, to time.Duration) float64 {
 			seconds += i.Sum.End - i.Sum.Start
 		}
 	}
-	if seconds == 0 {
-		return 0
+	if want := (to - from).Seconds(); seconds == 0 || seconds < want-0.3 {
+		return 0, fmt.Errorf("the flow was measured for %.1f s of the %.1f s from %s on", seconds, want, from.Round(time.Millisecond))
 	}
-	return bytes * 8 / seconds
+	return bytes * 8 / seconds, nil
 }
 
 // flow waits for the end of a node's flow and reads iperf3's report of it.
