@@ -67,16 +67,23 @@ func (a *app) benchStore(ctx context.Context, cfg bench.StoreConfig) error {
 		return err
 	}
 	p.done()
+	return a.printFigures(result, func(w io.Writer) {
+		writeFigures(w, result.Figures)
+		fmt.Fprintf(w, "\n%s, %s, %s/%s\n", result.Machine, map[bool]string{true: "not encrypted", false: "encrypted"}[cfg.Plain], runtime.GOOS, runtime.GOARCH)
+	})
+}
+
+// printFigures is print for figures, which are no message of the API.
+func (a *app) printFigures(figures any, table func(io.Writer)) error {
 	var b bytes.Buffer
 	if a.output == "json" {
 		encoder := json.NewEncoder(&b)
 		encoder.SetIndent("", "  ")
-		if err := encoder.Encode(result); err != nil {
+		if err := encoder.Encode(figures); err != nil {
 			return err
 		}
 	} else {
-		writeFigures(&b, result.Figures)
-		fmt.Fprintf(&b, "\n%s, %s, %s/%s\n", result.Machine, map[bool]string{true: "not encrypted", false: "encrypted"}[cfg.Plain], runtime.GOOS, runtime.GOARCH)
+		table(&b)
 	}
 	_, err := a.out.Write(b.Bytes())
 	return err

@@ -1,9 +1,7 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -84,17 +82,7 @@ func (a *app) benchCut(ctx context.Context, runs int, coordination bool) error {
 	}
 	p.done()
 	f.judge()
-	var b bytes.Buffer
-	if a.output == "json" {
-		encoder := json.NewEncoder(&b)
-		encoder.SetIndent("", "  ")
-		if err := encoder.Encode(f); err != nil {
-			return err
-		}
-	} else {
-		f.write(&b)
-	}
-	if _, err := a.out.Write(b.Bytes()); err != nil {
+	if err := a.printFigures(f, f.write); err != nil {
 		return err
 	}
 	if len(f.Violations) > 0 {

@@ -4,8 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
+	"io"
 
 	"github.com/spf13/cobra"
 
@@ -40,7 +39,7 @@ Exit status: as in 'violin --help'.`,
 	return cmd
 }
 
-func (a *app) frames(ctx context.Context, snapshot, file string) (err error) {
+func (a *app) frames(ctx context.Context, snapshot, file string) error {
 	if err := checkSnapshotName(snapshot); err != nil {
 		return err
 	}
@@ -58,31 +57,16 @@ func (a *app) frames(ctx context.Context, snapshot, file string) (err error) {
 		return err
 	}
 	defer stream.Close()
-	out := a.out
-	if file != "" {
-		// Whole or not at all: half of it would look like a file with fewer frames.
-		f, err := os.CreateTemp(filepath.Dir(file), "."+filepath.Base(file)+"-*")
-		if err != nil {
-			return fmt.Errorf("write the frames: %w", err)
+	write := func(w io.Writer) error {
+		for stream.Receive() {
+			if _, err := w.Write(stream.Msg().GetData()); err != nil {
+				return fmt.Errorf("write the frames: %w", err)
+			}
 		}
-		defer func() {
-			f.Close()
-			os.Remove(f.Name()) //nolint:errcheck // it is not there if all went well
-		}()
-		out = f
+		return stream.Err()
 	}
-	for stream.Receive() {
-		if _, err := out.Write(stream.Msg().GetData()); err != nil {
-			return fmt.Errorf("write the frames: %w", err)
-		}
+	if file == "" {
+		return write(a.out)
 	}
-	if err := stream.Err(); err != nil {
-		return err
-	}
-	if f, ok := out.(*os.File); ok && file != "" {
-		if err := errors.Join(f.Close(), os.Rename(f.Name(), file)); err != nil {
-			return fmt.Errorf("write the frames: %w", err)
-		}
-	}
-	return nil
+	return replaceFile(file, write) // half of it would look like a file with fewer frames
 }

@@ -208,8 +208,8 @@ func (a *app) forget(ctx context.Context, request *violinv1.ForgetRequest) error
 	case len(request.GetSnapshots()) > 0:
 		for _, name := range request.GetSnapshots() {
 			// Only what names one snapshot now and later is deleted.
-			if slice, id, ok := strings.Cut(name, "@"); !ok || slice == "" || id == "" {
-				return usage("snapshot %q: a snapshot is named SLICE@ID, SLICE@TAG or SLICE@latest", name)
+			if err := checkSnapshotName(name); err != nil {
+				return usage("%w", err)
 			}
 		}
 	case request.GetSlice() == "":

@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -51,9 +50,8 @@ machine needs the same, and a restore refuses others.`,
 }
 
 func (a *app) export(ctx context.Context, snapshot, file, passphraseFile string) error {
-	if slice, id, ok := strings.Cut(snapshot, "@"); !ok || slice == "" || id == "" {
-		return &failure{code: exitUsage, err: fmt.Errorf("snapshot %q: a snapshot is named SLICE@ID, SLICE@TAG or SLICE@latest", snapshot),
-			hint: "'violin snapshots' lists them."}
+	if err := checkSnapshotName(snapshot); err != nil {
+		return err
 	}
 	if file == "" {
 		return &failure{code: exitUsage, err: errors.New("--file is missing: say where to write the snapshot"), hint: "See 'violin export --help'."}

@@ -146,11 +146,9 @@ type node struct {
 	arrived  time.Time // of the last frame that the switch handed over and did not deliver
 	recorded []Recorded
 	overflow func(error) // where a gate that is over its bound is reported
-	newer    func()      // what a newer frame sets off
+	newer    func()      // what a newer frame sets off; nil for nothing
+	discard  bool        // newer frames, instead of holding them: see [Drop]
 	tally    tally       // of the cut that runs
-
-	discard   bool // newer frames, instead of holding them: see [Drop]
-	discarded uint64
 }
 
 type port struct {
@@ -211,8 +209,7 @@ func (n *node) arrive(a *Agent, p coloring.Packet, f arrival) {
 	}
 	n.tally.arrive(p.Epoch, p.Delivered())
 	if n.discard && !p.Delivered() && !p.Outside && p.Epoch.Compare(n.gate.Epoch()) > 0 {
-		n.discarded++
-		n.tally.discard()
+		n.tally.discarded++
 		return
 	}
 	v, err := n.gate.Arrive(cut.Frame[arrival]{Epoch: p.Epoch, Size: len(f.data), Delivered: p.Delivered(), Outside: p.Outside, Ref: f})

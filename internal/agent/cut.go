@@ -244,7 +244,7 @@ func (hc *hostCut) arm(nc *nodeCut) error {
 	nc.n.recorded = nil
 	nc.n.overflow = func(err error) { hc.fail(nc.n.spec.Name, err) }
 	nc.n.newer = hc.newer(nc.n.spec.Name)
-	nc.n.discard, nc.n.discarded = hc.order.Newer == Drop, 0
+	nc.n.discard = hc.order.Newer == Drop
 	nc.n.mu.Unlock()
 	capture, err := nc.n.vm.Arm(hc.ctx, hc.order.Mode)
 	if err != nil {
@@ -300,10 +300,10 @@ func (hc *hostCut) await(at time.Time) bool {
 	}
 }
 
-// newer is what a gate does, beside holding, at a newer frame.
+// newer is what a gate does, beside holding, at a newer frame; nil for nothing.
 func (hc *hostCut) newer(name string) func() {
 	if hc.order.Newer != Trigger {
-		return func() {}
+		return nil
 	}
 	return sync.OnceFunc(func() {
 		hc.a.mu.Lock()
@@ -551,7 +551,7 @@ func (hc *hostCut) collect() {
 		st := n.gate.Stats()
 		nc.result.Held = st.Held - nc.base.Held
 		nc.result.Gate = n.tally.gate(nc.base, st, n.gate.Held())
-		hc.discarded += n.discarded
+		hc.discarded += n.tally.discarded
 		n.overflow, n.newer, n.discard = nil, nil, false
 		n.mu.Unlock()
 		if err := hc.a.recolor(hc.ctx, n, func(c *coloring.Color) { c.Recording = false }); err != nil {

@@ -22,6 +22,7 @@ type tally struct {
 	flipped                    bool // and recording
 	handed, delivered, failed  uint64
 	newer, older, copies, late uint64
+	discarded                  uint64 // by the policy [Drop], instead of being held
 }
 
 func (t *tally) arrive(epoch cut.Epoch, copied bool) {
@@ -31,12 +32,6 @@ func (t *tally) arrive(epoch cut.Epoch, copied bool) {
 	case t.flipped:
 		t.copies++
 	}
-}
-
-// discard counts a frame that was to be held and was dropped.
-func (t *tally) discard() {
-	t.delivered++
-	t.failed++
 }
 
 // deliver counts a frame that the gate gives to the node. One from the outside has
@@ -56,7 +51,7 @@ func (t *tally) deliver(epoch, node cut.Epoch, outside bool) {
 
 func (t *tally) gate(base, now cut.GateStats, waiting int) certificate.Gate {
 	return certificate.Gate{
-		Handed: t.handed, Held: now.Held - base.Held, Delivered: t.delivered - t.failed, Waiting: uint64(waiting), Failed: t.failed,
+		Handed: t.handed, Held: now.Held - base.Held, Delivered: t.delivered - t.failed, Waiting: uint64(waiting), Failed: t.failed + t.discarded,
 		Newer: t.newer, Copies: t.copies, Older: t.older, Recorded: now.Recorded - base.Recorded, Late: t.late,
 	}
 }

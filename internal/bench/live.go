@@ -122,10 +122,7 @@ func (l *live) up(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer stream.Close()
-	for stream.Receive() {
-	}
-	if err := stream.Err(); err != nil {
+	if _, err := result(stream, (*violinv1.UpResponse).GetSlice); err != nil {
 		return err
 	}
 	for _, n := range []string{"n0", "n1", "n2", "n3"} {
@@ -235,20 +232,24 @@ func (l *live) snapshot(ctx context.Context, newer violinv1.NewerPolicy) (*violi
 	if err != nil {
 		return nil, err
 	}
-	defer stream.Close()
-	var snap *violinv1.Snapshot
+	return result(stream, (*violinv1.SnapshotResponse).GetSnapshot)
+}
+
+// result receives a stream to its end and returns what the last message holds.
+func result[Response, Result any](stream *connect.ServerStreamForClient[Response], get func(*Response) *Result) (*Result, error) {
+	var last *Result
 	for stream.Receive() {
-		if s := stream.Msg().GetSnapshot(); s != nil {
-			snap = s
+		if r := get(stream.Msg()); r != nil {
+			last = r
 		}
 	}
-	if err := stream.Err(); err != nil {
+	if err := errors.Join(stream.Err(), stream.Close()); err != nil {
 		return nil, err
 	}
-	if snap == nil {
-		return nil, errors.New("the server ended the call without a snapshot")
+	if last == nil {
+		return nil, errors.New("the server ended the call without a result")
 	}
-	return snap, nil
+	return last, nil
 }
 
 func (l *live) restore(ctx context.Context, id string, before map[string]int) (Restore, error) {
@@ -257,18 +258,9 @@ func (l *live) restore(ctx context.Context, id string, before map[string]int) (R
 	if err != nil {
 		return Restore{}, err
 	}
-	defer stream.Close()
-	var done *violinv1.Restored
-	for stream.Receive() {
-		if r := stream.Msg().GetRestored(); r != nil {
-			done = r
-		}
-	}
-	if err := stream.Err(); err != nil {
+	done, err := result(stream, (*violinv1.RestoreResponse).GetRestored)
+	if err != nil {
 		return Restore{}, err
-	}
-	if done == nil {
-		return Restore{}, errors.New("the server ended the call without a restored slice")
 	}
 	if err := until(ctx, time.Now().Add(window)); err != nil {
 		return Restore{}, err

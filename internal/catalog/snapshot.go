@@ -109,10 +109,10 @@ type Totals struct {
 func (s *Snapshot) Ref() string { return s.Slice + "@" + s.ID }
 
 // Roots are what the snapshot needs in the store.
-func (s *Snapshot) Roots() iter.Seq[store.Root] {
-	return func(yield func(store.Root) bool) {
+func (s *Snapshot) Roots() iter.Seq2[store.Root, error] {
+	return func(yield func(store.Root, error) bool) {
 		add := func(what string, ref store.BlobRef, memory bool) bool {
-			return ref.IsZero() || yield(store.Root{Name: s.Ref() + what, Ref: ref, Memory: memory})
+			return ref.IsZero() || yield(store.Root{Name: s.Ref() + what, Ref: ref, Memory: memory}, nil)
 		}
 		for _, n := range s.Nodes {
 			if !add(" "+n.Name+" device state", n.Device, false) || !add(" "+n.Name+" memory", n.Memory, true) {

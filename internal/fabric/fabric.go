@@ -75,12 +75,6 @@ type Port struct {
 	Outside   bool // a gateway to the outside, of no node
 }
 
-// Entry names the gate entries of one kind at one port.
-type Entry struct {
-	Kind coloring.Kind
-	Port uint32
-}
-
 // Counters are a switch's counters, exact when they are returned.
 type Counters struct {
 	coloring.Counters
@@ -117,7 +111,7 @@ type Switch struct {
 	taps      map[string]uint32
 
 	counts  sync.Mutex
-	handed  map[coloring.Kind]uint64 // by entries that are gone
+	handed  uint64 // by entries that are gone
 	seen    uint64
 	refused uint64
 }
@@ -134,7 +128,7 @@ func Start(ctx context.Context, cfg Config) (_ *Switch, err error) {
 	s := &Switch{
 		cfg: cfg, log: cfg.Logger, run: binary.BigEndian.Uint16(run[:]) | 1,
 		state:     coloring.State{Nodes: map[coloring.NodeKey]coloring.Color{}, Counted: map[uint16][]cut.Epoch{}},
-		installed: coloring.FlowSet{}, taps: map[string]uint32{}, handed: map[coloring.Kind]uint64{},
+		installed: coloring.FlowSet{}, taps: map[string]uint32{},
 	}
 	s.lifetime, s.end = context.WithCancel(context.Background())
 	defer func() {
@@ -252,7 +246,7 @@ func (s *Switch) handle(m openflow.Message) {
 	case *openflow.FlowRemoved:
 		if k := coloring.UnpackCookie(m.Cookie); k.Run == s.run {
 			s.counts.Lock()
-			s.handed[k.Kind] += m.Packets
+			s.handed += m.Packets
 			s.counts.Unlock()
 		}
 	case *openflow.ErrorMessage:
@@ -380,9 +374,7 @@ func (s *Switch) Counters(ctx context.Context) (Counters, error) {
 	c := Counters{Counters: coloring.ReadCounters(stats), Records: map[uint32]uint64{}}
 	s.counts.Lock()
 	defer s.counts.Unlock()
-	for _, n := range s.handed {
-		c.Handed += n
-	}
+	c.Handed = s.handed
 	for _, st := range stats {
 		switch k := coloring.UnpackCookie(st.Cookie); k.Kind {
 		case coloring.KindRecord:

@@ -84,40 +84,50 @@ type pair struct {
 	keys     map[string]coloring.NodeKey
 }
 
-func newPair(ctx context.Context, t *testing.T, onPacket func(coloring.Packet, []byte)) *pair {
+// twoHosts is two hosts at two sites, each with a switch.
+func twoHosts(ctx context.Context, t *testing.T, names [2]string, onPacket func(host string, p coloring.Packet, data []byte)) (*lab.Lab, map[string]*Switch) {
 	t.Helper()
 	if os.Getenv("VIOLIN_E2E") != "1" {
 		t.Skip("runs real Open vSwitches, as root: set VIOLIN_E2E=1")
 	}
 	log := slog.New(slog.DiscardHandler)
 	l, err := lab.New(ctx, lab.Config{
-		Sites:  []lab.Site{{Name: "a", Hosts: []string{"a"}}, {Name: "b", Hosts: []string{"b"}}},
-		Links:  []lab.LinkConfig{{A: "a", B: "b", Shape: lab.Shape{Delay: time.Millisecond}}},
+		Sites:  []lab.Site{{Name: names[0], Hosts: names[:1]}, {Name: names[1], Hosts: names[1:]}},
+		Links:  []lab.LinkConfig{{A: names[0], B: names[1], Shape: lab.Shape{Delay: time.Millisecond}}},
 		Logger: log,
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { l.Close() })
-
-	names := []string{"a", "b"}
-	p := &pair{guests: map[string]*guest{}, switches: map[string]*Switch{}, keys: map[string]coloring.NodeKey{}}
-	guests, switches, keys := p.guests, p.switches, p.keys
-	for i, name := range names {
+	switches := map[string]*Switch{}
+	for _, name := range names {
 		h := l.Host(name)
 		sw, err := Start(ctx, Config{
 			Host: name, Dir: t.TempDir(), Launcher: h, Netlink: h.Netlink,
 			UnderlayDevice: h.UnderlayDevice, UnderlayAddr: h.UnderlayAddr, UnderlayMAC: h.UnderlayMAC, MTU: h.MTU,
-			OnPacket: onPacket, Logger: log,
+			OnPacket: func(p coloring.Packet, data []byte) { onPacket(name, p, data) }, Logger: log,
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { sw.Close() })
+		switches[name] = sw
+	}
+	return l, switches
+}
+
+func newPair(ctx context.Context, t *testing.T, onPacket func(coloring.Packet, []byte)) *pair {
+	t.Helper()
+	names := [2]string{"a", "b"}
+	l, switches := twoHosts(ctx, t, names, func(_ string, p coloring.Packet, data []byte) { onPacket(p, data) })
+	p := &pair{guests: map[string]*guest{}, switches: switches, keys: map[string]coloring.NodeKey{}}
+	guests, keys := p.guests, p.keys
+	for i, name := range names {
+		h := l.Host(name)
 		if err := h.CreateTap("n0", 1500); err != nil {
 			t.Fatal(err)
 		}
-		switches[name] = sw
 		keys[name] = coloring.NodeKey{Slice: "s", Node: name}
 		guests[name] = &guest{tap: plug(t, h, "n0"), addr: net.HardwareAddr{2, 0, 0, 0, 0, byte(i + 1)}}
 	}

@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
-	"log/slog"
 	"maps"
 	"net"
 	"os"
@@ -61,21 +60,8 @@ const magic = 0x76696f6c << 32 // in the frames' numbers: others may send here, 
 
 func newRig(ctx context.Context, t *testing.T) *rig {
 	t.Helper()
-	if os.Getenv("VIOLIN_E2E") != "1" {
-		t.Skip("runs real Open vSwitches, as root: set VIOLIN_E2E=1")
-	}
-	log := slog.New(slog.DiscardHandler)
-	l, err := lab.New(ctx, lab.Config{
-		Sites:  []lab.Site{{Name: "x", Hosts: []string{"x"}}, {Name: "y", Hosts: []string{"y"}}},
-		Links:  []lab.LinkConfig{{A: "x", B: "y", Shape: lab.Shape{Delay: time.Millisecond}}},
-		Logger: log,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
 	r := &rig{
-		t: t, switches: map[string]*Switch{}, model: map[string]*softswitch.Switch{}, told: map[string]coloring.FlowSet{},
+		t: t, model: map[string]*softswitch.Switch{}, told: map[string]coloring.FlowSet{},
 		sent: map[uint64][]byte{}, real: map[string]int{}, want: map[string]int{}, seen: map[string][]uint64{}, last: magic,
 		gate: func(string, coloring.Packet, []byte) {},
 		sockets: []*socket{
@@ -85,18 +71,10 @@ func newRig(ctx context.Context, t *testing.T) *rig {
 			{name: "d0", host: "y", network: 1},
 		},
 	}
+	var l *lab.Lab
+	l, r.switches = twoHosts(ctx, t, [2]string{"x", "y"}, r.punted)
 	for name, peer := range map[string]string{"x": "y", "y": "x"} {
-		h, p := l.Host(name), l.Host(peer)
-		sw, err := Start(ctx, Config{
-			Host: name, Dir: t.TempDir(), Launcher: h, Netlink: h.Netlink,
-			UnderlayDevice: h.UnderlayDevice, UnderlayAddr: h.UnderlayAddr, UnderlayMAC: h.UnderlayMAC, MTU: h.MTU,
-			OnPacket: func(p coloring.Packet, data []byte) { r.punted(name, p, data) }, Logger: log,
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { sw.Close() })
-		r.switches[name] = sw
+		p, sw := l.Host(peer), r.switches[name]
 		if err := sw.AddPeer(ctx, Peer{ID: peerID(peer), Host: peer, Addr: p.UnderlayAddr.Addr(), MAC: p.UnderlayMAC}); err != nil {
 			t.Fatal(err)
 		}
@@ -113,6 +91,7 @@ func newRig(ctx context.Context, t *testing.T) *rig {
 		}
 		s.tap = plug(t, h, s.name)
 		waitRunning(ctx, t, sw, s.name)
+		var err error
 		s.port, err = sw.Attach(ctx, Port{Tap: s.name, Slice: "s", Node: s.node(), Interface: s.index(), Network: s.network, Address: s.addr})
 		if err != nil {
 			t.Fatal(err)

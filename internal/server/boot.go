@@ -11,6 +11,7 @@ import (
 	"lukechampine.com/blake3"
 
 	"violin/internal/catalog"
+	"violin/internal/hypervisor/qemu"
 	"violin/internal/store"
 	"violin/internal/topology"
 )
@@ -56,30 +57,25 @@ func (c *bootCache) hash(path string) (h store.Hash, size int64, err error) {
 	return h, key.size, nil
 }
 
-// bootPaths are the files that a node boots from, by kind.
-func (s *Server) bootPaths(topo *topology.Topology, n *topology.Node) (map[string]string, error) {
-	spec, err := s.machine(topo, n)
-	return map[string]string{"kernel": spec.Kernel, "initrd": spec.Initrd, "rootfs": spec.RootFS}, err
+// bootPaths are the files that a VM boots from, by kind.
+func bootPaths(spec qemu.Spec) map[string]string {
+	return map[string]string{"kernel": spec.Kernel, "initrd": spec.Initrd, "rootfs": spec.RootFS}
 }
 
-// bootFiles says what the nodes of a topology boot from, by node.
-func (s *Server) bootFiles(topo *topology.Topology) (map[string][]catalog.BootFile, error) {
+// bootFiles says what the nodes boot from whose VMs are given, by node.
+func (s *Server) bootFiles(machines map[string]qemu.Spec) (map[string][]catalog.BootFile, error) {
 	all := map[string][]catalog.BootFile{}
-	for i := range topo.Nodes {
-		n := &topo.Nodes[i]
-		paths, err := s.bootPaths(topo, n)
-		if err != nil {
-			return nil, err
-		}
+	for name, spec := range machines {
+		paths := bootPaths(spec)
 		for _, kind := range []string{"kernel", "initrd", "rootfs"} {
 			if paths[kind] == "" {
 				continue
 			}
 			h, size, err := s.boot.hash(paths[kind])
 			if err != nil {
-				return nil, fmt.Errorf("node %q: %w", n.Name, err)
+				return nil, fmt.Errorf("node %q: %w", name, err)
 			}
-			all[n.Name] = append(all[n.Name], catalog.BootFile{Kind: kind, Size: size, Hash: h})
+			all[name] = append(all[name], catalog.BootFile{Kind: kind, Size: size, Hash: h})
 		}
 	}
 	return all, nil
@@ -95,11 +91,12 @@ func (s *Server) checkBoot(topo *topology.Topology, snap *catalog.Snapshot) erro
 			errs = append(errs, fmt.Errorf("node %q is not in the snapshot's topology", n.Name))
 			continue
 		}
-		paths, err := s.bootPaths(topo, node)
+		spec, err := s.machine(topo, node)
 		if err != nil {
 			errs = append(errs, err)
 			continue
 		}
+		paths := bootPaths(spec)
 		for _, f := range n.Boot {
 			path := paths[f.Kind]
 			if path == "" {

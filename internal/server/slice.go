@@ -50,7 +50,7 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 	if err != nil {
 		return nil, err
 	}
-	boot, err := s.bootFiles(topo)
+	boot, err := s.bootFiles(machines)
 	if err != nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
 	}
@@ -124,8 +124,7 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 	return sl, nil
 }
 
-// machines are the nodes' VMs, by name. It changes nothing, so it also tells
-// beforehand whether the slice could be built here.
+// machines are the nodes' VMs, by name.
 func (s *Server) machines(topo *topology.Topology) (map[string]qemu.Spec, error) {
 	machines := map[string]qemu.Spec{}
 	for i := range topo.Nodes {

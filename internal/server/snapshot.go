@@ -226,9 +226,6 @@ func (s *Server) Restore(ctx context.Context, req *violinv1.RestoreRequest, out 
 	if err != nil {
 		return apiError(err)
 	}
-	if _, err := s.machines(topo); err != nil {
-		return err
-	}
 	if sl, err := s.slice(topo.Slice); err == nil {
 		if err := s.sound(ctx, snap); err != nil {
 			return apiError(err)

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"iter"
 	"os"
 	"path/filepath"
 	"strings"
@@ -179,21 +178,10 @@ func (s *Server) Collect(ctx context.Context, _ *violinv1.CollectRequest) (*viol
 // sound reads everything of a snapshot once, so that one that is damaged is
 // refused while what runs of its slice still runs.
 func (s *Server) sound(ctx context.Context, snap *catalog.Snapshot) error {
-	if err := s.store.Verify(ctx, checked(snap.Roots())); err != nil {
+	if err := s.store.Verify(ctx, snap.Roots()); err != nil {
 		return fmt.Errorf("snapshot %s cannot be restored, and nothing was changed: %w", snap.Ref(), err)
 	}
 	return nil
-}
-
-// checked makes roots that are known those that a store asks for.
-func checked(roots iter.Seq[store.Root]) iter.Seq2[store.Root, error] {
-	return func(yield func(store.Root, error) bool) {
-		for r := range roots {
-			if !yield(r, nil) {
-				return
-			}
-		}
-	}
 }
 
 // Forget implements the API.

@@ -101,7 +101,11 @@ func TestBootFilesAreCompared(t *testing.T) {
 		return file
 	}
 	topo := &topology.Topology{Slice: "pair", Nodes: []topology.Node{{Name: "rank0", Kernel: write("kernel", "k"), RootFS: write("rootfs", "root")}}}
-	boot, err := s.bootFiles(topo)
+	machines, err := s.machines(topo)
+	if err != nil {
+		t.Fatal(err)
+	}
+	boot, err := s.bootFiles(machines)
 	if err != nil {
 		t.Fatal(err)
 	}

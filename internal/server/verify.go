@@ -204,9 +204,6 @@ func (s *Server) chain(ctx context.Context, snap *catalog.Snapshot, b []byte) st
 	return ""
 }
 
-// framePiece is how much of a file goes into one message.
-const framePiece = 256 << 10
-
 // Frames implements the API.
 func (s *Server) Frames(ctx context.Context, req *violinv1.FramesRequest, out *connect.ServerStream[violinv1.FramesResponse]) error {
 	snap, err := s.catalog.Resolve(ctx, req.GetSnapshot())
@@ -218,7 +215,7 @@ func (s *Server) Frames(ctx context.Context, req *violinv1.FramesRequest, out *c
 		return apiError(fmt.Errorf("channel state of snapshot %s: %w", snap.Ref(), err))
 	}
 	for r := bytes.NewBuffer(b); r.Len() > 0; {
-		if err := out.Send(&violinv1.FramesResponse{Data: r.Next(framePiece)}); err != nil {
+		if err := out.Send(&violinv1.FramesResponse{Data: r.Next(messageSize)}); err != nil {
 			return err
 		}
 	}

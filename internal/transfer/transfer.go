@@ -31,7 +31,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"iter"
 
 	"github.com/klauspost/compress/zstd"
 	"lukechampine.com/blake3"
@@ -57,16 +56,6 @@ type Stats struct {
 	Pages, Chunks int64
 	NewPages      int64 // of an import: that the store did not have
 	StoredBytes   int64 // of an import: that the store grew by
-}
-
-func roots(s *catalog.Snapshot) iter.Seq2[store.Root, error] {
-	return func(yield func(store.Root, error) bool) {
-		for r := range s.Roots() {
-			if !yield(r, nil) {
-				return
-			}
-		}
-	}
 }
 
 // Export writes a snapshot to w, sealed unless the passphrase is empty. All of
@@ -98,7 +87,7 @@ func export(ctx context.Context, st *store.Store, snap *catalog.Snapshot, w io.W
 	if err := out.write(kindDocument, store.Sum(doc), doc); err != nil {
 		return stats, err
 	}
-	err = st.Content(ctx, roots(snap), func(page bool, h store.Hash, data []byte) error {
+	err = st.Content(ctx, snap.Roots(), func(page bool, h store.Hash, data []byte) error {
 		if page {
 			stats.Pages++
 			return out.write(kindPage, h, data)
@@ -217,7 +206,7 @@ func imports(ctx context.Context, st *store.Store, r io.Reader, passphrase strin
 	got := session.Stats()
 	stats.NewPages, stats.StoredBytes = got.NewPages, got.StoredBytes+got.BlobBytesKept
 	return snap, stats, session.Commit(ctx, func(ctx context.Context) error {
-		if err := st.Complete(ctx, roots(snap)); err != nil {
+		if err := st.Complete(ctx, snap.Roots()); err != nil {
 			return fmt.Errorf("the file lacks something that the snapshot needs: %w", err)
 		}
 		return c.PutDocument(ctx, doc)

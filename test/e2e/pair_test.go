@@ -109,8 +109,7 @@ func gone(t *testing.T, dir string) {
 	t.Helper()
 	for deadline := time.Now().Add(time.Minute); len(ours(t, dir)) > 0; time.Sleep(100 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Errorf("left behind: %q", ours(t, dir))
-			return
+			t.Fatalf("left behind: %q", ours(t, dir))
 		}
 	}
 }

@@ -100,30 +100,10 @@ type soakStats struct {
 }
 
 func newSoak(t *testing.T, rng *rand.Rand, wan string) *soak {
-	state := os.Getenv("VIOLIN_STATE_DIR")
-	if state == "" {
-		state = "/var/lib/violin"
-	}
+	t.Helper()
 	s := &soak{t: t, rng: rng, nodes: []string{"alice", "bob", "carol", "dave"}, loses: wan != "", lossy: nowhere}
-	var err error
-	if s.runDir, err = os.MkdirTemp("", "violin-soak-"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(s.runDir) })
-	// The images are shared; the store is the test's own.
+	s.dirs, s.runDir = begin(t)
 	s.own = filepath.Join(s.runDir, "state")
-	if err := os.MkdirAll(s.own, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	images, err := filepath.Abs(filepath.Join(state, "images"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(images, filepath.Join(s.own, "images")); err != nil {
-		t.Fatal(err)
-	}
-	s.dirs = []string{"--run-dir", s.runDir, "--state-dir", s.own}
-
 	topo, err := os.ReadFile(filepath.Join(root, "examples/ledger.yaml"))
 	if err != nil {
 		t.Fatal(err)
@@ -145,7 +125,6 @@ func newSoak(t *testing.T, rng *rand.Rand, wan string) *soak {
 		if t.Failed() {
 			s.saveLog()
 		}
-		s.down()
 	})
 	must(t, s.dirs, "up", file)
 	return s
@@ -162,26 +141,6 @@ func (s *soak) saveLog() {
 		b = b[len(b)-20_000:]
 	}
 	s.t.Logf("the end of the server's log:\n%s", b)
-}
-
-func (s *soak) down() {
-	// A test that has ended takes its context with it.
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	if out, err := exec.CommandContext(ctx, filepath.Join(root, "bin/violin"), append(slices.Clone(s.dirs), "down", "--all")...).CombinedOutput(); err != nil {
-		s.t.Errorf("down --all: %v: %s", err, out)
-	}
-	s.gone()
-}
-
-// gone returns when no process of the slice or its server is left.
-func (s *soak) gone() {
-	s.t.Helper()
-	for deadline := time.Now().Add(time.Minute); len(ours(s.t, s.runDir)) > 0; time.Sleep(50 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			s.t.Fatalf("left behind: %q", ours(s.t, s.runDir))
-		}
-	}
 }
 
 func (s *soak) run(cuts int) {
@@ -373,7 +332,7 @@ func (s *soak) kill(withServer bool) {
 		}
 	}
 	if withServer {
-		s.gone()
+		gone(s.t, s.runDir)
 	}
 }
 
