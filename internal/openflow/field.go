@@ -509,7 +509,11 @@ func (id FieldID) encode(e *encoder) {
 func decodeFields(d *decoder) Match {
 	var m Match
 	for d.more() {
-		m = append(m, splitRegisters(decodeField(d))...)
+		f := decodeField(d)
+		if !d.ok() {
+			return nil
+		}
+		m = append(m, splitRegisters(f)...)
 	}
 	return m
 }
