@@ -100,7 +100,7 @@ func (a *app) root() *cobra.Command {
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddCommand(
 		a.upCommand(), a.psCommand(), a.downCommand(),
-		a.snapshotCommand(), a.snapshotsCommand(), a.restoreCommand(),
+		a.snapshotCommand(), a.snapshotsCommand(), a.restoreCommand(), a.logCommand(), a.tagCommand(),
 		a.verifyCommand(), a.framesCommand(), a.forgetCommand(),
 		a.exportCommand(), a.importCommand(), a.storeCommand(), a.benchCommand(),
 		a.consoleCommand(), a.execCommand(),
@@ -205,6 +205,14 @@ func (a *app) startStoreServer(ctx context.Context, p *progress) (violinv1connec
 		return nil, err
 	}
 	return violinv1connect.NewStoreServiceClient(a.connection, daemon.BaseURL), nil
+}
+
+// startHistory is startServer for a verb about a slice's history.
+func (a *app) startHistory(ctx context.Context, p *progress) (violinv1connect.HistoryServiceClient, error) {
+	if _, err := a.startServer(ctx, p); err != nil {
+		return nil, err
+	}
+	return violinv1connect.NewHistoryServiceClient(a.connection, daemon.BaseURL), nil
 }
 
 func (a *app) disconnect() {

@@ -91,7 +91,7 @@ func (a *app) explain(ctx context.Context, verb *cobra.Command, err error) *fail
 		return &failure{code: exitUsage, err: message}
 	case connect.CodeNotFound:
 		hint := "'violin ps' lists what runs."
-		if slices.Contains([]string{"restore", "snapshots", "verify", "frames", "forget", "export"}, verb.Name()) {
+		if slices.Contains([]string{"restore", "snapshots", "verify", "frames", "forget", "export", "log", "tag"}, verb.Name()) {
 			hint = "'violin snapshots' lists the snapshots."
 		}
 		return &failure{code: exitNotFound, err: message, hint: hint}

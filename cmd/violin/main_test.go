@@ -47,6 +47,7 @@ func TestMain(m *testing.M) {
 type fakeServer struct {
 	violinv1connect.UnimplementedSliceServiceHandler
 	violinv1connect.UnimplementedStoreServiceHandler
+	violinv1connect.UnimplementedHistoryServiceHandler
 
 	slices []*violinv1.Slice
 
@@ -174,7 +175,9 @@ func (f *fakeServer) Snapshot(ctx context.Context, request *violinv1.SnapshotReq
 		return err
 	}
 	s := firstSnapshot()
-	s.Tag = request.GetTag()
+	if s.Tag = request.GetTag(); s.Tag != "" {
+		s.Tags = []string{s.Tag}
+	}
 	return stream.Send(&violinv1.SnapshotResponse{Event: &violinv1.SnapshotResponse_Snapshot{Snapshot: s}})
 }
 
@@ -188,6 +191,7 @@ func (f *fakeServer) ListSnapshots(ctx context.Context, request *violinv1.ListSn
 	}
 	second := firstSnapshot()
 	second.Id, second.Tag, second.Parent = "20261123T120100-5e1d", "before-the-crash", second.GetId()
+	second.Tags = []string{second.GetTag()}
 	second.Created = timestamppb.New(second.GetCreated().AsTime().Add(time.Minute))
 	second.Mode = violinv1.CaptureMode_CAPTURE_MODE_PRECOPY
 	second.StoredBytes = 900
@@ -495,6 +499,7 @@ func TestTranscripts(t *testing.T) {
 			{why: "not a snapshot's name", args: []string{"restore", "mandelbrot"}},
 			{why: "no such snapshot", args: []string{"restore", "missing@latest"}},
 		}},
+		{name: "log", commands: logCommands},
 		{name: "verify", commands: []command{
 			{why: "it holds", args: []string{"verify", "mandelbrot@latest"}},
 			{why: "it does not", args: []string{"verify", "mandelbrot@tampered"}},

@@ -102,8 +102,8 @@ func snapshotNames(ctx context.Context, c violinv1connect.SliceServiceClient) (n
 	}
 	for _, s := range list.GetSnapshots() {
 		names = append(names, snapshotName(s))
-		if s.GetTag() != "" {
-			names = append(names, s.GetSlice()+"@"+s.GetTag())
+		for _, tag := range s.GetTags() {
+			names = append(names, s.GetSlice()+"@"+tag)
 		}
 	}
 	return names
@@ -111,3 +111,6 @@ func snapshotNames(ctx context.Context, c violinv1connect.SliceServiceClient) (n
 
 // snapshotName is what restore takes.
 func snapshotName(s *violinv1.Snapshot) string { return s.GetSlice() + "@" + s.GetId() }
+
+// tagsOf is a snapshot's tags, for a table.
+func tagsOf(s *violinv1.Snapshot) string { return strings.Join(s.GetTags(), ",") }

@@ -99,6 +99,7 @@ func (a *app) serve(ctx context.Context, idleExit time.Duration, level slog.Leve
 type api interface {
 	violinv1connect.SliceServiceHandler
 	violinv1connect.StoreServiceHandler
+	violinv1connect.HistoryServiceHandler
 }
 
 // apiHandler serves the API over HTTP.
@@ -116,6 +117,7 @@ func apiHandler(s api, logger *slog.Logger) http.Handler {
 	}
 	mux.Handle(violinv1connect.NewSliceServiceHandler(s, options...))
 	mux.Handle(violinv1connect.NewStoreServiceHandler(s, options...))
+	mux.Handle(violinv1connect.NewHistoryServiceHandler(s, options...))
 	return mux
 }
 

@@ -46,7 +46,7 @@ func (a *app) snapshots(ctx context.Context, slice string) error {
 		}
 		t := newTable("SNAPSHOT", "TAG", "PARENT", "CREATED", "MODE", ">NODES", ">SKEW", ">RECORDED", ">STATE", ">STORED", ">TOOK")
 		for _, s := range list.GetSnapshots() {
-			t.row(snapshotName(s), s.GetTag(), s.GetParent(), a.formatTime(s.GetCreated()), modeName(s.GetMode()),
+			t.row(snapshotName(s), tagsOf(s), s.GetParent(), a.formatTime(s.GetCreated()), modeName(s.GetMode()),
 				fmt.Sprint(len(s.GetNodes())), optionalDuration(s.GetSkew()), formatCount(s.GetFramesRecorded()),
 				formatBytes(s.GetRawBytes()), formatBytes(s.GetStoredBytes()), optionalDuration(s.GetDuration()))
 		}

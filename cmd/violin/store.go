@@ -240,7 +240,7 @@ func (a *app) forget(ctx context.Context, request *violinv1.ForgetRequest) error
 					verdict = "would go"
 				}
 			}
-			t.row(snapshotName(v.GetSnapshot()), v.GetSnapshot().GetTag(), a.formatTime(v.GetSnapshot().GetCreated()), verdict, strings.Join(v.GetReasons(), ", "))
+			t.row(snapshotName(v.GetSnapshot()), tagsOf(v.GetSnapshot()), a.formatTime(v.GetSnapshot().GetCreated()), verdict, strings.Join(v.GetReasons(), ", "))
 		}
 		t.write(w)
 		if gone > 0 && !r.GetDryRun() {

@@ -66,6 +66,7 @@ func (f *fakeServer) Forget(_ context.Context, request *violinv1.ForgetRequest) 
 		return nil, connect.NewError(connect.CodeNotFound, errors.New(`find snapshot "missing@latest": no such snapshot`))
 	}
 	second := firstSnapshot()
+	second.Tags = []string{"release"}
 	second.Id, second.Tag, second.Created = "20261123T120100-5e1d", "release", timestamppb.New(created.Add(time.Minute))
 	return &violinv1.ForgetResponse{DryRun: request.GetDryRun(), Verdicts: []*violinv1.Verdict{
 		{Snapshot: firstSnapshot(), Reasons: []string{"no rule keeps it"}},

@@ -8,7 +8,10 @@
 //		return catalog.Put(ctx, snapshot)
 //	})
 //
-// What it owns: the document's format, names and references
+// What can change stands beside it in documents of its own: tags that were given
+// or taken away since, in tags/.
+//
+// What it owns: the documents' formats, names and references
 // ("slice@id-or-tag"), and which blobs and page tables a snapshot needs, for
 // the store's collector and its check. It knows nothing of how a cut is made.
 package catalog
@@ -23,6 +26,7 @@ import (
 	"iter"
 	"slices"
 	"strings"
+	"sync"
 
 	"violin/internal/store"
 )
@@ -43,10 +47,11 @@ var (
 	ErrAmbiguous = errors.New("ambiguous")
 )
 
-// A Catalog reads and writes the snapshots in a store. It has no state of its
-// own and is safe for concurrent use.
+// A Catalog reads and writes the snapshots in a store. It keeps nothing in
+// memory and is safe for concurrent use.
 type Catalog struct {
-	st *store.Store
+	st      *store.Store
+	tagging sync.Mutex // held from looking whether a tag is free until it is written
 }
 
 // New returns the catalog of a store.
@@ -87,17 +92,17 @@ func (c *Catalog) put(ctx context.Context, s *Snapshot) error {
 
 func (c *Catalog) putDocument(ctx context.Context, s *Snapshot, doc []byte) error {
 	if s.Tag != "" {
-		others, err := c.List(ctx, s.Slice)
-		if err != nil {
+		if err := c.reserveTag(ctx, s); err != nil {
 			return err
 		}
-		for _, o := range others {
-			if o.Tag == s.Tag {
-				return fmt.Errorf("tag %q: %w: snapshot %s has it; choose another tag", s.Tag, store.ErrExists, o.ID)
-			}
-		}
 	}
-	return c.st.PutDocument(ctx, docName(s.Slice, s.ID), doc)
+	if err := c.st.PutDocument(ctx, docName(s.Slice, s.ID), doc); err != nil {
+		return err
+	}
+	if s.Tag != "" {
+		s.Tags = []string{s.Tag}
+	}
+	return nil
 }
 
 // Document returns a snapshot's document as it was sealed, byte for byte.
@@ -167,6 +172,18 @@ func parse(doc []byte) (*Snapshot, error) {
 
 // Get returns a snapshot by slice and full ID.
 func (c *Catalog) Get(ctx context.Context, slice, id string) (*Snapshot, error) {
+	s, err := c.get(ctx, slice, id)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.name(ctx, s); err != nil {
+		return nil, fmt.Errorf("read snapshot %s@%s: %w", slice, id, err)
+	}
+	return s, nil
+}
+
+// get is Get without the tags.
+func (c *Catalog) get(ctx context.Context, slice, id string) (*Snapshot, error) {
 	fail := func(err error) (*Snapshot, error) {
 		return nil, fmt.Errorf("read snapshot %s@%s: %w", slice, id, err)
 	}
@@ -205,7 +222,7 @@ func (c *Catalog) List(ctx context.Context, slice string) ([]*Snapshot, error) {
 	}
 	var out []*Snapshot
 	for _, k := range keys {
-		s, err := c.Get(ctx, k.slice, k.id)
+		s, err := c.get(ctx, k.slice, k.id)
 		if errors.Is(err, ErrNotFound) {
 			continue // deleted since it was listed
 		}
@@ -213,6 +230,9 @@ func (c *Catalog) List(ctx context.Context, slice string) ([]*Snapshot, error) {
 			return nil, fmt.Errorf("list snapshots: %w", err)
 		}
 		out = append(out, s)
+	}
+	if err := c.name(ctx, out...); err != nil {
+		return nil, fmt.Errorf("list snapshots: %w", err)
 	}
 	return out, nil
 }
@@ -270,6 +290,7 @@ func (c *Catalog) Delete(ctx context.Context, slice, id string) error {
 	if err := c.st.DeleteDocument(ctx, docName(slice, id)); err != nil {
 		return fmt.Errorf("forget snapshot %s@%s: %w", slice, id, err)
 	}
+	c.dropTags(ctx, slice)
 	return nil
 }
 
@@ -335,7 +356,7 @@ func (c *Catalog) resolve(ctx context.Context, ref string) (*Snapshot, error) {
 		return nil, lerr
 	}
 	for _, s := range all {
-		if s.Tag == want {
+		if slices.Contains(s.Tags, want) {
 			return s, nil
 		}
 	}
@@ -383,8 +404,12 @@ func (c *Catalog) Audit(ctx context.Context, damaged func(ref string, err error)
 			yield(store.Root{}, err)
 			return
 		}
+		if err := c.auditTags(ctx, damaged); err != nil {
+			yield(store.Root{}, err)
+			return
+		}
 		for _, k := range keys {
-			s, err := c.Get(ctx, k.slice, k.id)
+			s, err := c.get(ctx, k.slice, k.id)
 			switch {
 			case errors.Is(err, ErrNotFound):
 				continue // deleted since it was listed

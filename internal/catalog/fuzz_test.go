@@ -30,3 +30,19 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+func FuzzParseTag(f *testing.F) {
+	f.Add([]byte(`{"format":"violin-tag","version":1,"snapshot":"260807-101530-k3f9"}`))
+	f.Add([]byte(`{"format":"violin-tag","version":1,"snapshot":""}`))
+	f.Add([]byte(`{"format":"violin-tag","version":2,"snapshot":"1"}`))
+	f.Add([]byte(`{"format":"violin-tag","version":1,"snapshot":"../1"}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		id, err := parseTag(b)
+		if err != nil && id != "" {
+			t.Error("an error and an ID")
+		}
+		if err == nil && id != "" && checkID(id) != nil {
+			t.Errorf("ID %q", id)
+		}
+	})
+}

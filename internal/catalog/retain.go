@@ -52,8 +52,10 @@ func (p Policy) Judge(all []*Snapshot) ([]Verdict, error) {
 		if i >= len(sorted)-p.Last {
 			keep(i, "last %d", p.Last)
 		}
-		if s.Tag != "" && (p.Tagged || slices.Contains(p.Tags, s.Tag)) {
-			keep(i, "tag %s", s.Tag)
+		for _, tag := range s.Tags {
+			if p.Tagged || slices.Contains(p.Tags, tag) {
+				keep(i, "tag %s", tag)
+			}
 		}
 	}
 	youngest := func(n int, rule string, period time.Duration) {

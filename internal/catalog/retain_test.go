@@ -17,7 +17,7 @@ func TestPolicy(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		all = append([]*catalog.Snapshot{{ID: id, Tag: tag, Created: at.AddDate(2026, 7, 0)}}, all...)
+		all = append([]*catalog.Snapshot{{ID: id, Tags: strings.Fields(tag), Created: at.AddDate(2026, 7, 0)}}, all...)
 	}
 	ids := func(s []*catalog.Snapshot) string {
 		var out []string

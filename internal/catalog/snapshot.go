@@ -18,8 +18,11 @@ type Snapshot struct {
 	// ID is short, sorts by age, and is unique; see NewID.
 	ID    string `json:"id"`
 	Slice string `json:"slice"`
-	// Tag is the name that the user gave, if any; unique in the slice.
+	// Tag is the name that it was sealed with, if any.
 	Tag string `json:"tag,omitempty"`
+	// Tags are the names that it has now, in order; unique in the slice. They are no
+	// part of the document: a catalog that returns the snapshot fills them in.
+	Tags []string `json:"-"`
 	// Parent is the ID of the snapshot that the slice was last restored from
 	// or that was taken before this one; empty for the first.
 	Parent  string    `json:"parent,omitempty"`

@@ -331,7 +331,7 @@ func (s *Server) loadNode(ctx context.Context, sl *slice, n catalog.Node) error 
 
 func snapshotMessage(s *catalog.Snapshot) *violinv1.Snapshot {
 	m := &violinv1.Snapshot{
-		Id: s.ID, Slice: s.Slice, Tag: s.Tag, Parent: s.Parent, Created: timestamp(s.Created),
+		Id: s.ID, Slice: s.Slice, Tags: s.Tags, Parent: s.Parent, Created: timestamp(s.Created),
 		Duration: durationpb.New(s.Totals.Duration), Skew: durationpb.New(s.Totals.Skew),
 		FramesHeld: uint64(s.Totals.Held), FramesRecorded: uint64(s.Totals.Recorded),
 		FramesDropped: uint64(s.Totals.Dropped), FramesLostByNetwork: uint64(s.Totals.Lost),
@@ -340,6 +340,9 @@ func snapshotMessage(s *catalog.Snapshot) *violinv1.Snapshot {
 	}
 	if s.Mode == "precopy" {
 		m.Mode = violinv1.CaptureMode_CAPTURE_MODE_PRECOPY
+	}
+	if len(s.Tags) > 0 {
+		m.Tag = s.Tags[0]
 	}
 	if s.Certificate != nil {
 		m.Certificate = s.Certificate.Fingerprint.String()

@@ -27,19 +27,42 @@ func (s *Store) PutDocument(ctx context.Context, name string, data []byte) error
 	return nil
 }
 
-func (s *Store) putDocument(ctx context.Context, name string, data []byte) error {
+// ReplaceDocument is PutDocument for a name that may be taken. Whoever reads the
+// document meanwhile, and whoever comes after a crash, finds either what was there
+// or what is written.
+func (s *Store) ReplaceDocument(ctx context.Context, name string, data []byte) error {
+	data, err := s.sealDocument(name, data)
+	if err == nil {
+		err = s.bucket.put(ctx, name, data)
+	}
+	if err != nil {
+		return fmt.Errorf("replace document %s: %w", name, err)
+	}
+	return nil
+}
+
+// sealDocument makes of a document's content what is written.
+func (s *Store) sealDocument(name string, data []byte) ([]byte, error) {
 	if err := s.writable(name); err != nil {
-		return err
+		return nil, err
 	}
 	if len(data) > MaxDocument {
-		return fmt.Errorf("%d bytes, want at most %d", len(data), MaxDocument)
+		return nil, fmt.Errorf("%d bytes, want at most %d", len(data), MaxDocument)
 	}
 	if seal := s.key.document(); seal != nil {
 		n := randomNonce(seal)
 		out := append([]byte(documentMagic), n...)
 		data = seal.Seal(out, n, data, []byte(name))
 	}
-	err := s.bucket.putNew(ctx, name, data)
+	return data, nil
+}
+
+func (s *Store) putDocument(ctx context.Context, name string, data []byte) error {
+	data, err := s.sealDocument(name, data)
+	if err != nil {
+		return err
+	}
+	err = s.bucket.putNew(ctx, name, data)
 	if errors.Is(err, ErrExists) || errors.Is(err, errUncertain) {
 		return err
 	}

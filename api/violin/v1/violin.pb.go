@@ -1151,6 +1151,7 @@ type Snapshot struct {
 	StoredBytes         uint64                 `protobuf:"varint,14,opt,name=stored_bytes,json=storedBytes,proto3" json:"stored_bytes,omitempty"`
 	Nodes               []*SnapshotNode        `protobuf:"bytes,15,rep,name=nodes,proto3" json:"nodes,omitempty"`
 	Certificate         string                 `protobuf:"bytes,16,opt,name=certificate,proto3" json:"certificate,omitempty"` // fingerprint of its certificate; empty if it has none
+	Tags                []string               `protobuf:"bytes,30,rep,name=tags,proto3" json:"tags,omitempty"`               // all that it has now, in order; tag is the first
 	unknownFields       protoimpl.UnknownFields
 	sizeCache           protoimpl.SizeCache
 }
@@ -1295,6 +1296,13 @@ func (x *Snapshot) GetCertificate() string {
 		return x.Certificate
 	}
 	return ""
+}
+
+func (x *Snapshot) GetTags() []string {
+	if x != nil {
+		return x.Tags
+	}
+	return nil
 }
 
 type ListSnapshotsRequest struct {
@@ -2242,7 +2250,7 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x05pages\x18\n" +
 	" \x01(\x04R\x05pages\x12\x1d\n" +
 	"\n" +
-	"zero_pages\x18\v \x01(\x04R\tzeroPages\"\xd9\x04\n" +
+	"zero_pages\x18\v \x01(\x04R\tzeroPages\"\xed\x04\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05slice\x18\x02 \x01(\tR\x05slice\x12\x10\n" +
@@ -2261,7 +2269,8 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\traw_bytes\x18\r \x01(\x04R\brawBytes\x12!\n" +
 	"\fstored_bytes\x18\x0e \x01(\x04R\vstoredBytes\x12-\n" +
 	"\x05nodes\x18\x0f \x03(\v2\x17.violin.v1.SnapshotNodeR\x05nodes\x12 \n" +
-	"\vcertificate\x18\x10 \x01(\tR\vcertificate\",\n" +
+	"\vcertificate\x18\x10 \x01(\tR\vcertificate\x12\x12\n" +
+	"\x04tags\x18\x1e \x03(\tR\x04tags\",\n" +
 	"\x14ListSnapshotsRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\"J\n" +
 	"\x15ListSnapshotsResponse\x121\n" +
