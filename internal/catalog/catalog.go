@@ -110,11 +110,15 @@ func (c *Catalog) Document(ctx context.Context, s *Snapshot) ([]byte, error) {
 	return c.st.GetDocument(ctx, docName(s.Slice, s.ID))
 }
 
-// ParseDocument reads a document and verifies its seal.
+// ParseDocument reads a document and verifies its seal. The snapshot's tags are
+// what it was sealed with.
 func ParseDocument(doc []byte) (*Snapshot, error) {
 	s, err := parse(doc)
 	if err != nil {
 		return nil, fmt.Errorf("read snapshot's document: %w", err)
+	}
+	if s.Tag != "" {
+		s.Tags = []string{s.Tag}
 	}
 	return s, nil
 }
