@@ -90,8 +90,11 @@ type hostCut struct {
 	reads     map[int]time.Time // when a round's counters were read
 	before    fabric.Counters   // when the host prepared
 	after     fabric.Counters   // when the recording had ended
+	overflows uint64            // of the switch's queues, until the host prepared
 	excused   int64             // frames counted as handed over that the switch had delivered
-	discarded uint64            // frames, by the policy [Drop]
+	guessed   bool              // excused is a bound, since frames came all the time
+	excusing  sync.Mutex
+	discarded uint64 // frames, by the policy [Drop]
 }
 
 // nodeCut is one node's part in it.
@@ -211,6 +214,10 @@ func (hc *hostCut) prepare() {
 		return
 	}
 	hc.before = counters
+	if hc.overflows, err = hc.a.fabric.Overflowed(hc.ctx); err != nil {
+		hc.fail("", err)
+		return
+	}
 	var arming sync.WaitGroup
 	var failed sync.Once
 	ok := true
@@ -616,12 +623,9 @@ func (hc *hostCut) abort(to cut.Epoch) {
 		if to == hc.from {
 			continue
 		}
-		for _, step := range cut.AbortSteps(nc.begun) {
-			if err := hc.abortStep(ctx, nc, step, to); err != nil {
-				hc.a.log.Error("abort", "cut", hc.id, "node", name, "step", step.String(), "err", err)
-				ok = ok && !n.alive()
-				break
-			}
+		if err := hc.abortNode(ctx, nc, to); err != nil {
+			hc.a.log.Error("abort", "cut", hc.id, "node", name, "err", err)
+			ok = ok && !n.alive()
 		}
 	}
 	if err := hc.count(ctx, to); err != nil {
@@ -638,14 +642,39 @@ func (hc *hostCut) abort(to cut.Epoch) {
 	hc.report(cut.Aborted{Cut: hc.id, Host: hc.a.cfg.Host})
 }
 
+// abortNode brings a node into the new epoch. Whatever fails, the node does not stay
+// stopped.
+func (hc *hostCut) abortNode(ctx context.Context, nc *nodeCut, to cut.Epoch) error {
+	defer hc.a.cfg.Urgency.Raise()()
+	defer hc.a.fabric.Urgency().Raise()()
+	stopped := false
+	for _, step := range cut.AbortSteps(nc.begun) {
+		err := hc.abortStep(ctx, nc, step, to)
+		switch {
+		case err != nil && stopped:
+			_, resumed := nc.n.vm.Resume(ctx)
+			return errors.Join(fmt.Errorf("%s: %w", step, err), resumed)
+		case err != nil:
+			return fmt.Errorf("%s: %w", step, err)
+		}
+		stopped = step == cut.StepStop || stopped && step != cut.StepResume
+	}
+	return nil
+}
+
 func (hc *hostCut) abortStep(ctx context.Context, nc *nodeCut, step cut.Step, to cut.Epoch) error {
 	switch step {
 	case cut.StepClose:
 		return hc.close(ctx, nc.n)
+	case cut.StepStop:
+		return nc.n.vm.Stop(ctx)
+	case cut.StepFlush:
+		return nc.n.eachPort(ctx, hc.a.fabric.Flush)
 	case cut.StepFlip:
 		return hc.flip(ctx, nc.n, to, false)
 	case cut.StepResume:
-		return nil // Capture.Abort left the node running
+		_, err := nc.n.vm.Resume(ctx)
+		return err
 	case cut.StepOpen:
 		// The switch of a node that had been cut still copies older frames.
 		if err := hc.a.recolor(ctx, nc.n, func(c *coloring.Color) { c.Recording = false }); err != nil {

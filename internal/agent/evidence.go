@@ -84,15 +84,51 @@ func (hc *hostCut) awaitSeen() error {
 		if n := counters.Refused - hc.before.Refused; n > 0 {
 			return fmt.Errorf("the switch did not take %d frames that a gate gave out; its log and the agent's say why", n)
 		}
-		if done, err := judge(hc.dropped(counters), time.Since(began)); done {
+		missing := hc.dropped(counters)
+		if done, err := judge(missing, time.Since(began)); done && err == nil {
+			return hc.overflowed(missing != 0)
+		} else if done {
 			return err
 		}
-		select {
-		case <-time.After(openQuiet):
-		case <-hc.ctx.Done():
-			return hc.ctx.Err()
+		if err := hc.sleep(openQuiet); err != nil {
+			return err
 		}
 	}
+}
+
+// overflowed fails if the switch has thrown frames for the gates away. Where the flow
+// entries' counters do not say that by themselves, it gives the switch the time to tell.
+func (hc *hostCut) overflowed(uncertain bool) error {
+	hc.a.mu.Lock()
+	uncertain = uncertain || hc.guessed
+	hc.a.mu.Unlock()
+	if uncertain {
+		if err := hc.sleep(fabric.OverflowLag); err != nil {
+			return err
+		}
+	}
+	n, err := hc.a.fabric.Overflowed(hc.ctx)
+	if err != nil {
+		return err
+	}
+	if n > hc.overflows {
+		return droppedError(int64(n - hc.overflows))
+	}
+	return nil
+}
+
+func (hc *hostCut) sleep(d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-hc.ctx.Done():
+		return hc.ctx.Err()
+	}
+}
+
+func droppedError(n int64) error {
+	return fmt.Errorf("%d frames were dropped between the switch and its controller: they would be in no memory and no record; "+
+		"try again, or under less traffic", n)
 }
 
 // judge tells whether frames that have not come are waited for no longer, and
@@ -106,8 +142,7 @@ func judge(missing int64, waited time.Duration) (done bool, err error) {
 		// with that of the closed gate: the switch may have counted too few.
 		return waited > 5*openQuiet, nil
 	case waited > seenBound:
-		return true, fmt.Errorf("%d frames were dropped between the switch and its controller: they would be in no memory and no record; "+
-			"try again, or under less traffic", missing)
+		return true, droppedError(missing)
 	}
 	return false, nil
 }
@@ -120,6 +155,8 @@ func dropped(before, now fabric.Counters) int64 {
 
 // dropped is that since the host prepared.
 func (hc *hostCut) dropped(now fabric.Counters) int64 {
+	hc.a.mu.Lock()
+	defer hc.a.mu.Unlock()
 	return dropped(hc.before, now) - hc.excused
 }
 
@@ -128,28 +165,35 @@ func (hc *hostCut) dropped(now fabric.Counters) int64 {
 // bundle, and credits to the gate that closed then. They would pass for dropped.
 //
 // The counters' answer comes behind all that they count, so the excess over what has
-// come is exact if nothing came meanwhile, for which it tries; else what came
-// between two answers is excused with it.
+// come is exact if nothing came meanwhile, for which it tries. Else the least of the
+// excesses is a bound from above, and whether frames were dropped is for
+// [hostCut.overflowed] to say.
 func (hc *hostCut) excuse(ctx context.Context) error {
-	first, err := hc.a.fabric.Counters(ctx)
+	hc.excusing.Lock() // two gates must not excuse the same frames
+	defer hc.excusing.Unlock()
+	last, err := hc.a.fabric.Counters(ctx)
 	if err != nil {
 		return err
 	}
-	for try := range levelTries {
-		second, err := hc.a.fabric.Counters(ctx)
+	var bound int64
+	for try := 1; ; try++ {
+		now, err := hc.a.fabric.Counters(ctx)
 		if err != nil {
 			return err
 		}
-		if second.Seen == first.Seen || try == levelTries-1 {
-			second.Seen = first.Seen
+		excess := max(0, hc.dropped(fabric.Counters{Handed: now.Handed, Seen: last.Seen}))
+		if try == 1 || excess < bound {
+			bound = excess
+		}
+		if exact := now.Seen == last.Seen; exact || try == levelTries {
 			hc.a.mu.Lock()
-			hc.excused += max(0, hc.dropped(second))
+			hc.excused += bound
+			hc.guessed = hc.guessed || !exact
 			hc.a.mu.Unlock()
 			return nil
 		}
-		first = second
+		last = now
 	}
-	return nil
 }
 
 // HostResult is what a host brings to a snapshot.
@@ -170,7 +214,7 @@ func (a *Agent) Results(slice, id string) (HostResult, error) {
 	if hc == nil || hc.id != id {
 		return HostResult{}, fmt.Errorf("host %s: knows of no cut %s", a.cfg.Host, id)
 	}
-	r := HostResult{Host: a.cfg.Host, Dropped: uint64(max(0, hc.dropped(hc.after))) + hc.discarded, Reads: map[int]int64{}}
+	r := HostResult{Host: a.cfg.Host, Dropped: uint64(max(0, dropped(hc.before, hc.after)-hc.excused)) + hc.discarded, Reads: map[int]int64{}}
 	r.Counters = certificate.Host{Name: a.cfg.Host, Handed: uint64(max(0, int64(hc.after.Handed-hc.before.Handed)-hc.excused)), Seen: hc.after.Seen - hc.before.Seen}
 	for round, at := range hc.reads {
 		r.Reads[round] = int64(at.Sub(hc.began))

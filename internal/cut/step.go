@@ -55,19 +55,20 @@ func Steps() []Step {
 // AbortSteps returns what to do, in order, when the cut is aborted and begun is
 // the last step of it that the node has begun, finished or not (0: none): the
 // node joins the new epoch without a capture, and gets every frame that waits
-// for it, in order. Steps are repeated, so they must bear it.
+// for it, in order. Steps are repeated, so they must bear it. The node may have
+// been let run meanwhile, by whatever gave its capture up.
 //
-// Gate.StopRecording comes first, Gate.Flip has record false. StepFlip does not
-// stop the node here: without a snapshot there is nothing for a frame to be on
-// the wrong side of.
+// Gate.StopRecording comes first, Gate.Flip has record false. The node stands still
+// for StepFlip here, too. Not for the frames' sake, since without a snapshot there is
+// nothing for one to be on the wrong side of, but for the counters': they are exact
+// over a change of the switch's tables only if no frame passes during it, and the
+// next cut is drained by them.
 func AbortSteps(begun Step) []Step {
 	switch {
 	case begun < StepSettle:
-		return []Step{StepClose, StepFlip, StepOpen}
-	case begun < StepStop:
-		return []Step{StepFlip, StepOpen}
+		return []Step{StepClose, StepStop, StepFlush, StepFlip, StepResume, StepOpen}
 	case begun <= StepFlip:
-		return []Step{StepFlip, StepResume, StepOpen}
+		return []Step{StepStop, StepFlush, StepFlip, StepResume, StepOpen}
 	case begun <= StepResume:
 		return []Step{StepResume, StepOpen}
 	default:

@@ -17,8 +17,11 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -54,6 +57,8 @@ type Config struct {
 	// handed over since may be lost as well. It is being opened again. May be nil.
 	OnLost func(error)
 	Logger *slog.Logger
+
+	queueBytes int // of the OpenFlow session, each way; 0 for its default
 }
 
 // Peer is another host, to be reached by VXLAN.
@@ -385,6 +390,31 @@ func (s *Switch) Counters(ctx context.Context) (Counters, error) {
 	}
 	c.Seen, c.Refused = s.seen, s.refused
 	return c, nil
+}
+
+// OverflowLag is the longest that the switch's threads keep to themselves what they
+// have thrown away: each tells it once a second, and when it next has something to do.
+const OverflowLag = 1100 * time.Millisecond
+
+// Overflowed counts the frames for the controller that the switch threw away since it
+// started because a queue was full, as told [OverflowLag] ago. Unlike the difference
+// of Handed and Seen it does not rest on flow entries, which get credit for what
+// others did while the tables change.
+func (s *Switch) Overflowed(ctx context.Context) (uint64, error) {
+	var sum uint64
+	// On the way from the datapath to the OpenFlow half, and from there to the session.
+	for _, name := range []string{"packet_in_overflow", "rconn_overflow"} {
+		text, err := s.control.query(ctx, "coverage/read-counter", name)
+		if err != nil {
+			return 0, fmt.Errorf("switch of %s: %w", s.cfg.Host, err)
+		}
+		n, err := strconv.ParseUint(strings.TrimSpace(text), 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("switch of %s: coverage/read-counter %s: %w", s.cfg.Host, name, err)
+		}
+		sum += n
+	}
+	return sum, nil
 }
 
 // Urgency is that of the switch's process.

@@ -85,7 +85,7 @@ type pair struct {
 }
 
 // twoHosts is two hosts at two sites, each with a switch.
-func twoHosts(ctx context.Context, t *testing.T, names [2]string, onPacket func(host string, p coloring.Packet, data []byte)) (*lab.Lab, map[string]*Switch) {
+func twoHosts(ctx context.Context, t *testing.T, names [2]string, queueBytes int, onPacket func(host string, p coloring.Packet, data []byte)) (*lab.Lab, map[string]*Switch) {
 	t.Helper()
 	if os.Getenv("VIOLIN_E2E") != "1" {
 		t.Skip("runs real Open vSwitches, as root: set VIOLIN_E2E=1")
@@ -106,7 +106,7 @@ func twoHosts(ctx context.Context, t *testing.T, names [2]string, onPacket func(
 		sw, err := Start(ctx, Config{
 			Host: name, Dir: t.TempDir(), Launcher: h, Netlink: h.Netlink,
 			UnderlayDevice: h.UnderlayDevice, UnderlayAddr: h.UnderlayAddr, UnderlayMAC: h.UnderlayMAC, MTU: h.MTU,
-			OnPacket: func(p coloring.Packet, data []byte) { onPacket(name, p, data) }, Logger: log,
+			OnPacket: func(p coloring.Packet, data []byte) { onPacket(name, p, data) }, Logger: log, queueBytes: queueBytes,
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -117,10 +117,10 @@ func twoHosts(ctx context.Context, t *testing.T, names [2]string, onPacket func(
 	return l, switches
 }
 
-func newPair(ctx context.Context, t *testing.T, onPacket func(coloring.Packet, []byte)) *pair {
+func newPair(ctx context.Context, t *testing.T, queueBytes int, onPacket func(coloring.Packet, []byte)) *pair {
 	t.Helper()
 	names := [2]string{"a", "b"}
-	l, switches := twoHosts(ctx, t, names, func(_ string, p coloring.Packet, data []byte) { onPacket(p, data) })
+	l, switches := twoHosts(ctx, t, names, queueBytes, func(_ string, p coloring.Packet, data []byte) { onPacket(p, data) })
 	p := &pair{guests: map[string]*guest{}, switches: switches, keys: map[string]coloring.NodeKey{}}
 	guests, keys := p.guests, p.keys
 	for i, name := range names {
@@ -160,7 +160,7 @@ func newPair(ctx context.Context, t *testing.T, onPacket func(coloring.Packet, [
 func TestCountersAcrossFlips(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	p := newPair(ctx, t, func(coloring.Packet, []byte) {})
+	p := newPair(ctx, t, 0, func(coloring.Packet, []byte) {})
 	guests, switches, keys := p.guests, p.switches, p.keys
 
 	const frames = 60 // in each epoch
@@ -207,7 +207,7 @@ func TestNoHeldFrameIsLost(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	const frames = 5000
-	p := newPair(ctx, t, func(coloring.Packet, []byte) {})
+	p := newPair(ctx, t, 0, func(coloring.Packet, []byte) {})
 	sw := p.switches["b"]
 	if err := sw.Update(ctx, func(st *coloring.State) { st.Nodes[p.keys["b"]] = coloring.Color{Closed: true} }); err != nil {
 		t.Fatal(err)

@@ -72,7 +72,7 @@ func newRig(ctx context.Context, t *testing.T) *rig {
 		},
 	}
 	var l *lab.Lab
-	l, r.switches = twoHosts(ctx, t, [2]string{"x", "y"}, r.punted)
+	l, r.switches = twoHosts(ctx, t, [2]string{"x", "y"}, 0, r.punted)
 	for name, peer := range map[string]string{"x": "y", "y": "x"} {
 		p, sw := l.Host(peer), r.switches[name]
 		if err := sw.AddPeer(ctx, Peer{ID: peerID(peer), Host: peer, Addr: p.UnderlayAddr.Addr(), MAC: p.UnderlayMAC}); err != nil {

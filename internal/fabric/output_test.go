@@ -12,7 +12,7 @@ import (
 func TestOutput(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	p := newPair(ctx, t, func(coloring.Packet, []byte) {})
+	p := newPair(ctx, t, 0, func(coloring.Packet, []byte) {})
 	sw, g := p.switches["b"], p.guests["b"]
 	frame := make([]byte, 100)
 	copy(frame, g.addr)

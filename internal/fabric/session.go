@@ -34,7 +34,7 @@ func (s *Switch) open(ctx context.Context) (*openflow.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reach the switch by OpenFlow: %w", err)
 	}
-	conn := openflow.NewConn(c, openflow.Options{Handler: s.handle, Logger: s.log})
+	conn := openflow.NewConn(c, openflow.Options{Handler: s.handle, Logger: s.log, QueueBytes: s.cfg.queueBytes})
 	if _, err := conn.Handshake(ctx); err != nil {
 		return nil, err
 	}

@@ -16,7 +16,7 @@ import (
 func TestControllerAway(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	p := newPair(ctx, t, func(coloring.Packet, []byte) {})
+	p := newPair(ctx, t, 0, func(coloring.Packet, []byte) {})
 	sw, a, b := p.switches["b"], p.guests["a"], p.guests["b"]
 	for n := range 10 {
 		a.send(t, b.addr, n)

@@ -45,59 +45,66 @@ func (u *unixctl) dial(ctx context.Context) error {
 }
 
 func (u *unixctl) call(ctx context.Context, method string, params ...string) error {
+	_, err := u.query(ctx, method, params...)
+	return err
+}
+
+// query is a call whose answer has a text.
+func (u *unixctl) query(ctx context.Context, method string, params ...string) (string, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.conn == nil {
 		if err := u.dial(ctx); err != nil {
-			return fmt.Errorf("%s: %w", method, err)
+			return "", fmt.Errorf("%s: %w", method, err)
 		}
 	}
 	conn := u.conn
 	if err := conn.SetDeadline(time.Now().Add(controlBound)); err != nil {
-		return fmt.Errorf("%s: %w", method, err)
+		return "", fmt.Errorf("%s: %w", method, err)
 	}
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
-	refusal, err := u.exchange(method, params)
+	text, refusal, err := u.exchange(method, params)
 	if !stop() || err != nil {
 		conn.Close()
 		u.conn = nil
 	}
 	if err != nil {
-		return fmt.Errorf("%s: %w", method, errors.Join(context.Cause(ctx), err))
+		return "", fmt.Errorf("%s: %w", method, errors.Join(context.Cause(ctx), err))
 	}
 	if refusal != "" {
-		return fmt.Errorf("%s: ovs-vswitchd says %s", method, refusal)
+		return "", fmt.Errorf("%s: ovs-vswitchd says %s", method, refusal)
 	}
-	return nil
+	return text, nil
 }
 
 // exchange sends a request and reads its answer. A refusal is an answer, too.
-func (u *unixctl) exchange(method string, params []string) (refusal string, err error) {
+func (u *unixctl) exchange(method string, params []string) (text, refusal string, err error) {
 	if params == nil {
 		params = []string{}
 	}
 	u.id++
 	req, err := json.Marshal(map[string]any{"id": u.id, "method": method, "params": params})
 	if err != nil {
-		return "", err
+		return "", "", err
 	}
 	if _, err := u.conn.Write(req); err != nil {
-		return "", err
+		return "", "", err
 	}
 	var reply struct {
-		ID    int             `json:"id"`
-		Error json.RawMessage `json:"error"`
+		ID     int             `json:"id"`
+		Result string          `json:"result"`
+		Error  json.RawMessage `json:"error"`
 	}
 	if err := u.dec.Decode(&reply); err != nil {
-		return "", err
+		return "", "", err
 	}
 	if reply.ID != u.id {
-		return "", fmt.Errorf("the answer is to call %d, not %d", reply.ID, u.id)
+		return "", "", fmt.Errorf("the answer is to call %d, not %d", reply.ID, u.id)
 	}
 	if len(reply.Error) > 0 && string(reply.Error) != "null" {
-		return string(reply.Error), nil
+		return "", string(reply.Error), nil
 	}
-	return "", nil
+	return reply.Result, "", nil
 }
 
 func (u *unixctl) close() {

@@ -273,8 +273,24 @@ func (vm *VM) Status(ctx context.Context) (string, error) {
 	return s.Status, err
 }
 
-// Resume lets the vCPUs run. It returns when they began to.
+// Stop stops the vCPUs, outside a capture, and returns once they stand still. Stopped
+// ones may be stopped again.
+func (vm *VM) Stop(ctx context.Context) error {
+	if err := vm.qmp.Execute(ctx, "stop", nil, nil); err != nil {
+		return fmt.Errorf("stop the vCPUs: %w", err)
+	}
+	return nil
+}
+
+// Resume lets the vCPUs run. It returns when they began to, which is now if they run
+// already.
 func (vm *VM) Resume(ctx context.Context) (time.Time, error) {
+	switch status, err := vm.Status(ctx); {
+	case err != nil:
+		return time.Time{}, err
+	case status == "running": // QEMU would send no event
+		return time.Now(), nil
+	}
 	events := vm.qmp.Subscribe(64, "RESUME")
 	defer events.Close()
 	if err := vm.qmp.Execute(ctx, "cont", nil, nil); err != nil {
