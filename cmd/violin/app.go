@@ -65,7 +65,7 @@ Exit status:
     2  wrong usage, or a mistake in the input (a topology, a name)
     3  no such slice, node or snapshot
     4  the cut was aborted: the nodes run on, and there is no new snapshot
-    5  the state forbids it now (a cut runs already, a name is taken)
+    5  the state forbids it now (a cut runs already, a name is taken, it does not fit)
     6  the server could not be started or reached, or went away
   130  interrupted (Ctrl-C)
 'violin exec' ends with the status of the program it ran, and with 125 if none ran.`
@@ -102,6 +102,7 @@ func (a *app) root() *cobra.Command {
 		a.upCommand(), a.psCommand(), a.downCommand(),
 		a.snapshotCommand(), a.snapshotsCommand(), a.restoreCommand(), a.logCommand(), a.tagCommand(),
 		a.verifyCommand(), a.framesCommand(), a.forgetCommand(),
+		a.suspendCommand(), a.resumeCommand(), a.forkCommand(), a.replayCommand(), a.continueCommand(),
 		a.exportCommand(), a.importCommand(), a.storeCommand(), a.benchCommand(),
 		a.consoleCommand(), a.execCommand(),
 		a.serverCommand(), a.versionCommand(),
@@ -213,6 +214,14 @@ func (a *app) startHistory(ctx context.Context, p *progress) (violinv1connect.Hi
 		return nil, err
 	}
 	return violinv1connect.NewHistoryServiceClient(a.connection, daemon.BaseURL), nil
+}
+
+// startLifecycle is startServer for a verb that starts and stops slices.
+func (a *app) startLifecycle(ctx context.Context, p *progress) (violinv1connect.LifecycleServiceClient, error) {
+	if _, err := a.startServer(ctx, p); err != nil {
+		return nil, err
+	}
+	return violinv1connect.NewLifecycleServiceClient(a.connection, daemon.BaseURL), nil
 }
 
 func (a *app) disconnect() {

@@ -20,7 +20,8 @@ func (a *app) downCommand() *cobra.Command {
 		Short: "Stop a slice; its snapshots stay",
 		Long: `Stop a slice and remove everything it put on its hosts. Its snapshots stay, and
 'violin restore' brings it back from one. With --all, every slice is stopped; that
-none runs is no error then.`,
+none runs is no error then, and suspended ones stay suspended. To stop a suspended slice
+is to give its suspension up: the snapshot that it would go on from stays, too.`,
 		Args: func(_ *cobra.Command, args []string) error {
 			switch {
 			case all && len(args) > 0:

@@ -91,7 +91,7 @@ func (a *app) explain(ctx context.Context, verb *cobra.Command, err error) *fail
 		return &failure{code: exitUsage, err: message}
 	case connect.CodeNotFound:
 		hint := "'violin ps' lists what runs."
-		if slices.Contains([]string{"restore", "snapshots", "verify", "frames", "forget", "export", "log", "tag"}, verb.Name()) {
+		if slices.Contains([]string{"restore", "snapshots", "verify", "frames", "forget", "export", "log", "tag", "fork", "replay"}, verb.Name()) {
 			hint = "'violin snapshots' lists the snapshots."
 		}
 		return &failure{code: exitNotFound, err: message, hint: hint}
@@ -99,6 +99,8 @@ func (a *app) explain(ctx context.Context, verb *cobra.Command, err error) *fail
 		return &failure{code: exitAborted, err: message, hint: "The nodes run on, and there is no new snapshot. It can be tried again at once."}
 	case connect.CodeFailedPrecondition:
 		return &failure{code: exitState, err: message, hint: "'violin ps' tells the state of things."}
+	case connect.CodeResourceExhausted:
+		return &failure{code: exitState, err: message, hint: "'violin suspend' frees what other slices take; --overcommit starts it all the same."}
 	case connect.CodeAlreadyExists:
 		return &failure{code: exitState, err: message}
 	case connect.CodeUnimplemented:
@@ -116,9 +118,9 @@ func (a *app) explain(ctx context.Context, verb *cobra.Command, err error) *fail
 // interrupted says what an interruption leaves behind.
 func interrupted(verb *cobra.Command) error {
 	switch verb.Name() {
-	case "up", "restore":
+	case "up", "restore", "resume", "fork", "replay":
 		return errors.New("interrupted: the server stops what it had started of the slice")
-	case "snapshot":
+	case "snapshot", "suspend":
 		return errors.New("interrupted: the server aborts the cut, and the nodes run on")
 	}
 	return errors.New("interrupted")

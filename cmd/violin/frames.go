@@ -13,6 +13,7 @@ import (
 
 func (a *app) framesCommand() *cobra.Command {
 	var file string
+	var text bool
 	cmd := &cobra.Command{
 		Use:   "frames SLICE@SNAPSHOT",
 		Short: "Get the frames that were in flight at a snapshot's cut, for Wireshark",
@@ -22,7 +23,9 @@ interface of it is an interface of a node and names its network and the epoch th
 cut took the node to; a frame's comment has the epoch that it was sent in, and its
 time minus the interface's cut, which is in the interface's comment, is when it came.
 
-It goes to standard output, unless that is a terminal.
+It goes to standard output, unless that is a terminal. With --text, a line a frame is
+printed instead: when it came after its receiver's cut, the network, who sent it and what
+it is.
 
 Exit status: as in 'violin --help'.`,
 		Example:           "  violin frames mandelbrot@latest --file in-flight.pcapng\n  violin frames mandelbrot@latest | tshark -r -",
@@ -32,9 +35,16 @@ Exit status: as in 'violin --help'.`,
 			if err := a.tableOnly(cmd); err != nil {
 				return err
 			}
+			if text {
+				if file != "" {
+					return &failure{code: exitUsage, err: errors.New("--text goes to standard output, and a file is in pcapng")}
+				}
+				return a.framesText(cmd.Context(), args[0])
+			}
 			return a.frames(cmd.Context(), args[0], file)
 		},
 	}
+	cmd.Flags().BoolVarP(&text, "text", "t", false, "print a line a frame")
 	cmd.Flags().StringVarP(&file, "file", "f", "", "write to this `file` instead; one that is there is replaced")
 	return cmd
 }

@@ -104,8 +104,15 @@ func longest(list []string) int {
 
 // notes are what is to be said of a snapshot's place in the history.
 func notes(s *violinv1.Snapshot, r *violinv1.LogResponse, known map[string]bool) (n []string) {
-	if s.GetId() == r.GetHead() {
+	switch {
+	case s.GetId() != r.GetHead() || r.GetOrigin() != "":
+	case r.GetSuspended():
+		n = append(n, "HEAD, suspended")
+	default:
 		n = append(n, "HEAD")
+	}
+	if o := s.GetParentSlice(); o != "" {
+		return append(n, "fork of "+o+"@"+s.GetParent())
 	}
 	if p := s.GetParent(); p != "" && !known[p] {
 		n = append(n, "parent "+p+" is forgotten")

@@ -48,6 +48,7 @@ type fakeServer struct {
 	violinv1connect.UnimplementedSliceServiceHandler
 	violinv1connect.UnimplementedStoreServiceHandler
 	violinv1connect.UnimplementedHistoryServiceHandler
+	violinv1connect.UnimplementedLifecycleServiceHandler
 
 	slices []*violinv1.Slice
 
@@ -500,6 +501,7 @@ func TestTranscripts(t *testing.T) {
 			{why: "no such snapshot", args: []string{"restore", "missing@latest"}},
 		}},
 		{name: "log", commands: logCommands},
+		{name: "lifecycle", commands: lifecycleCommands},
 		{name: "verify", commands: []command{
 			{why: "it holds", args: []string{"verify", "mandelbrot@latest"}},
 			{why: "it does not", args: []string{"verify", "mandelbrot@tampered"}},

@@ -12,14 +12,16 @@ import (
 
 	violinv1 "violin/api/violin/v1"
 	"violin/internal/daemon"
+	"violin/internal/server"
 )
 
 func (a *app) psCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "ps [SLICE]",
-		Short: "List the slices that run, and their nodes",
-		Long: `List the slices that run, and their nodes. A node that died stays in the list, with
-the reason as far as it is known.`,
+		Short: "List the slices that run or are suspended, and their nodes",
+		Long: `List the slices that run or are suspended, and their nodes. A node that died stays in
+the list, with the reason as far as it is known. HEAD is the snapshot that the slice
+descends from last; of a fork it names that snapshot's slice, too.`,
 		Args:              cobra.MaximumNArgs(1),
 		ValidArgsFunction: a.completion(sliceNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -59,7 +61,20 @@ func (a *app) ps(ctx context.Context, slice string) error {
 func (a *app) runningSlices(ctx context.Context) (*violinv1.ListSlicesResponse, error) {
 	c, err := a.findServer(ctx)
 	if errors.Is(err, daemon.ErrNotRunning) {
-		return &violinv1.ListSlicesResponse{}, nil
+		dirs, err := a.dirs()
+		if err != nil {
+			return nil, err
+		}
+		if !server.Remembers(dirs.State) {
+			return &violinv1.ListSlicesResponse{}, nil
+		}
+		// Suspended slices, say: a server knows.
+		p := a.progress()
+		defer p.done()
+		if c, err = a.startServer(ctx, p); err != nil {
+			return nil, err
+		}
+		return c.ListSlices(ctx, &violinv1.ListSlicesRequest{})
 	}
 	if err != nil {
 		return nil, err
@@ -76,7 +91,7 @@ func (a *app) writeSlices(w io.Writer, list []*violinv1.Slice) {
 		}
 		t.row(s.GetName(),
 			fmt.Sprintf("%d of %d", counts[violinv1.NodeState_NODE_STATE_RUNNING], len(s.GetNodes())),
-			sliceState(s, counts), a.formatTime(s.GetCreated()), s.GetHead())
+			sliceState(s, counts), a.formatTime(s.GetCreated()), headOf(s.GetOrigin(), s.GetHead()))
 	}
 	t.write(w)
 }
@@ -84,6 +99,8 @@ func (a *app) writeSlices(w io.Writer, list []*violinv1.Slice) {
 // sliceState sums a slice up in a word: what most needs attention wins.
 func sliceState(s *violinv1.Slice, counts map[violinv1.NodeState]int) string {
 	switch {
+	case s.GetSuspended():
+		return "suspended"
 	case counts[violinv1.NodeState_NODE_STATE_DEAD] > 0:
 		return "broken"
 	case s.GetCutting():
@@ -95,6 +112,14 @@ func sliceState(s *violinv1.Slice, counts map[violinv1.NodeState]int) string {
 	default:
 		return "running"
 	}
+}
+
+// headOf names what a slice descends from.
+func headOf(origin, id string) string {
+	if origin != "" {
+		return origin + "@" + id
+	}
+	return id
 }
 
 func (a *app) writeNodes(w io.Writer, list []*violinv1.Slice) {

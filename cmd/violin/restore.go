@@ -5,13 +5,15 @@ import (
 	"fmt"
 	"io"
 
+	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 
 	violinv1 "violin/api/violin/v1"
 )
 
 func (a *app) restoreCommand() *cobra.Command {
-	return &cobra.Command{
+	var request violinv1.RestoreRequest
+	cmd := &cobra.Command{
 		Use:   "restore SLICE@SNAPSHOT",
 		Short: "Bring a slice back to a snapshot",
 		Long: `Bring a slice back to a snapshot: its id, the beginning of it if that is unique, its
@@ -20,12 +22,22 @@ one instant, with the frames that were in flight on their way again.`,
 		Example:           "  violin restore mandelbrot@latest\n  violin restore mandelbrot@before-the-crash",
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: a.completion(snapshotNames),
-		RunE:              func(cmd *cobra.Command, args []string) error { return a.restore(cmd.Context(), args[0]) },
+		RunE: func(cmd *cobra.Command, args []string) error {
+			request.Snapshot = args[0]
+			return a.restore(cmd.Context(), &request)
+		},
 	}
+	overcommitFlag(cmd, &request.Overcommit)
+	return cmd
 }
 
-func (a *app) restore(ctx context.Context, snapshot string) error {
-	if err := checkSnapshotName(snapshot); err != nil {
+// overcommitFlag is of all verbs that start VMs.
+func overcommitFlag(cmd *cobra.Command, to *bool) {
+	cmd.Flags().BoolVar(to, "overcommit", false, "start it though the machine has too little free memory or too few processors for it")
+}
+
+func (a *app) restore(ctx context.Context, request *violinv1.RestoreRequest) error {
+	if err := checkSnapshotName(request.GetSnapshot()); err != nil {
 		return err
 	}
 	p := a.progress()
@@ -34,10 +46,15 @@ func (a *app) restore(ctx context.Context, snapshot string) error {
 	if err != nil {
 		return err
 	}
-	stream, err := c.Restore(ctx, &violinv1.RestoreRequest{Snapshot: snapshot})
+	stream, err := c.Restore(ctx, request)
 	if err != nil {
 		return err
 	}
+	return a.followRestore(stream, p, "restored")
+}
+
+// followRestore follows a call that brings a snapshot to life, to its end.
+func (a *app) followRestore(stream *connect.ServerStreamForClient[violinv1.RestoreResponse], p *progress, done string) error {
 	restored, err := follow(stream, p, func(r *violinv1.RestoreResponse) (*violinv1.Progress, *violinv1.Restored, bool) {
 		return r.GetProgress(), r.GetRestored(), r.GetRestored() != nil
 	})
@@ -47,13 +64,15 @@ func (a *app) restore(ctx context.Context, snapshot string) error {
 	return a.print(restored, func(w io.Writer) {
 		a.writeNodes(w, []*violinv1.Slice{restored.GetSlice()})
 		fmt.Fprintln(w)
-		facts := newTable("restored", printable(snapshotName(restored.GetSnapshot())))
-		if tag := restored.GetSnapshot().GetTag(); tag != "" {
-			facts.row("tag", tag)
+		facts := newTable(done, printable(snapshotName(restored.GetSnapshot())))
+		if tags := tagsOf(restored.GetSnapshot()); tags != "" {
+			facts.row("tag", tags)
 		}
 		facts.row("duration", optionalDuration(restored.GetDuration()))
-		facts.row("skew", optionalDuration(restored.GetSkew()))
-		facts.row("injected", frames(restored.GetFramesInjected(), "that were in flight"))
+		if !restored.GetSlice().GetPaused() {
+			facts.row("skew", optionalDuration(restored.GetSkew()))
+			facts.row("injected", frames(restored.GetFramesInjected(), "that were in flight"))
+		}
 		facts.write(w)
 	})
 }

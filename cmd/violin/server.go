@@ -100,6 +100,7 @@ type api interface {
 	violinv1connect.SliceServiceHandler
 	violinv1connect.StoreServiceHandler
 	violinv1connect.HistoryServiceHandler
+	violinv1connect.LifecycleServiceHandler
 }
 
 // apiHandler serves the API over HTTP.
@@ -118,6 +119,7 @@ func apiHandler(s api, logger *slog.Logger) http.Handler {
 	mux.Handle(violinv1connect.NewSliceServiceHandler(s, options...))
 	mux.Handle(violinv1connect.NewStoreServiceHandler(s, options...))
 	mux.Handle(violinv1connect.NewHistoryServiceHandler(s, options...))
+	mux.Handle(violinv1connect.NewLifecycleServiceHandler(s, options...))
 	return mux
 }
 

@@ -17,19 +17,25 @@ import (
 const topologyLimit = 8 << 20
 
 func (a *app) upCommand() *cobra.Command {
-	return &cobra.Command{
+	var overcommit bool
+	cmd := &cobra.Command{
 		Use:   "up FILE",
 		Short: "Start a slice from a topology file",
 		Long: `Start a slice: its nodes, and the networks between them, as the topology FILE says
 ('-' reads it from stdin). The file is checked first, and with any mistake in it
 nothing is started. If a node does not start, or on Ctrl-C, what was started of
-the slice is stopped again.`,
+the slice is stopped again.
+
+A slice that does not fit the machine's free memory and its processors (16 virtual CPUs
+may share one) is refused with what is missing, unless --overcommit is given.`,
 		Args: cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error { return a.up(cmd.Context(), args[0]) },
+		RunE: func(cmd *cobra.Command, args []string) error { return a.up(cmd.Context(), args[0], overcommit) },
 	}
+	overcommitFlag(cmd, &overcommit)
+	return cmd
 }
 
-func (a *app) up(ctx context.Context, file string) error {
+func (a *app) up(ctx context.Context, file string, overcommit bool) error {
 	source, err := a.readTopology(file)
 	if err != nil {
 		return err
@@ -45,7 +51,7 @@ func (a *app) up(ctx context.Context, file string) error {
 	if err != nil {
 		return err
 	}
-	stream, err := c.Up(ctx, &violinv1.UpRequest{File: file, Topology: source, Directory: directory})
+	stream, err := c.Up(ctx, &violinv1.UpRequest{File: file, Topology: source, Directory: directory, Overcommit: overcommit})
 	if err != nil {
 		return err
 	}

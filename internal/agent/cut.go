@@ -40,6 +40,7 @@ type Order struct {
 	Newer    Newer
 	Limits   cut.Limits // of what each gate holds; zero for [DefaultLimits]
 	At       time.Time  // when the vCPUs are to stop, by this host's clock; zero or past for at once
+	Halt     bool       // the nodes are to stand still once they are captured; with SendPrepare
 }
 
 // closeLead is how long before an agreed instant a node's gate is closed: what it takes
@@ -392,6 +393,9 @@ func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {
 	case cut.StepResume:
 		resumed, err := nc.capture.Resumed(ctx)
 		nc.result.Pause = resumed.Sub(nc.result.CutAt)
+		if err == nil && hc.order.Halt {
+			err = n.vm.Halt(ctx)
+		}
 		return err
 	case cut.StepOpen:
 		if err := hc.open(ctx, n); err != nil {

@@ -153,6 +153,27 @@ func (a *Agent) RunNode(ctx context.Context, slice, name string, channel []frame
 	return began, a.open(ctx, n)
 }
 
+// ContinueNode lets the vCPUs of a node that a cut has halted run again.
+func (a *Agent) ContinueNode(ctx context.Context, slice, name string) error {
+	n, err := a.node(slice, name)
+	if err != nil {
+		return err
+	}
+	if _, err := n.vm.Resume(ctx); err != nil {
+		return fmt.Errorf("node %q: let it run again: %w", name, err)
+	}
+	return nil
+}
+
+// Gone returns what is closed when a node's hypervisor has ended.
+func (a *Agent) Gone(slice, name string) (<-chan struct{}, error) {
+	n, err := a.node(slice, name)
+	if err != nil {
+		return nil, err
+	}
+	return n.vm.Done(), nil
+}
+
 // open lets the frames that waited at a node's gate go in, in order, and the
 // switch deliver by itself from then on.
 func (a *Agent) open(ctx context.Context, n *node) error {

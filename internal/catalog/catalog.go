@@ -33,8 +33,8 @@ import (
 
 const (
 	// FormatVersion is the version of the documents that this package writes,
-	// and the newest that it reads.
-	FormatVersion = 1
+	// and the newest that it reads. Version 2 has forks and VM generation ids.
+	FormatVersion = 2
 
 	formatName = "violin-snapshot"
 	dir        = "snapshots"

@@ -270,11 +270,11 @@ func TestSealFindsTampering(t *testing.T) {
 	if _, err := st.GC(t.Context(), c.Roots(t.Context())); !errors.Is(err, store.ErrDamaged) {
 		t.Errorf("collection: %v, want ErrDamaged", err)
 	}
-	newer := strings.Replace(string(good), `"version": 1`, `"version": 2`, 1)
+	newer := strings.Replace(string(good), `"version": 2`, `"version": 99`, 1)
 	if err := os.WriteFile(file, []byte(newer), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.Get(t.Context(), "a", "1"); err == nil || !strings.Contains(err.Error(), "format version 2") {
+	if _, err := c.Get(t.Context(), "a", "1"); err == nil || !strings.Contains(err.Error(), "format version 99") {
 		t.Errorf("newer format: %v", err)
 	}
 	// A document under another's name is not accepted.
@@ -324,7 +324,7 @@ func TestDocumentFormat(t *testing.T) {
 	if err := json.Unmarshal(raw, &doc); err != nil {
 		t.Fatal(err)
 	}
-	if doc.Format != "violin-snapshot" || doc.Version != 1 || doc.Seal != store.Sum(doc.Snapshot) {
+	if doc.Format != "violin-snapshot" || doc.Version != catalog.FormatVersion || doc.Seal != store.Sum(doc.Snapshot) {
 		t.Errorf("document: %s", raw)
 	}
 	for _, s := range []string{`"tag": "gold"`, `"pause_ns": 3000000`, `"epoch": 255`} {

@@ -31,6 +31,16 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
+func FuzzParseRecord(f *testing.F) {
+	f.Add([]byte(`{"format":"violin-slice","version":1,"record":{"slice":"a","suspended":{"snapshot":"1","at":"2026-08-07T10:15:30Z"}}}`))
+	f.Add([]byte(`{"format":"violin-slice","version":1}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if r, err := parseRecord(b); (err == nil) != (r != nil) {
+			t.Errorf("%v and %v", r, err)
+		}
+	})
+}
+
 func FuzzParseTag(f *testing.F) {
 	f.Add([]byte(`{"format":"violin-tag","version":1,"snapshot":"260807-101530-k3f9"}`))
 	f.Add([]byte(`{"format":"violin-tag","version":1,"snapshot":""}`))

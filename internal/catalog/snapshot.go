@@ -1,6 +1,7 @@
 package catalog
 
 import (
+	"cmp"
 	"encoding/base32"
 	"errors"
 	"fmt"
@@ -25,8 +26,11 @@ type Snapshot struct {
 	Tags []string `json:"-"`
 	// Parent is the ID of the snapshot that the slice was last restored from
 	// or that was taken before this one; empty for the first.
-	Parent  string    `json:"parent,omitempty"`
-	Created time.Time `json:"created"` // when it was sealed, by the server's clock
+	Parent string `json:"parent,omitempty"`
+	// ParentSlice is the parent's slice, if that is another: the first snapshot of a
+	// fork has it.
+	ParentSlice string    `json:"parent_slice,omitempty"`
+	Created     time.Time `json:"created"` // when it was sealed, by the server's clock
 	// Mode is how memory was captured, such as "background" or "precopy".
 	Mode string `json:"mode,omitempty"`
 	// Epoch is the one that the cut began in (all nodes ended in the next).
@@ -60,6 +64,9 @@ type Node struct {
 	// Boot are the files that it booted from. They are not in the store: a
 	// restore needs files with the same content.
 	Boot []BootFile `json:"boot,omitempty"`
+	// Generation is the VM generation id that it ran with, a UUID; empty if the VM has
+	// no such device, and then none can be loaded with it.
+	Generation string `json:"generation,omitempty"`
 
 	RawBytes    int64 `json:"raw_bytes"`    // length of the stream as the hypervisor sent it
 	StoredBytes int64 `json:"stored_bytes"` // what the store grew by for it
@@ -111,6 +118,9 @@ type Totals struct {
 // Ref is how a user names the snapshot.
 func (s *Snapshot) Ref() string { return s.Slice + "@" + s.ID }
 
+// ParentOf is the slice of the snapshot's parent.
+func (s *Snapshot) ParentOf() string { return cmp.Or(s.ParentSlice, s.Slice) }
+
 // Roots are what the snapshot needs in the store.
 func (s *Snapshot) Roots() iter.Seq2[store.Root, error] {
 	return func(yield func(store.Root, error) bool) {
@@ -144,6 +154,9 @@ func (s *Snapshot) check() error {
 	}
 	if s.Parent != "" {
 		errs = append(errs, checkID(s.Parent))
+	}
+	if s.ParentSlice != "" {
+		errs = append(errs, CheckName(s.ParentSlice))
 	}
 	if s.Created.IsZero() {
 		errs = append(errs, errors.New("no time of creation"))

@@ -90,6 +90,9 @@ type Cut struct {
 	// At is the instant at which all nodes are to be cut, by this machine's clock; zero
 	// or past for at once. It makes the skew small, and nothing rests on it.
 	At time.Time
+	// Halt leaves the nodes standing still after a cut that is sealed. After one that is
+	// aborted they run.
+	Halt bool
 	// Seal makes the snapshot visible by one atomic write. Its error aborts the cut.
 	Seal func(ctx context.Context, hosts []agent.HostResult, lost []cut.ChannelLoss, drained Drained) error
 	// Progress is told what happens, for people; nil for none.
@@ -228,7 +231,7 @@ func (r *run) send(ef cut.Effect) {
 	}
 	h.Handle(agent.Order{
 		Slice: r.c.cfg.Slice, Networks: r.c.cfg.Networks, Effect: ef, Mode: r.req.Mode, Session: r.req.Session,
-		Newer: r.req.Newer, Limits: r.req.Limits, At: r.local[host],
+		Newer: r.req.Newer, Limits: r.req.Limits, At: r.local[host], Halt: r.req.Halt,
 	}, r.report)
 }
 

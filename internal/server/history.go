@@ -28,7 +28,10 @@ func (s *Server) Log(ctx context.Context, req *violinv1.LogRequest) (*violinv1.L
 	sl, err := s.slice(req.GetSlice())
 	switch {
 	case err == nil:
-		resp.Running, resp.Head = true, sl.getHead()
+		resp.Running = true
+		resp.Origin, resp.Head = sl.getHead()
+	case s.suspension(req.GetSlice()) != nil:
+		resp.Suspended, resp.Head = true, s.suspension(req.GetSlice()).Snapshot
 	case len(all) == 0:
 		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("slice %q neither runs nor has snapshots", req.GetSlice()))
 	}

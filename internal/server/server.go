@@ -44,8 +44,14 @@ type Server struct {
 	catalog *catalog.Catalog
 	urgency *priority.Shared // of this process
 
-	mu     sync.Mutex
-	slices map[string]*slice // a nil slice is a name taken by one that is coming up
+	mu      sync.Mutex
+	slices  map[string]*slice          // a nil slice is a name taken by one that is coming up
+	records map[string]*catalog.Record // what the catalog has; never changed in place
+
+	recording sync.Mutex // held while a record is changed
+
+	admitting sync.Mutex // held from measuring until the room is taken
+	arriving  demand
 
 	boot bootCache
 }
@@ -58,10 +64,16 @@ func New(ctx context.Context, config Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Server{
+	s := &Server{
 		cfg: config, log: config.Logger, store: st, catalog: catalog.New(st), slices: map[string]*slice{},
 		urgency: &priority.Shared{PID: os.Getpid(), Keep: priority.Lowered, Log: config.Logger},
-	}, nil
+	}
+	if s.records, err = s.catalog.Records(ctx, func(_ string, err error) {
+		s.log.Error("what is kept of a slice cannot be read", "err", err)
+	}); err != nil {
+		return nil, errors.Join(err, st.Close())
+	}
+	return s, nil
 }
 
 // Busy tells whether a slice runs: a busy server does not exit for being idle.
@@ -96,6 +108,9 @@ func (s *Server) slice(name string) (*slice, error) {
 	}
 	if _, ok := s.slices[name]; ok {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("slice %q is not up yet", name))
+	}
+	if r := s.records[name]; r != nil && r.Suspended != nil {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("slice %q is suspended; `violin resume %s` lets it go on", name, name))
 	}
 	return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("no slice %q runs here", name))
 }
@@ -134,15 +149,32 @@ func (s *Server) Up(ctx context.Context, req *violinv1.UpRequest, stream *connec
 	tell := serialize(func(p *violinv1.Progress) error {
 		return stream.Send(&violinv1.UpResponse{Event: &violinv1.UpResponse_Progress{Progress: p}})
 	})
+	if err := s.notSuspended(topo.Slice); err != nil {
+		return err
+	}
 	if err := s.claim(topo.Slice); err != nil {
 		return err
 	}
-	sl, err := s.build(ctx, topo, 0, "", tell, nil)
+	sl, err := s.start(ctx, topo, req.GetOvercommit(), tell)
 	s.settle(topo.Slice, sl)
 	if err != nil {
 		return err
 	}
 	return stream.Send(&violinv1.UpResponse{Event: &violinv1.UpResponse_Slice{Slice: sl.message(ctx)}})
+}
+
+// start boots a slice.
+func (s *Server) start(ctx context.Context, topo *topology.Topology, overcommit bool, tell teller) (*slice, error) {
+	release, err := s.admit(ctx, topo, nil, overcommit)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	generation := map[string]string{}
+	for _, n := range topo.Nodes {
+		generation[n.Name] = newGeneration()
+	}
+	return s.build(ctx, topo, 0, generation, tell, nil)
 }
 
 // Down implements the API.
@@ -163,6 +195,12 @@ func (s *Server) Down(ctx context.Context, req *violinv1.DownRequest) (*violinv1
 	s.mu.Unlock()
 	slices.Sort(names)
 	for _, name := range names {
+		if s.suspension(name) != nil {
+			if err := s.record(ctx, name, func(r *catalog.Record) { r.Suspended = nil }); err != nil {
+				return nil, apiError(err)
+			}
+			continue
+		}
 		sl, err := s.slice(name)
 		if err != nil {
 			return nil, err
@@ -178,7 +216,12 @@ func (s *Server) Down(ctx context.Context, req *violinv1.DownRequest) (*violinv1
 // ListSlices implements the API.
 func (s *Server) ListSlices(ctx context.Context, req *violinv1.ListSlicesRequest) (*violinv1.ListSlicesResponse, error) {
 	var found []*slice
+	resp := &violinv1.ListSlicesResponse{}
 	if name := req.GetSlice(); name != "" {
+		if s.suspension(name) != nil {
+			resp.Slices = append(resp.Slices, s.suspendedMessage(ctx, name))
+			return resp, nil
+		}
 		sl, err := s.slice(name)
 		if err != nil {
 			return nil, err
@@ -194,9 +237,13 @@ func (s *Server) ListSlices(ctx context.Context, req *violinv1.ListSlicesRequest
 		s.mu.Unlock()
 	}
 	slices.SortFunc(found, func(a, b *slice) int { return a.created.Compare(b.created) })
-	resp := &violinv1.ListSlicesResponse{}
 	for _, sl := range found {
 		resp.Slices = append(resp.Slices, sl.message(ctx))
+	}
+	if req.GetSlice() == "" {
+		for _, name := range s.suspended() {
+			resp.Slices = append(resp.Slices, s.suspendedMessage(ctx, name))
+		}
 	}
 	return resp, nil
 }

@@ -36,16 +36,20 @@ type slice struct {
 	closing sync.Once
 	closed  error
 
-	mu   sync.Mutex
-	head string // the snapshot it descends from
+	mu      sync.Mutex
+	head    string   // the snapshot it descends from
+	origin  string   // the slice of head, if that is another
+	waiting *waiting // what it waits for since it was brought to a snapshot; nil once it runs
 
-	boot map[string][]catalog.BootFile // by node, as they were when it came up
+	boot       map[string][]catalog.BootFile // by node, as they were when it came up
+	generation map[string]string             // by node, its VM generation id, if it has one
 }
 
 // build brings a slice's hosts, switches and nodes up. With load, the nodes wait
 // for their state and load gives it to them; without, they boot. A failure
 // leaves nothing behind.
-func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.Epoch, head string, tell teller, load func(context.Context, *slice) error) (_ *slice, err error) {
+// generation are the nodes' VM generation ids.
+func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.Epoch, generation map[string]string, tell teller, load func(context.Context, *slice) error) (_ *slice, err error) {
 	machines, err := s.machines(topo)
 	if err != nil {
 		return nil, err
@@ -54,7 +58,7 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 	if err != nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
 	}
-	sl := &slice{topo: topo, created: time.Now(), agents: map[string]*agent.Agent{}, head: head, boot: boot}
+	sl := &slice{topo: topo, created: time.Now(), agents: map[string]*agent.Agent{}, boot: boot, generation: generation}
 	defer func() {
 		if err != nil {
 			if cerr := sl.close(); cerr != nil {
@@ -89,6 +93,7 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 		n := &topo.Nodes[i]
 		g.Go(func() error {
 			spec := agent.NodeSpec{Slice: topo.Slice, Name: n.Name, Epoch: epoch, Machine: machines[n.Name]}
+			spec.Machine.Generation = generation[n.Name]
 			for _, ifc := range n.Interfaces {
 				spec.Interfaces = append(spec.Interfaces, agent.Interface{
 					Network: numbers[ifc.Network], Address: ifc.MAC, MTU: topo.Network(ifc.Network).MTU,
@@ -325,35 +330,39 @@ func (sl *slice) close() error {
 	return sl.closed
 }
 
-func (sl *slice) setHead(id string) {
+// setHead says what the slice descends from: a snapshot of origin.
+func (sl *slice) setHead(origin, id string) {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()
-	sl.head = id
+	sl.head, sl.origin = id, origin
+	if origin == sl.topo.Slice {
+		sl.origin = ""
+	}
 }
 
-func (sl *slice) getHead() string {
+// getHead tells it; origin is empty if it is the slice itself.
+func (sl *slice) getHead() (origin, id string) {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()
-	return sl.head
+	return sl.origin, sl.head
+}
+
+// paused tells whether the slice waits to be continued.
+func (sl *slice) paused() bool {
+	sl.mu.Lock()
+	defer sl.mu.Unlock()
+	return sl.waiting != nil
 }
 
 // message is the slice as the API tells it.
 func (sl *slice) message(ctx context.Context) *violinv1.Slice {
-	m := &violinv1.Slice{Name: sl.topo.Slice, Created: timestamp(sl.created), Head: sl.getHead(), Cutting: sl.coord.Cutting()}
+	m := &violinv1.Slice{Name: sl.topo.Slice, Created: timestamp(sl.created), Cutting: sl.coord.Cutting(), Paused: sl.paused()}
+	m.Origin, m.Head = sl.getHead()
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	for i := range sl.topo.Nodes {
 		n := &sl.topo.Nodes[i]
-		node := &violinv1.Node{
-			Name: n.Name, Host: n.Host, Site: n.Site, MemoryBytes: n.Memory, Cpus: uint32(n.CPUs),
-		}
-		for _, ifc := range n.Interfaces {
-			address := ""
-			if ifc.Address.IsValid() {
-				address = ifc.Address.String()
-			}
-			node.Interfaces = append(node.Interfaces, &violinv1.Interface{Network: ifc.Network, Address: address, Mac: ifc.MAC.String()})
-		}
+		node := nodeMessage(n)
 		st, err := sl.agents[n.Host].Status(ctx, sl.topo.Slice, n.Name)
 		switch {
 		case err != nil:
@@ -369,6 +378,21 @@ func (sl *slice) message(ctx context.Context) *violinv1.Slice {
 		m.Nodes = append(m.Nodes, node)
 	}
 	return m
+}
+
+// nodeMessage is what the topology says of a node.
+func nodeMessage(n *topology.Node) *violinv1.Node {
+	node := &violinv1.Node{
+		Name: n.Name, Host: n.Host, Site: n.Site, MemoryBytes: n.Memory, Cpus: uint32(n.CPUs),
+	}
+	for _, ifc := range n.Interfaces {
+		address := ""
+		if ifc.Address.IsValid() {
+			address = ifc.Address.String()
+		}
+		node.Interfaces = append(node.Interfaces, &violinv1.Interface{Network: ifc.Network, Address: address, Mac: ifc.MAC.String()})
+	}
+	return node
 }
 
 func countHosts(t *topology.Topology) int {

@@ -26,7 +26,6 @@ import (
 	"violin/internal/hypervisor/qemu"
 	stream "violin/internal/migration/qemu"
 	"violin/internal/store"
-	"violin/internal/topology"
 )
 
 // maxAhead bounds how long before its instant a cut may be asked for.
@@ -39,11 +38,8 @@ func (s *Server) Snapshot(ctx context.Context, req *violinv1.SnapshotRequest, ou
 		return err
 	}
 	if tag := req.GetTag(); tag != "" {
-		if err := catalog.CheckTag(tag); err != nil {
-			return connect.NewError(connect.CodeInvalidArgument, err)
-		}
-		if old, err := s.catalog.Resolve(ctx, sl.topo.Slice+"@"+tag); err == nil {
-			return connect.NewError(connect.CodeAlreadyExists, fmt.Errorf("the tag %q names snapshot %s already", tag, old.Ref()))
+		if err := s.freeTag(ctx, sl.topo.Slice, tag); err != nil {
+			return err
 		}
 	}
 	if at := instant(req.GetAt()); time.Until(at) > maxAhead {
@@ -55,11 +51,22 @@ func (s *Server) Snapshot(ctx context.Context, req *violinv1.SnapshotRequest, ou
 	tell := serialize(func(p *violinv1.Progress) error {
 		return out.Send(&violinv1.SnapshotResponse{Event: &violinv1.SnapshotResponse_Progress{Progress: p}})
 	})
-	snap, err := s.take(ctx, sl, req, tell)
+	snap, err := s.take(ctx, sl, req, false, tell)
 	if err != nil {
 		return apiError(err)
 	}
 	return out.Send(&violinv1.SnapshotResponse{Event: &violinv1.SnapshotResponse_Snapshot{Snapshot: snapshotMessage(snap)}})
+}
+
+// freeTag refuses a tag that a snapshot could not be sealed with.
+func (s *Server) freeTag(ctx context.Context, slice, tag string) error {
+	if err := catalog.CheckTag(tag); err != nil {
+		return connect.NewError(connect.CodeInvalidArgument, err)
+	}
+	if old, err := s.catalog.Resolve(ctx, slice+"@"+tag); err == nil {
+		return connect.NewError(connect.CodeAlreadyExists, fmt.Errorf("the tag %q names snapshot %s already", tag, old.Ref()))
+	}
+	return nil
 }
 
 func newerPolicy(p violinv1.NewerPolicy) agent.Newer {
@@ -79,7 +86,12 @@ func instant(t *timestamppb.Timestamp) time.Time {
 	return t.AsTime()
 }
 
-func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequest, tell teller) (_ *catalog.Snapshot, err error) {
+// take takes a snapshot. With halt, the nodes stand still from their cuts on, unless
+// it fails.
+func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequest, halt bool, tell teller) (_ *catalog.Snapshot, err error) {
+	if sl.paused() {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("slice %q is paused at a snapshot; `violin continue` lets it run", sl.topo.Slice))
+	}
 	began := time.Now()
 	id, err := catalog.NewID(began, rand.Reader)
 	if err != nil {
@@ -99,11 +111,12 @@ func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequ
 		}
 	}()
 	snap := &catalog.Snapshot{
-		ID: id, Slice: sl.topo.Slice, Tag: req.GetTag(), Parent: sl.getHead(), Mode: name,
+		ID: id, Slice: sl.topo.Slice, Tag: req.GetTag(), Mode: name,
 		Epoch: uint8(sl.coord.Epoch()), Topology: sl.topo.Marshal(),
 	}
+	snap.ParentSlice, snap.Parent = sl.getHead()
 	err = sl.coord.Take(ctx, coordinator.Cut{
-		ID: id, Mode: mode, Session: session, Progress: tell,
+		ID: id, Mode: mode, Session: session, Progress: tell, Halt: halt,
 		Newer: newerPolicy(req.GetNewer()), At: instant(req.GetAt()),
 		Limits: cut.Limits{Bytes: int(req.GetHoldBytes())}, Hold: req.GetHoldTime().AsDuration(),
 		Seal: func(ctx context.Context, hosts []agent.HostResult, lost []cut.ChannelLoss, drained coordinator.Drained) error {
@@ -113,7 +126,7 @@ func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequ
 	if err != nil {
 		return nil, err
 	}
-	sl.setHead(id)
+	sl.setHead(snap.Slice, id)
 	return snap, nil
 }
 
@@ -140,7 +153,7 @@ func (s *Server) seal(ctx context.Context, sl *slice, snap *catalog.Snapshot, se
 		snap.Nodes = append(snap.Nodes, catalog.Node{
 			Name: r.Node, Host: sl.topo.Node(r.Node).Host, CutAt: r.CutAt, Pause: r.Pause, Device: r.Device, Memory: r.Memory,
 			RawBytes: int64(r.RawBytes), StoredBytes: r.Stats.StoredBytes, Pages: r.Stats.Pages, ZeroPages: r.Stats.ZeroPages,
-			Held: int64(r.Held), Recorded: int64(len(r.Recorded)), Boot: sl.boot[r.Node],
+			Held: int64(r.Held), Recorded: int64(len(r.Recorded)), Boot: sl.boot[r.Node], Generation: sl.generation[r.Node],
 		})
 		snap.Totals.Held += int64(r.Held)
 		snap.Totals.Recorded += int64(len(r.Recorded))
@@ -207,52 +220,11 @@ func (s *Server) ListSnapshots(ctx context.Context, req *violinv1.ListSnapshotsR
 
 // Restore implements the API.
 func (s *Server) Restore(ctx context.Context, req *violinv1.RestoreRequest, out *connect.ServerStream[violinv1.RestoreResponse]) error {
-	began := time.Now()
 	snap, err := s.catalog.Resolve(ctx, req.GetSnapshot())
 	if err != nil {
 		return apiError(err)
 	}
-	topo, err := topology.Parse("snapshot "+snap.Ref(), snap.Topology)
-	if err != nil {
-		return connect.NewError(connect.CodeDataLoss, err)
-	}
-	if err := s.checkBoot(topo, snap); err != nil {
-		return connect.NewError(connect.CodeFailedPrecondition, err)
-	}
-	tell := serialize(func(p *violinv1.Progress) error {
-		return out.Send(&violinv1.RestoreResponse{Event: &violinv1.RestoreResponse_Progress{Progress: p}})
-	})
-	channel, err := s.channelOf(ctx, snap)
-	if err != nil {
-		return apiError(err)
-	}
-	if sl, err := s.slice(topo.Slice); err == nil {
-		if err := s.sound(ctx, snap); err != nil {
-			return apiError(err)
-		}
-		tell("stop", "", "what still runs of slice "+topo.Slice)
-		if err := sl.close(); err != nil {
-			s.log.Error("slice was not taken down cleanly", "slice", topo.Slice, "err", err)
-		}
-		s.settle(topo.Slice, nil)
-	}
-	if err := s.claim(topo.Slice); err != nil {
-		return err
-	}
-	var skew time.Duration
-	sl, err := s.build(ctx, topo, cut.Epoch(snap.Epoch).Next(), snap.ID, tell, func(ctx context.Context, sl *slice) error {
-		var err error
-		skew, err = s.load(ctx, sl, snap, channel, tell)
-		return err
-	})
-	s.settle(topo.Slice, sl)
-	if err != nil {
-		return err
-	}
-	return out.Send(&violinv1.RestoreResponse{Event: &violinv1.RestoreResponse_Restored{Restored: &violinv1.Restored{
-		Slice: sl.message(ctx), Snapshot: snapshotMessage(snap), Duration: durationpb.New(time.Since(began)),
-		Skew: durationpb.New(skew), FramesInjected: uint64(len(channel.Frames)),
-	}}})
+	return s.tellBringing(ctx, bringing{snap: snap, as: snap.Slice, overcommit: req.GetOvercommit()}, out)
 }
 
 func (s *Server) channelOf(ctx context.Context, snap *catalog.Snapshot) (*frames.ChannelState, error) {
@@ -267,9 +239,8 @@ func (s *Server) channelOf(ctx context.Context, snap *catalog.Snapshot) (*frames
 	return cs, nil
 }
 
-// load gives all nodes their state, and only when every one has it lets them
-// run, together. It returns the skew of the instants at which they began.
-func (s *Server) load(ctx context.Context, sl *slice, snap *catalog.Snapshot, channel *frames.ChannelState, tell teller) (time.Duration, error) {
+// load gives all nodes their state. They do not run yet.
+func (s *Server) load(ctx context.Context, sl *slice, snap *catalog.Snapshot, tell teller) error {
 	g, gctx := errgroup.WithContext(ctx)
 	for _, n := range snap.Nodes {
 		g.Go(func() error {
@@ -280,19 +251,19 @@ func (s *Server) load(ctx context.Context, sl *slice, snap *catalog.Snapshot, ch
 			return nil
 		})
 	}
-	if err := g.Wait(); err != nil {
-		return 0, err
-	}
+	return g.Wait()
+}
+
+// run lets the nodes that have their state run, together, and gives them the channel
+// state. It returns the skew of the instants at which they began.
+func (sl *slice) run(ctx context.Context, channel *frames.ChannelState) (time.Duration, error) {
 	var mu sync.Mutex
 	var first, last time.Time
-	g, gctx = errgroup.WithContext(ctx)
-	for _, n := range snap.Nodes {
+	g, gctx := errgroup.WithContext(ctx)
+	for i := range sl.topo.Nodes {
+		n := &sl.topo.Nodes[i]
 		g.Go(func() error {
-			a, err := sl.agentOf(n.Name)
-			if err != nil {
-				return err
-			}
-			at, err := a.RunNode(gctx, sl.topo.Slice, n.Name, channel.Frames, channel.Receivers)
+			at, err := sl.agents[n.Host].RunNode(gctx, sl.topo.Slice, n.Name, channel.Frames, channel.Receivers)
 			mu.Lock()
 			defer mu.Unlock()
 			if first.IsZero() || at.Before(first) {
@@ -331,7 +302,7 @@ func (s *Server) loadNode(ctx context.Context, sl *slice, n catalog.Node) error 
 
 func snapshotMessage(s *catalog.Snapshot) *violinv1.Snapshot {
 	m := &violinv1.Snapshot{
-		Id: s.ID, Slice: s.Slice, Tags: s.Tags, Parent: s.Parent, Created: timestamp(s.Created),
+		Id: s.ID, Slice: s.Slice, Tags: s.Tags, Parent: s.Parent, ParentSlice: s.ParentSlice, Created: timestamp(s.Created),
 		Duration: durationpb.New(s.Totals.Duration), Skew: durationpb.New(s.Totals.Skew),
 		FramesHeld: uint64(s.Totals.Held), FramesRecorded: uint64(s.Totals.Recorded),
 		FramesDropped: uint64(s.Totals.Dropped), FramesLostByNetwork: uint64(s.Totals.Lost),

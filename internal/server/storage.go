@@ -210,6 +210,14 @@ func (s *Server) Forget(ctx context.Context, req *violinv1.ForgetRequest) (*viol
 	return resp, nil
 }
 
+// needed says why a snapshot cannot be forgotten now; it is empty if it can.
+func (s *Server) needed(snap *catalog.Snapshot) string {
+	if at := s.suspension(snap.Slice); at != nil && at.Snapshot == snap.ID {
+		return "the suspended slice goes on from it"
+	}
+	return ""
+}
+
 // judge says which snapshots a request keeps.
 func (s *Server) judge(ctx context.Context, req *violinv1.ForgetRequest) ([]catalog.Verdict, error) {
 	invalid := func(err error) ([]catalog.Verdict, error) {
@@ -236,6 +244,11 @@ func (s *Server) judge(ctx context.Context, req *violinv1.ForgetRequest) ([]cata
 		if err != nil {
 			return invalid(err)
 		}
+		for i, v := range verdicts {
+			if why := s.needed(v.Snapshot); why != "" {
+				verdicts[i].Reasons = append(v.Reasons, why)
+			}
+		}
 		return verdicts, nil
 	}
 	// All are found before one goes.
@@ -251,6 +264,9 @@ func (s *Server) judge(ctx context.Context, req *violinv1.ForgetRequest) ([]cata
 		}
 		if err != nil {
 			return nil, err
+		}
+		if why := s.needed(snap); why != "" {
+			return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("forget snapshot %s: %s", snap.Ref(), why))
 		}
 		if !seen[snap.Ref()] {
 			verdicts = append(verdicts, catalog.Verdict{Snapshot: snap})

@@ -31,7 +31,7 @@ func (s *Server) certify(ctx context.Context, snap *catalog.Snapshot, session *s
 	if snap.Parent != "" {
 		// A parent that was forgotten, or was taken before there were certificates,
 		// ends the chain.
-		if p, err := s.catalog.Get(ctx, snap.Slice, snap.Parent); err == nil && p.Certificate != nil {
+		if p, err := s.catalog.Get(ctx, snap.ParentOf(), snap.Parent); err == nil && p.Certificate != nil {
 			c.ParentCertificate = certificate.Hash(p.Certificate.Fingerprint)
 		}
 	}
@@ -190,7 +190,7 @@ func (s *Server) chain(ctx context.Context, snap *catalog.Snapshot, b []byte) st
 	if err != nil || snap.Parent == "" {
 		return ""
 	}
-	p, err := s.catalog.Get(ctx, snap.Slice, snap.Parent)
+	p, err := s.catalog.Get(ctx, snap.ParentOf(), snap.Parent)
 	switch {
 	case errors.Is(err, catalog.ErrNotFound):
 		return fmt.Sprintf("its parent %s is not there any more", snap.Parent)

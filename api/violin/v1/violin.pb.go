@@ -41,6 +41,7 @@ const (
 	NodeState_NODE_STATE_RUNNING     NodeState = 2
 	NodeState_NODE_STATE_PAUSED      NodeState = 3
 	NodeState_NODE_STATE_DEAD        NodeState = 4
+	NodeState_NODE_STATE_SUSPENDED   NodeState = 5 // with its slice: nothing of it runs
 )
 
 // Enum value maps for NodeState.
@@ -51,6 +52,7 @@ var (
 		2: "NODE_STATE_RUNNING",
 		3: "NODE_STATE_PAUSED",
 		4: "NODE_STATE_DEAD",
+		5: "NODE_STATE_SUSPENDED",
 	}
 	NodeState_value = map[string]int32{
 		"NODE_STATE_UNSPECIFIED": 0,
@@ -58,6 +60,7 @@ var (
 		"NODE_STATE_RUNNING":     2,
 		"NODE_STATE_PAUSED":      3,
 		"NODE_STATE_DEAD":        4,
+		"NODE_STATE_SUSPENDED":   5,
 	}
 )
 
@@ -435,6 +438,9 @@ type Slice struct {
 	Nodes         []*Node                `protobuf:"bytes,3,rep,name=nodes,proto3" json:"nodes,omitempty"`
 	Head          string                 `protobuf:"bytes,4,opt,name=head,proto3" json:"head,omitempty"` // snapshot id that the slice descends from last (taken or restored), empty if none
 	Cutting       bool                   `protobuf:"varint,5,opt,name=cutting,proto3" json:"cutting,omitempty"`
+	Origin        string                 `protobuf:"bytes,20,opt,name=origin,proto3" json:"origin,omitempty"`        // the slice of head, if that is another: this one is its fork
+	Suspended     bool                   `protobuf:"varint,21,opt,name=suspended,proto3" json:"suspended,omitempty"` // nothing of it runs: head is what Resume goes on from
+	Paused        bool                   `protobuf:"varint,22,opt,name=paused,proto3" json:"paused,omitempty"`       // it was brought to its snapshot and waits there for Continue
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -504,11 +510,33 @@ func (x *Slice) GetCutting() bool {
 	return false
 }
 
+func (x *Slice) GetOrigin() string {
+	if x != nil {
+		return x.Origin
+	}
+	return ""
+}
+
+func (x *Slice) GetSuspended() bool {
+	if x != nil {
+		return x.Suspended
+	}
+	return false
+}
+
+func (x *Slice) GetPaused() bool {
+	if x != nil {
+		return x.Paused
+	}
+	return false
+}
+
 type UpRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	File          string                 `protobuf:"bytes,1,opt,name=file,proto3" json:"file,omitempty"`           // name for error messages
-	Topology      []byte                 `protobuf:"bytes,2,opt,name=topology,proto3" json:"topology,omitempty"`   // the YAML source
-	Directory     string                 `protobuf:"bytes,3,opt,name=directory,proto3" json:"directory,omitempty"` // absolute; what relative paths in the topology (kernel, rootfs, ...) are relative to
+	File          string                 `protobuf:"bytes,1,opt,name=file,proto3" json:"file,omitempty"`               // name for error messages
+	Topology      []byte                 `protobuf:"bytes,2,opt,name=topology,proto3" json:"topology,omitempty"`       // the YAML source
+	Directory     string                 `protobuf:"bytes,3,opt,name=directory,proto3" json:"directory,omitempty"`     // absolute; what relative paths in the topology (kernel, rootfs, ...) are relative to
+	Overcommit    bool                   `protobuf:"varint,20,opt,name=overcommit,proto3" json:"overcommit,omitempty"` // though it does not fit: RESOURCE_EXHAUSTED otherwise
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -562,6 +590,13 @@ func (x *UpRequest) GetDirectory() string {
 		return x.Directory
 	}
 	return ""
+}
+
+func (x *UpRequest) GetOvercommit() bool {
+	if x != nil {
+		return x.Overcommit
+	}
+	return false
 }
 
 type UpResponse struct {
@@ -1150,8 +1185,9 @@ type Snapshot struct {
 	RawBytes            uint64                 `protobuf:"varint,13,opt,name=raw_bytes,json=rawBytes,proto3" json:"raw_bytes,omitempty"`
 	StoredBytes         uint64                 `protobuf:"varint,14,opt,name=stored_bytes,json=storedBytes,proto3" json:"stored_bytes,omitempty"`
 	Nodes               []*SnapshotNode        `protobuf:"bytes,15,rep,name=nodes,proto3" json:"nodes,omitempty"`
-	Certificate         string                 `protobuf:"bytes,16,opt,name=certificate,proto3" json:"certificate,omitempty"` // fingerprint of its certificate; empty if it has none
-	Tags                []string               `protobuf:"bytes,30,rep,name=tags,proto3" json:"tags,omitempty"`               // all that it has now, in order; tag is the first
+	Certificate         string                 `protobuf:"bytes,16,opt,name=certificate,proto3" json:"certificate,omitempty"`                    // fingerprint of its certificate; empty if it has none
+	Tags                []string               `protobuf:"bytes,30,rep,name=tags,proto3" json:"tags,omitempty"`                                  // all that it has now, in order; tag is the first
+	ParentSlice         string                 `protobuf:"bytes,31,opt,name=parent_slice,json=parentSlice,proto3" json:"parent_slice,omitempty"` // the slice of parent, if that is another: the first snapshot of a fork
 	unknownFields       protoimpl.UnknownFields
 	sizeCache           protoimpl.SizeCache
 }
@@ -1305,6 +1341,13 @@ func (x *Snapshot) GetTags() []string {
 	return nil
 }
 
+func (x *Snapshot) GetParentSlice() string {
+	if x != nil {
+		return x.ParentSlice
+	}
+	return ""
+}
+
 type ListSnapshotsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Slice         string                 `protobuf:"bytes,1,opt,name=slice,proto3" json:"slice,omitempty"` // one slice's, or all if empty
@@ -1395,7 +1438,8 @@ func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
 
 type RestoreRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Snapshot      string                 `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"` // SLICE@ID, SLICE@TAG or SLICE@latest; a unique prefix of an id will do
+	Snapshot      string                 `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`       // SLICE@ID, SLICE@TAG or SLICE@latest; a unique prefix of an id will do
+	Overcommit    bool                   `protobuf:"varint,20,opt,name=overcommit,proto3" json:"overcommit,omitempty"` // as in UpRequest
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1435,6 +1479,13 @@ func (x *RestoreRequest) GetSnapshot() string {
 		return x.Snapshot
 	}
 	return ""
+}
+
+func (x *RestoreRequest) GetOvercommit() bool {
+	if x != nil {
+		return x.Overcommit
+	}
+	return false
 }
 
 type RestoreResponse struct {
@@ -2197,17 +2248,23 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x05epoch\x18\b \x01(\rR\x05epoch\x12\x10\n" +
 	"\x03pid\x18\t \x01(\x03R\x03pid\x12\x16\n" +
 	"\x06detail\x18\n" +
-	" \x01(\tR\x06detail\"\xa6\x01\n" +
+	" \x01(\tR\x06detail\"\xf4\x01\n" +
 	"\x05Slice\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x124\n" +
 	"\acreated\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12%\n" +
 	"\x05nodes\x18\x03 \x03(\v2\x0f.violin.v1.NodeR\x05nodes\x12\x12\n" +
 	"\x04head\x18\x04 \x01(\tR\x04head\x12\x18\n" +
-	"\acutting\x18\x05 \x01(\bR\acutting\"Y\n" +
+	"\acutting\x18\x05 \x01(\bR\acutting\x12\x16\n" +
+	"\x06origin\x18\x14 \x01(\tR\x06origin\x12\x1c\n" +
+	"\tsuspended\x18\x15 \x01(\bR\tsuspended\x12\x16\n" +
+	"\x06paused\x18\x16 \x01(\bR\x06paused\"y\n" +
 	"\tUpRequest\x12\x12\n" +
 	"\x04file\x18\x01 \x01(\tR\x04file\x12\x1a\n" +
 	"\btopology\x18\x02 \x01(\fR\btopology\x12\x1c\n" +
-	"\tdirectory\x18\x03 \x01(\tR\tdirectory\"r\n" +
+	"\tdirectory\x18\x03 \x01(\tR\tdirectory\x12\x1e\n" +
+	"\n" +
+	"overcommit\x18\x14 \x01(\bR\n" +
+	"overcommit\"r\n" +
 	"\n" +
 	"UpResponse\x121\n" +
 	"\bprogress\x18\x01 \x01(\v2\x13.violin.v1.ProgressH\x00R\bprogress\x12(\n" +
@@ -2250,7 +2307,7 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x05pages\x18\n" +
 	" \x01(\x04R\x05pages\x12\x1d\n" +
 	"\n" +
-	"zero_pages\x18\v \x01(\x04R\tzeroPages\"\xed\x04\n" +
+	"zero_pages\x18\v \x01(\x04R\tzeroPages\"\x90\x05\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05slice\x18\x02 \x01(\tR\x05slice\x12\x10\n" +
@@ -2270,13 +2327,17 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\fstored_bytes\x18\x0e \x01(\x04R\vstoredBytes\x12-\n" +
 	"\x05nodes\x18\x0f \x03(\v2\x17.violin.v1.SnapshotNodeR\x05nodes\x12 \n" +
 	"\vcertificate\x18\x10 \x01(\tR\vcertificate\x12\x12\n" +
-	"\x04tags\x18\x1e \x03(\tR\x04tags\",\n" +
+	"\x04tags\x18\x1e \x03(\tR\x04tags\x12!\n" +
+	"\fparent_slice\x18\x1f \x01(\tR\vparentSlice\",\n" +
 	"\x14ListSnapshotsRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\"J\n" +
 	"\x15ListSnapshotsResponse\x121\n" +
-	"\tsnapshots\x18\x01 \x03(\v2\x13.violin.v1.SnapshotR\tsnapshots\",\n" +
+	"\tsnapshots\x18\x01 \x03(\v2\x13.violin.v1.SnapshotR\tsnapshots\"L\n" +
 	"\x0eRestoreRequest\x12\x1a\n" +
-	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\"\x80\x01\n" +
+	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12\x1e\n" +
+	"\n" +
+	"overcommit\x18\x14 \x01(\bR\n" +
+	"overcommit\"\x80\x01\n" +
 	"\x0fRestoreResponse\x121\n" +
 	"\bprogress\x18\x01 \x01(\v2\x13.violin.v1.ProgressH\x00R\bprogress\x121\n" +
 	"\brestored\x18\x02 \x01(\v2\x13.violin.v1.RestoredH\x00R\brestoredB\a\n" +
@@ -2325,13 +2386,14 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\rFramesRequest\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\"$\n" +
 	"\x0eFramesResponse\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data*\x84\x01\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data*\x9e\x01\n" +
 	"\tNodeState\x12\x1a\n" +
 	"\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x17\n" +
 	"\x13NODE_STATE_STARTING\x10\x01\x12\x16\n" +
 	"\x12NODE_STATE_RUNNING\x10\x02\x12\x15\n" +
 	"\x11NODE_STATE_PAUSED\x10\x03\x12\x13\n" +
-	"\x0fNODE_STATE_DEAD\x10\x04*b\n" +
+	"\x0fNODE_STATE_DEAD\x10\x04\x12\x18\n" +
+	"\x14NODE_STATE_SUSPENDED\x10\x05*b\n" +
 	"\vCaptureMode\x12\x1c\n" +
 	"\x18CAPTURE_MODE_UNSPECIFIED\x10\x00\x12\x1b\n" +
 	"\x17CAPTURE_MODE_BACKGROUND\x10\x01\x12\x18\n" +

@@ -59,8 +59,11 @@ type Spec struct {
 	RootFS      string // path of a read-only disk, may be empty
 	Append      string // to the kernel's command line
 	GuestConfig []byte // the fw_cfg file topology.GuestConfigName
-	NICs        []NIC
-	Dir         string // sockets and logs
+	// Generation is the VM generation id, a UUID. A VM that has one must be loaded with
+	// one, and a VM that has none without: it is a device.
+	Generation string
+	NICs       []NIC
+	Dir        string // sockets and logs
 }
 
 // VM is a running QEMU.
@@ -168,6 +171,9 @@ func (vm *VM) args(incoming bool, config string) []string {
 		args = append(args,
 			"-blockdev", `{"driver":"raw","node-name":"root","read-only":true,"file":{"driver":"file","filename":`+quote(s.RootFS)+`,"locking":"off"}}`,
 			"-device", "virtio-blk-pci,drive=root")
+	}
+	if s.Generation != "" {
+		args = append(args, "-device", "vmgenid,guid="+s.Generation)
 	}
 	for i, n := range s.NICs {
 		id := "net" + strconv.Itoa(i)
@@ -298,6 +304,14 @@ func (vm *VM) Resume(ctx context.Context) (time.Time, error) {
 	}
 	e, err := events.Next(ctx)
 	return e.Timestamp, err
+}
+
+// Halt stops the vCPUs. Running or not, they stand still when it returns.
+func (vm *VM) Halt(ctx context.Context) error {
+	if err := vm.qmp.Execute(ctx, "stop", nil, nil); err != nil {
+		return fmt.Errorf("stop the vCPUs: %w", err)
+	}
+	return nil
 }
 
 // Load gives an incoming VM its state: write writes a migration stream. The

@@ -1,0 +1,145 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+
+	"github.com/spf13/cobra"
+
+	violinv1 "violin/api/violin/v1"
+	"violin/api/violin/v1/violinv1connect"
+	"violin/internal/daemon"
+)
+
+func (a *app) forkCommand() *cobra.Command {
+	var request violinv1.ForkRequest
+	cmd := &cobra.Command{
+		Use:   "fork SLICE@SNAPSHOT --as NAME",
+		Short: "Run a snapshot as another slice, beside the original",
+		Long: `Run a snapshot as a slice of another name. The original, if it runs, is not touched: the
+fork has networks of its own, in which its nodes keep their names and addresses, and no
+frame goes from one to the other. What the fork becomes is a history of its own, which
+begins at the snapshot.
+
+Guests of a fork have the memory of the original's, the state of their random number
+generators with it. --new-genid gives each VM a fresh generation id, at which a Linux
+guest of 5.18 or later reseeds its own. A snapshot of VMs that were started without such
+an id cannot be given one (exit status 5).`,
+		Example:           "  violin fork mandelbrot@before-the-crash --as whatif",
+		Args:              forkArgs(&request),
+		ValidArgsFunction: a.completion(snapshotNames),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			request.Snapshot = args[0]
+			return a.fork(cmd.Context(), &request)
+		},
+	}
+	a.forkFlags(cmd, &request)
+	return cmd
+}
+
+func (a *app) forkFlags(cmd *cobra.Command, request *violinv1.ForkRequest) {
+	cmd.Flags().StringVar(&request.As, "as", "", "the new slice's `name`")
+	cmd.Flags().BoolVar(&request.NewGeneration, "new-genid", false, "give each VM a fresh VM generation id")
+	overcommitFlag(cmd, &request.Overcommit)
+}
+
+func forkArgs(request *violinv1.ForkRequest) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if request.GetAs() == "" {
+			return fmt.Errorf("name the new slice: %s SLICE@SNAPSHOT --as NAME", cmd.Name())
+		}
+		return cobra.ExactArgs(1)(cmd, args)
+	}
+}
+
+func (a *app) fork(ctx context.Context, request *violinv1.ForkRequest) error {
+	if err := checkSnapshotName(request.GetSnapshot()); err != nil {
+		return err
+	}
+	p := a.progress()
+	defer p.done()
+	c, err := a.startLifecycle(ctx, p)
+	if err != nil {
+		return err
+	}
+	stream, err := c.Fork(ctx, request)
+	if err != nil {
+		return err
+	}
+	return a.followRestore(stream, p, "forked")
+}
+
+func (a *app) replayCommand() *cobra.Command {
+	request := violinv1.ForkRequest{Paused: true}
+	cmd := &cobra.Command{
+		Use:   "replay SLICE@SNAPSHOT --as NAME",
+		Short: "Bring a snapshot up beside the original, paused, and show what was in flight",
+		Long: `Do what 'violin fork' does, but leave every node standing still at its cut, and show the
+frames that were in flight: with 'violin continue NAME' the nodes run, and get them.
+Until then the nodes can be looked into from outside (gdb, the QEMU monitor), and nothing
+changes. The frames are those of 'violin frames --text'; with --output json they are left
+out.`,
+		Example:           "  violin replay mandelbrot@before-the-crash --as autopsy\n  violin continue autopsy",
+		Args:              forkArgs(&request),
+		ValidArgsFunction: a.completion(snapshotNames),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			request.Snapshot = args[0]
+			return a.replay(cmd.Context(), &request)
+		},
+	}
+	a.forkFlags(cmd, &request)
+	return cmd
+}
+
+func (a *app) replay(ctx context.Context, request *violinv1.ForkRequest) error {
+	if a.output == "table" {
+		if err := checkSnapshotName(request.GetSnapshot()); err != nil {
+			return err
+		}
+		p := a.progress()
+		defer p.done()
+		if _, err := a.startServer(ctx, p); err != nil {
+			return err
+		}
+		cs, err := channelState(ctx, violinv1connect.NewSliceServiceClient(a.connection, daemon.BaseURL), request.GetSnapshot())
+		if err != nil {
+			return err
+		}
+		p.done()
+		if err := a.writeFlight(a.out, cs); err != nil {
+			return err
+		}
+		fmt.Fprintln(a.out)
+	}
+	if err := a.fork(ctx, request); err != nil {
+		return err
+	}
+	a.note("'violin continue %s' lets it run", request.GetAs())
+	return nil
+}
+
+func (a *app) continueCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "continue SLICE",
+		Short: "Let a slice run that 'violin replay' left paused",
+		Long: `Let a slice run that 'violin replay' left paused: all nodes at one instant, with the
+frames that were in flight on their way again.`,
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: a.completion(sliceNames),
+		RunE:              func(cmd *cobra.Command, args []string) error { return a.continues(cmd.Context(), args[0]) },
+	}
+}
+
+func (a *app) continues(ctx context.Context, slice string) error {
+	if _, err := a.findSliceServer(ctx, slice); err != nil {
+		return err
+	}
+	r, err := violinv1connect.NewLifecycleServiceClient(a.connection, daemon.BaseURL).Continue(ctx, &violinv1.ContinueRequest{Slice: slice})
+	if err != nil {
+		return err
+	}
+	return a.print(r, func(w io.Writer) {
+		fmt.Fprintf(w, "%s runs, with %s\n", slice, frames(r.GetFramesInjected(), "that were in flight"))
+	})
+}

@@ -1,0 +1,125 @@
+package catalog
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"violin/internal/store"
+)
+
+const (
+	recordDir     = "slices"
+	recordFormat  = "violin-slice"
+	recordVersion = 1
+)
+
+// A Record is what is kept of a slice, beside its snapshots, for when its server is
+// gone. A slice that needs none has none.
+type Record struct {
+	Slice string `json:"slice"`
+	// Suspended is set while the slice is suspended.
+	Suspended *Suspension `json:"suspended,omitempty"`
+}
+
+// A Suspension is where a suspended slice goes on.
+type Suspension struct {
+	Snapshot string    `json:"snapshot"` // ID
+	At       time.Time `json:"at"`
+}
+
+// Empty tells whether the record says nothing.
+func (r *Record) Empty() bool { return r.Suspended == nil }
+
+type recordDocument struct {
+	Format  string  `json:"format"`
+	Version int     `json:"version"`
+	Record  *Record `json:"record"`
+}
+
+func recordName(slice string) string { return recordDir + "/" + slice + ".json" }
+
+func parseRecord(doc []byte) (*Record, error) {
+	damaged := func(err error) (*Record, error) { return nil, fmt.Errorf("%w: %w", store.ErrDamaged, err) }
+	var head struct {
+		Format  string
+		Version int
+	}
+	if err := json.Unmarshal(doc, &head); err != nil {
+		return damaged(err)
+	}
+	switch {
+	case head.Format != recordFormat:
+		return damaged(fmt.Errorf("format %q, want %q", head.Format, recordFormat))
+	case head.Version < 1 || head.Version > recordVersion:
+		return nil, fmt.Errorf("slice's record has format version %d, this violin reads version %d and older; use a later violin", head.Version, recordVersion)
+	}
+	dec := json.NewDecoder(bytes.NewReader(doc))
+	dec.DisallowUnknownFields()
+	var d recordDocument
+	if err := dec.Decode(&d); err != nil {
+		return damaged(err)
+	}
+	if d.Record == nil {
+		return damaged(errors.New("there is no record in it"))
+	}
+	if err := CheckName(d.Record.Slice); err != nil {
+		return damaged(err)
+	}
+	if s := d.Record.Suspended; s != nil {
+		if err := checkID(s.Snapshot); err != nil {
+			return damaged(err)
+		}
+	}
+	return d.Record, nil
+}
+
+// PutRecord writes a slice's record in the place of the one that it has, by one
+// atomic write, or deletes it if it says nothing.
+func (c *Catalog) PutRecord(ctx context.Context, r *Record) error {
+	err := CheckName(r.Slice)
+	switch {
+	case err != nil:
+	case r.Empty():
+		err = c.st.DeleteDocument(ctx, recordName(r.Slice))
+	default:
+		var doc []byte
+		if doc, err = json.MarshalIndent(recordDocument{recordFormat, recordVersion, r}, "", "  "); err == nil {
+			err = c.st.ReplaceDocument(ctx, recordName(r.Slice), append(doc, '\n'))
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("record of slice %q: %w", r.Slice, err)
+	}
+	return nil
+}
+
+// Records returns the records that there are, by slice. One that cannot be read is
+// told, and left out.
+func (c *Catalog) Records(ctx context.Context, damaged func(slice string, err error)) (map[string]*Record, error) {
+	out := map[string]*Record{}
+	for name, err := range c.st.Documents(ctx, recordDir) {
+		if err != nil {
+			return nil, fmt.Errorf("list records of slices: %w", err)
+		}
+		slice := strings.TrimSuffix(strings.TrimPrefix(name, recordDir+"/"), ".json")
+		doc, err := c.st.GetDocument(ctx, name)
+		var r *Record
+		if err == nil {
+			r, err = parseRecord(doc)
+		}
+		if err == nil && r.Slice != slice {
+			err = fmt.Errorf("%w: it is of slice %q", store.ErrDamaged, r.Slice)
+		}
+		if err != nil {
+			damaged(slice, fmt.Errorf("record of slice %q: %w", slice, err))
+			continue
+		}
+		out[slice] = r
+	}
+	return out, nil
+}

@@ -1,0 +1,200 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/google/uuid"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	violinv1 "violin/api/violin/v1"
+	"violin/internal/catalog"
+	"violin/internal/cut"
+	"violin/internal/frames"
+	"violin/internal/topology"
+)
+
+// bringing is a snapshot that is to be brought to life.
+type bringing struct {
+	snap          *catalog.Snapshot
+	as            string // the slice's name: the snapshot's, or a fork's
+	paused        bool   // wait to be continued
+	newGeneration bool   // fresh VM generation ids
+	overcommit    bool
+}
+
+// waiting is what a slice that was brought to a snapshot waits with.
+type waiting struct {
+	channel *frames.ChannelState
+}
+
+func newGeneration() string { return uuid.NewString() }
+
+// tellBringing brings a snapshot to life and tells a caller how it goes on.
+func (s *Server) tellBringing(ctx context.Context, b bringing, out *connect.ServerStream[violinv1.RestoreResponse]) error {
+	tell := serialize(func(p *violinv1.Progress) error {
+		return out.Send(&violinv1.RestoreResponse{Event: &violinv1.RestoreResponse_Progress{Progress: p}})
+	})
+	restored, err := s.bring(ctx, b, tell)
+	if err != nil {
+		return apiError(err)
+	}
+	return out.Send(&violinv1.RestoreResponse{Event: &violinv1.RestoreResponse_Restored{Restored: restored}})
+}
+
+// bring brings a snapshot to life. What runs under the name is stopped first, if the
+// slice is the snapshot's own; nothing is stopped for a snapshot that is damaged or
+// does not fit.
+func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.Restored, error) {
+	began := time.Now()
+	topo, err := s.topologyOf(b.snap, b.as)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.checkBoot(topo, b.snap); err != nil {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
+	}
+	channel, err := s.channelOf(ctx, b.snap)
+	if err != nil {
+		return nil, err
+	}
+	fork := b.as != b.snap.Slice
+	var old *slice
+	if !fork {
+		old, _ = s.slice(b.as)
+	}
+	release, err := s.admit(ctx, topo, old, b.overcommit)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	if old != nil {
+		if err := s.sound(ctx, b.snap); err != nil {
+			return nil, err
+		}
+		tell("stop", "", "what still runs of slice "+b.as)
+		if err := old.close(); err != nil {
+			s.log.Error("slice was not taken down cleanly", "slice", b.as, "err", err)
+		}
+		s.settle(b.as, nil)
+	}
+	if err := s.claim(b.as); err != nil {
+		return nil, err
+	}
+	var skew time.Duration
+	sl, err := s.build(ctx, topo, cut.Epoch(b.snap.Epoch).Next(), b.generations(), tell, func(ctx context.Context, sl *slice) error {
+		sl.setHead(b.snap.Slice, b.snap.ID)
+		if err := s.load(ctx, sl, b.snap, tell); err != nil {
+			return err
+		}
+		if b.paused {
+			sl.waiting = &waiting{channel: channel}
+			return nil
+		}
+		var err error
+		skew, err = sl.run(ctx, channel)
+		return err
+	})
+	s.settle(b.as, sl)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.record(context.WithoutCancel(ctx), b.as, func(r *catalog.Record) { r.Suspended = nil }); err != nil {
+		// It runs, whatever is written; `violin down` and a restore mend the rest.
+		s.log.Error("the slice runs, and is still noted as suspended", "slice", b.as, "err", err)
+	}
+	r := &violinv1.Restored{
+		Slice: sl.message(ctx), Snapshot: snapshotMessage(b.snap), Duration: durationpb.New(time.Since(began)), Skew: durationpb.New(skew),
+	}
+	if !b.paused {
+		r.FramesInjected = uint64(len(channel.Frames))
+	}
+	return r, nil
+}
+
+// topologyOf is a snapshot's topology for a slice of a name. Everything that a guest
+// may have seen of it stays as it was.
+func (s *Server) topologyOf(snap *catalog.Snapshot, as string) (*topology.Topology, error) {
+	topo, err := topology.Parse("snapshot "+snap.Ref(), snap.Topology)
+	if err != nil {
+		return nil, connect.NewError(connect.CodeDataLoss, err)
+	}
+	if as == topo.Slice {
+		return topo, nil
+	}
+	topo.Slice = as
+	if topo, err = topology.Parse("fork "+as, topo.Marshal()); err != nil {
+		return nil, connect.NewError(connect.CodeInvalidArgument, err)
+	}
+	return topo, nil
+}
+
+// generations are the VM generation ids of the nodes: as they were, or fresh. A node
+// that had none gets none.
+func (b *bringing) generations() map[string]string {
+	g := map[string]string{}
+	for _, n := range b.snap.Nodes {
+		if n.Generation == "" {
+			continue
+		}
+		g[n.Name] = n.Generation
+		if b.newGeneration {
+			g[n.Name] = newGeneration()
+		}
+	}
+	return g
+}
+
+// Fork implements the API.
+func (s *Server) Fork(ctx context.Context, req *violinv1.ForkRequest, out *connect.ServerStream[violinv1.RestoreResponse]) error {
+	if err := catalog.CheckName(req.GetAs()); err != nil {
+		return connect.NewError(connect.CodeInvalidArgument, err)
+	}
+	snap, err := s.catalog.Resolve(ctx, req.GetSnapshot())
+	if err != nil {
+		return apiError(err)
+	}
+	if req.GetAs() == snap.Slice {
+		return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("a fork of %s cannot have the name of its slice; `violin restore` brings the slice itself back", snap.Ref()))
+	}
+	if err := s.notSuspended(req.GetAs()); err != nil {
+		return err
+	}
+	if req.GetNewGeneration() {
+		for _, n := range snap.Nodes {
+			if n.Generation == "" {
+				return connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf(
+					"snapshot %s: node %q has no VM generation id: it was started by a violin that gave none, and a VM cannot be given one later; fork it without", snap.Ref(), n.Name))
+			}
+		}
+	}
+	return s.tellBringing(ctx, bringing{
+		snap: snap, as: req.GetAs(), paused: req.GetPaused(), newGeneration: req.GetNewGeneration(), overcommit: req.GetOvercommit(),
+	}, out)
+}
+
+// Continue implements the API.
+func (s *Server) Continue(ctx context.Context, req *violinv1.ContinueRequest) (*violinv1.ContinueResponse, error) {
+	sl, err := s.slice(req.GetSlice())
+	if err != nil {
+		return nil, err
+	}
+	sl.mu.Lock()
+	w := sl.waiting
+	sl.waiting = nil
+	sl.mu.Unlock()
+	if w == nil {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("slice %q is not paused", req.GetSlice()))
+	}
+	// Half of the nodes running would be no state of the slice: it is not given up on
+	// the way.
+	if _, err := sl.run(context.WithoutCancel(ctx), w.channel); err != nil {
+		err = errors.Join(err, sl.close())
+		s.settle(req.GetSlice(), nil)
+		return nil, apiError(fmt.Errorf("continue slice %q, which is stopped now: %w", req.GetSlice(), err))
+	}
+	return &violinv1.ContinueResponse{Slice: sl.message(ctx), FramesInjected: uint64(len(w.channel.Frames))}, nil
+}
