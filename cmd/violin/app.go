@@ -18,6 +18,7 @@ import (
 
 	"violin/api/violin/v1/violinv1connect"
 	"violin/internal/daemon"
+	"violin/internal/server"
 )
 
 // stdio is where a command reads and writes. What is not an *os.File is no terminal.
@@ -186,6 +187,11 @@ func (a *app) findServer(ctx context.Context) (violinv1connect.SliceServiceClien
 // findSliceServer is findServer for a verb about a slice that runs: no server, no such slice.
 func (a *app) findSliceServer(ctx context.Context, slice string) (violinv1connect.SliceServiceClient, error) {
 	c, err := a.findServer(ctx)
+	if dirs, derr := a.dirs(); derr == nil && errors.Is(err, daemon.ErrNotRunning) && server.Remembers(dirs.State) {
+		p := a.progress()
+		defer p.done()
+		return a.startServer(ctx, p) // which knows whether this slice is a suspended one
+	}
 	if errors.Is(err, daemon.ErrNotRunning) {
 		return nil, &failure{code: exitNotFound, err: fmt.Errorf("slice %q does not run: %w", slice, err),
 			hint: fmt.Sprintf("'violin up FILE' starts a slice; 'violin restore %s@latest' brings its last snapshot back.", slice)}

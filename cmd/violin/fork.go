@@ -42,6 +42,7 @@ func (a *app) forkFlags(cmd *cobra.Command, request *violinv1.ForkRequest) {
 	cmd.Flags().StringVar(&request.As, "as", "", "the new slice's `name`")
 	cmd.Flags().BoolVar(&request.NewGeneration, "new-genid", false, "give each VM a fresh VM generation id")
 	overcommitFlag(cmd, &request.Overcommit)
+	clockFlag(cmd, &request.Clock)
 }
 
 func forkArgs(request *violinv1.ForkRequest) cobra.PositionalArgs {
@@ -141,5 +142,8 @@ func (a *app) continues(ctx context.Context, slice string) error {
 	}
 	return a.print(r, func(w io.Writer) {
 		fmt.Fprintf(w, "%s runs, with %s\n", slice, frames(r.GetFramesInjected(), "that were in flight"))
+		for _, n := range r.GetNotes() {
+			fmt.Fprintf(w, "note: %s\n", printable(n))
+		}
 	})
 }

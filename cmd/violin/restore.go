@@ -28,7 +28,43 @@ one instant, with the frames that were in flight on their way again.`,
 		},
 	}
 	overcommitFlag(cmd, &request.Overcommit)
+	clockFlag(cmd, &request.Clock)
 	return cmd
+}
+
+// clockFlag is of all verbs that bring a snapshot to life, or take one.
+func clockFlag(cmd *cobra.Command, to *violinv1.ClockPolicy) {
+	cmd.Flags().Var((*clockValue)(to), "clock", `what becomes of the guests' wall clocks when they are restored: frozen (they go on from the
+cut) or catch-up (they are stepped to now, through the guest agent; timers do not notice).
+Of a snapshot: for its restores. Of a restore: instead of what the snapshot says`)
+	_ = cmd.RegisterFlagCompletionFunc("clock", cobra.FixedCompletions([]string{"frozen", "catch-up"}, cobra.ShellCompDirectiveNoFileComp))
+}
+
+// clockValue is --clock.
+type clockValue violinv1.ClockPolicy
+
+func (v *clockValue) Type() string { return "policy" }
+
+func (v *clockValue) String() string {
+	switch violinv1.ClockPolicy(*v) {
+	case violinv1.ClockPolicy_CLOCK_POLICY_FROZEN:
+		return "frozen"
+	case violinv1.ClockPolicy_CLOCK_POLICY_CATCH_UP:
+		return "catch-up"
+	}
+	return ""
+}
+
+func (v *clockValue) Set(text string) error {
+	switch text {
+	case "frozen":
+		*v = clockValue(violinv1.ClockPolicy_CLOCK_POLICY_FROZEN)
+	case "catch-up":
+		*v = clockValue(violinv1.ClockPolicy_CLOCK_POLICY_CATCH_UP)
+	default:
+		return fmt.Errorf("it is frozen or catch-up")
+	}
+	return nil
 }
 
 // overcommitFlag is of all verbs that start VMs.
@@ -74,5 +110,8 @@ func (a *app) followRestore(stream *connect.ServerStreamForClient[violinv1.Resto
 			facts.row("injected", frames(restored.GetFramesInjected(), "that were in flight"))
 		}
 		facts.write(w)
+		for _, n := range restored.GetNotes() {
+			fmt.Fprintf(w, "note: %s\n", printable(n))
+		}
 	})
 }

@@ -18,6 +18,7 @@ func (a *app) snapshotCommand() *cobra.Command {
 	var mode, tag, newer, at string
 	var holdBytes uint64
 	var holdTime time.Duration
+	var clock violinv1.ClockPolicy
 	cmd := &cobra.Command{
 		Use:   "snapshot SLICE",
 		Short: "Take a consistent live snapshot of a slice",
@@ -41,7 +42,7 @@ frame is delivered, and nothing of it remains in the store (exit status 4).`,
 			if err != nil {
 				return err
 			}
-			request := &violinv1.SnapshotRequest{Slice: args[0], Mode: m, Tag: tag}
+			request := &violinv1.SnapshotRequest{Slice: args[0], Mode: m, Tag: tag, Clock: clock}
 			if request.Newer, err = newerPolicy(newer); err != nil {
 				return err
 			}
@@ -63,6 +64,7 @@ drop (it is lost, and nothing in flight is recorded: for comparison only)`)
 	cmd.Flags().StringVar(&at, "at", "", "cut all nodes at this `INSTANT`: RFC 3339, or +DURATION from now. Makes the skew small")
 	cmd.Flags().Uint64Var(&holdBytes, "hold-bytes", 0, "abort when more than these `BYTES` wait at one node's gate (default 64 MiB)")
 	cmd.Flags().DurationVar(&holdTime, "hold-time", 0, "abort when the nodes are not all cut within this `TIME` (default 10s)")
+	clockFlag(cmd, &clock)
 	_ = cmd.RegisterFlagCompletionFunc("newer", cobra.FixedCompletions([]string{"hold", "trigger", "drop"}, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.RegisterFlagCompletionFunc("mode", cobra.FixedCompletions([]string{"background", "precopy"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd

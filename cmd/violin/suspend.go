@@ -94,7 +94,8 @@ func (a *app) resumeCommand() *cobra.Command {
 		Use:   "resume SLICE",
 		Short: "Let a suspended slice go on",
 		Long: `Let a suspended slice go on where it stands: all nodes at one instant, with the frames
-that were in flight on their way again. If it fails, the slice stays suspended.`,
+that were in flight on their way again. If it fails, the slice stays suspended. The
+guests' wall clocks catch up, unless --clock frozen is given.`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: a.completion(sliceNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -103,6 +104,7 @@ that were in flight on their way again. If it fails, the slice stays suspended.`
 		},
 	}
 	overcommitFlag(cmd, &request.Overcommit)
+	clockFlag(cmd, &request.Clock)
 	return cmd
 }
 

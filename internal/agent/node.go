@@ -296,6 +296,23 @@ func (a *Agent) Exec(ctx context.Context, slice, name string, command []string, 
 	return r, nil
 }
 
+// SetClock steps a node's wall clock to this host's, through its guest agent.
+func (a *Agent) SetClock(ctx context.Context, slice, name string) error {
+	n, err := a.node(slice, name)
+	if err != nil {
+		return err
+	}
+	c, err := qga.Dial(ctx, n.vm.AgentPath())
+	if err != nil {
+		return fmt.Errorf("node %q: %w", name, err)
+	}
+	defer c.Close()
+	if err := c.SetClock(ctx, time.Now); err != nil {
+		return fmt.Errorf("node %q: %w", name, err)
+	}
+	return nil
+}
+
 // Console joins a node's serial console.
 func (a *Agent) Console(ctx context.Context, slice, name string) (net.Conn, error) {
 	n, err := a.node(slice, name)

@@ -33,6 +33,9 @@ type Snapshot struct {
 	Created     time.Time `json:"created"` // when it was sealed, by the server's clock
 	// Mode is how memory was captured, such as "background" or "precopy".
 	Mode string `json:"mode,omitempty"`
+	// Clock is what a restore does with the guests' clocks unless told otherwise:
+	// "frozen", "catch-up", or nothing for the default.
+	Clock string `json:"clock,omitempty"`
 	// Epoch is the one that the cut began in (all nodes ended in the next).
 	Epoch uint8 `json:"epoch"`
 	// Topology is the slice's topology: the YAML source, byte for byte.
@@ -44,6 +47,12 @@ type Snapshot struct {
 	// before there were certificates.
 	Certificate *Certificate `json:"certificate,omitempty"`
 }
+
+// What becomes of a guest's clock when it is restored.
+const (
+	Frozen  = "frozen"   // it goes on from the cut
+	CatchUp = "catch-up" // its wall clock is stepped to now
+)
 
 // A Node is what a snapshot holds of one VM.
 type Node struct {
@@ -157,6 +166,9 @@ func (s *Snapshot) check() error {
 	}
 	if s.ParentSlice != "" {
 		errs = append(errs, CheckName(s.ParentSlice))
+	}
+	if s.Clock != "" && s.Clock != Frozen && s.Clock != CatchUp {
+		errs = append(errs, fmt.Errorf("clock %q is neither %s nor %s", s.Clock, Frozen, CatchUp))
 	}
 	if s.Created.IsZero() {
 		errs = append(errs, errors.New("no time of creation"))

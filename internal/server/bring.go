@@ -24,11 +24,13 @@ type bringing struct {
 	paused        bool   // wait to be continued
 	newGeneration bool   // fresh VM generation ids
 	overcommit    bool
+	clock         string // [catalog.Frozen] or [catalog.CatchUp]
 }
 
 // waiting is what a slice that was brought to a snapshot waits with.
 type waiting struct {
 	channel *frames.ChannelState
+	clock   string
 }
 
 func newGeneration() string { return uuid.NewString() }
@@ -91,7 +93,7 @@ func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.
 			return err
 		}
 		if b.paused {
-			sl.waiting = &waiting{channel: channel}
+			sl.waiting = &waiting{channel: channel, clock: b.clock}
 			return nil
 		}
 		var err error
@@ -106,7 +108,12 @@ func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.
 		// It runs, whatever is written; `violin down` and a restore mend the rest.
 		s.log.Error("the slice runs, and is still noted as suspended", "slice", b.as, "err", err)
 	}
+	var notes []string
+	if !b.paused {
+		notes = sl.setClocks(ctx, b.clock, tell)
+	}
 	r := &violinv1.Restored{
+		Notes: notes,
 		Slice: sl.message(ctx), Snapshot: snapshotMessage(b.snap), Duration: durationpb.New(time.Since(began)), Skew: durationpb.New(skew),
 	}
 	if !b.paused {
@@ -171,8 +178,12 @@ func (s *Server) Fork(ctx context.Context, req *violinv1.ForkRequest, out *conne
 			}
 		}
 	}
+	policy := snap.Clock
+	if req.GetPaused() {
+		policy = "" // what is looked into is to be as it was
+	}
 	return s.tellBringing(ctx, bringing{
-		snap: snap, as: req.GetAs(), paused: req.GetPaused(), newGeneration: req.GetNewGeneration(), overcommit: req.GetOvercommit(),
+		clock: clockOf(req.GetClock(), policy, catalog.Frozen), snap: snap, as: req.GetAs(), paused: req.GetPaused(), newGeneration: req.GetNewGeneration(), overcommit: req.GetOvercommit(),
 	}, out)
 }
 
@@ -196,5 +207,6 @@ func (s *Server) Continue(ctx context.Context, req *violinv1.ContinueRequest) (*
 		s.settle(req.GetSlice(), nil)
 		return nil, apiError(fmt.Errorf("continue slice %q, which is stopped now: %w", req.GetSlice(), err))
 	}
-	return &violinv1.ContinueResponse{Slice: sl.message(ctx), FramesInjected: uint64(len(w.channel.Frames))}, nil
+	notes := sl.setClocks(ctx, w.clock, func(_, _, _ string) {})
+	return &violinv1.ContinueResponse{Slice: sl.message(ctx), FramesInjected: uint64(len(w.channel.Frames)), Notes: notes}, nil
 }

@@ -115,6 +115,7 @@ func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequ
 		Epoch: uint8(sl.coord.Epoch()), Topology: sl.topo.Marshal(),
 	}
 	snap.ParentSlice, snap.Parent = sl.getHead()
+	snap.Clock = clockName(req.GetClock())
 	err = sl.coord.Take(ctx, coordinator.Cut{
 		ID: id, Mode: mode, Session: session, Progress: tell, Halt: halt,
 		Newer: newerPolicy(req.GetNewer()), At: instant(req.GetAt()),
@@ -224,7 +225,7 @@ func (s *Server) Restore(ctx context.Context, req *violinv1.RestoreRequest, out 
 	if err != nil {
 		return apiError(err)
 	}
-	return s.tellBringing(ctx, bringing{snap: snap, as: snap.Slice, overcommit: req.GetOvercommit()}, out)
+	return s.tellBringing(ctx, bringing{snap: snap, as: snap.Slice, overcommit: req.GetOvercommit(), clock: clockOf(req.GetClock(), snap.Clock, catalog.Frozen)}, out)
 }
 
 func (s *Server) channelOf(ctx context.Context, snap *catalog.Snapshot) (*frames.ChannelState, error) {
@@ -311,6 +312,12 @@ func snapshotMessage(s *catalog.Snapshot) *violinv1.Snapshot {
 	}
 	if s.Mode == "precopy" {
 		m.Mode = violinv1.CaptureMode_CAPTURE_MODE_PRECOPY
+	}
+	switch s.Clock {
+	case catalog.Frozen:
+		m.Clock = violinv1.ClockPolicy_CLOCK_POLICY_FROZEN
+	case catalog.CatchUp:
+		m.Clock = violinv1.ClockPolicy_CLOCK_POLICY_CATCH_UP
 	}
 	if len(s.Tags) > 0 {
 		m.Tag = s.Tags[0]

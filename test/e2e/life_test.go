@@ -70,7 +70,8 @@ func TestLife(t *testing.T) {
 	must(t, dirs, "up", filepath.Join(root, "examples/pair.yaml"))
 	booted(t, dirs, "pair/left")
 	booted(t, dirs, "pair/right")
-	sh(t, dirs, "pair/left", "echo before >/tmp/mark; (ping -i 0.005 right >/dev/null 2>&1 &)")
+	// Its clock goes wrong, as if it had been suspended for long.
+	sh(t, dirs, "pair/left", "echo before >/tmp/mark; date -s @1000000000; (ping -i 0.005 right >/dev/null 2>&1 &)")
 	boot := sh(t, dirs, "pair/left", "cat /proc/sys/kernel/random/boot_id")
 	must(t, dirs, "snapshot", "pair", "--tag", "one")
 
@@ -108,7 +109,7 @@ func TestLife(t *testing.T) {
 		}
 	}
 	must(t, dirs, "continue", "autopsy")
-	if got := sh(t, dirs, "autopsy/left", "cat /tmp/mark"); got != "before" {
+	if got := sh(t, dirs, "autopsy/left", "cat /tmp/mark; date +%Y"); got != "before\n2001" {
 		t.Errorf("replay: %q", got)
 	}
 	must(t, dirs, "down", "autopsy")
@@ -152,6 +153,9 @@ func TestLife(t *testing.T) {
 	}
 	if _, err := command(t, dirs, "resume", "pair"); err == nil {
 		t.Error("it was resumed twice")
+	}
+	if year := sh(t, dirs, "pair/left", "date +%Y"); year < "2026" {
+		t.Errorf("resumed: its clock did not catch up: %s", year)
 	}
 	must(t, dirs, "forget", "pair@latest")
 }

@@ -464,6 +464,7 @@ type ResumeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Slice         string                 `protobuf:"bytes,1,opt,name=slice,proto3" json:"slice,omitempty"`
 	Overcommit    bool                   `protobuf:"varint,20,opt,name=overcommit,proto3" json:"overcommit,omitempty"` // as in UpRequest
+	Clock         ClockPolicy            `protobuf:"varint,21,opt,name=clock,proto3,enum=violin.v1.ClockPolicy" json:"clock,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -512,6 +513,13 @@ func (x *ResumeRequest) GetOvercommit() bool {
 	return false
 }
 
+func (x *ResumeRequest) GetClock() ClockPolicy {
+	if x != nil {
+		return x.Clock
+	}
+	return ClockPolicy_CLOCK_POLICY_UNSPECIFIED
+}
+
 type ForkRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Snapshot      string                 `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`                                 // as in RestoreRequest
@@ -519,6 +527,7 @@ type ForkRequest struct {
 	Paused        bool                   `protobuf:"varint,3,opt,name=paused,proto3" json:"paused,omitempty"`                                    // wait for Continue
 	NewGeneration bool                   `protobuf:"varint,4,opt,name=new_generation,json=newGeneration,proto3" json:"new_generation,omitempty"` // a fresh VM generation id: guests that know of it reseed their random numbers
 	Overcommit    bool                   `protobuf:"varint,20,opt,name=overcommit,proto3" json:"overcommit,omitempty"`                           // as in UpRequest
+	Clock         ClockPolicy            `protobuf:"varint,21,opt,name=clock,proto3,enum=violin.v1.ClockPolicy" json:"clock,omitempty"`          // of a paused one: when it is continued, and frozen unless asked for
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -588,6 +597,13 @@ func (x *ForkRequest) GetOvercommit() bool {
 	return false
 }
 
+func (x *ForkRequest) GetClock() ClockPolicy {
+	if x != nil {
+		return x.Clock
+	}
+	return ClockPolicy_CLOCK_POLICY_UNSPECIFIED
+}
+
 type ContinueRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Slice         string                 `protobuf:"bytes,1,opt,name=slice,proto3" json:"slice,omitempty"`
@@ -636,6 +652,7 @@ type ContinueResponse struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Slice          *Slice                 `protobuf:"bytes,1,opt,name=slice,proto3" json:"slice,omitempty"`
 	FramesInjected uint64                 `protobuf:"varint,2,opt,name=frames_injected,json=framesInjected,proto3" json:"frames_injected,omitempty"`
+	Notes          []string               `protobuf:"bytes,3,rep,name=notes,proto3" json:"notes,omitempty"` // as in Restored
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -684,6 +701,13 @@ func (x *ContinueResponse) GetFramesInjected() uint64 {
 	return 0
 }
 
+func (x *ContinueResponse) GetNotes() []string {
+	if x != nil {
+		return x.Notes
+	}
+	return nil
+}
+
 var File_violin_v1_life_proto protoreflect.FileDescriptor
 
 const file_violin_v1_life_proto_rawDesc = "" +
@@ -717,12 +741,13 @@ const file_violin_v1_life_proto_rawDesc = "" +
 	"\tsuspended\x18\x02 \x01(\v2\x14.violin.v1.SuspendedH\x00R\tsuspendedB\a\n" +
 	"\x05event\">\n" +
 	"\tSuspended\x121\n" +
-	"\tsnapshots\x18\x01 \x03(\v2\x13.violin.v1.SnapshotR\tsnapshots\"E\n" +
+	"\tsnapshots\x18\x01 \x03(\v2\x13.violin.v1.SnapshotR\tsnapshots\"s\n" +
 	"\rResumeRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\x12\x1e\n" +
 	"\n" +
 	"overcommit\x18\x14 \x01(\bR\n" +
-	"overcommit\"\x98\x01\n" +
+	"overcommit\x12,\n" +
+	"\x05clock\x18\x15 \x01(\x0e2\x16.violin.v1.ClockPolicyR\x05clock\"\xc6\x01\n" +
 	"\vForkRequest\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12\x0e\n" +
 	"\x02as\x18\x02 \x01(\tR\x02as\x12\x16\n" +
@@ -730,12 +755,14 @@ const file_violin_v1_life_proto_rawDesc = "" +
 	"\x0enew_generation\x18\x04 \x01(\bR\rnewGeneration\x12\x1e\n" +
 	"\n" +
 	"overcommit\x18\x14 \x01(\bR\n" +
-	"overcommit\"'\n" +
+	"overcommit\x12,\n" +
+	"\x05clock\x18\x15 \x01(\x0e2\x16.violin.v1.ClockPolicyR\x05clock\"'\n" +
 	"\x0fContinueRequest\x12\x14\n" +
-	"\x05slice\x18\x01 \x01(\tR\x05slice\"c\n" +
+	"\x05slice\x18\x01 \x01(\tR\x05slice\"y\n" +
 	"\x10ContinueResponse\x12&\n" +
 	"\x05slice\x18\x01 \x01(\v2\x10.violin.v1.SliceR\x05slice\x12'\n" +
-	"\x0fframes_injected\x18\x02 \x01(\x04R\x0eframesInjected2\x81\x01\n" +
+	"\x0fframes_injected\x18\x02 \x01(\x04R\x0eframesInjected\x12\x14\n" +
+	"\x05notes\x18\x03 \x03(\tR\x05notes2\x81\x01\n" +
 	"\x0eHistoryService\x129\n" +
 	"\x03Log\x12\x15.violin.v1.LogRequest\x1a\x16.violin.v1.LogResponse\"\x03\x90\x02\x01\x124\n" +
 	"\x03Tag\x12\x15.violin.v1.TagRequest\x1a\x16.violin.v1.TagResponse2\x9b\x02\n" +
@@ -772,8 +799,9 @@ var file_violin_v1_life_proto_goTypes = []any{
 	(*ContinueResponse)(nil), // 10: violin.v1.ContinueResponse
 	(*Snapshot)(nil),         // 11: violin.v1.Snapshot
 	(*Progress)(nil),         // 12: violin.v1.Progress
-	(*Slice)(nil),            // 13: violin.v1.Slice
-	(*RestoreResponse)(nil),  // 14: violin.v1.RestoreResponse
+	(ClockPolicy)(0),         // 13: violin.v1.ClockPolicy
+	(*Slice)(nil),            // 14: violin.v1.Slice
+	(*RestoreResponse)(nil),  // 15: violin.v1.RestoreResponse
 }
 var file_violin_v1_life_proto_depIdxs = []int32{
 	11, // 0: violin.v1.LogResponse.snapshots:type_name -> violin.v1.Snapshot
@@ -781,24 +809,26 @@ var file_violin_v1_life_proto_depIdxs = []int32{
 	12, // 2: violin.v1.SuspendResponse.progress:type_name -> violin.v1.Progress
 	6,  // 3: violin.v1.SuspendResponse.suspended:type_name -> violin.v1.Suspended
 	11, // 4: violin.v1.Suspended.snapshots:type_name -> violin.v1.Snapshot
-	13, // 5: violin.v1.ContinueResponse.slice:type_name -> violin.v1.Slice
-	0,  // 6: violin.v1.HistoryService.Log:input_type -> violin.v1.LogRequest
-	2,  // 7: violin.v1.HistoryService.Tag:input_type -> violin.v1.TagRequest
-	4,  // 8: violin.v1.LifecycleService.Suspend:input_type -> violin.v1.SuspendRequest
-	7,  // 9: violin.v1.LifecycleService.Resume:input_type -> violin.v1.ResumeRequest
-	8,  // 10: violin.v1.LifecycleService.Fork:input_type -> violin.v1.ForkRequest
-	9,  // 11: violin.v1.LifecycleService.Continue:input_type -> violin.v1.ContinueRequest
-	1,  // 12: violin.v1.HistoryService.Log:output_type -> violin.v1.LogResponse
-	3,  // 13: violin.v1.HistoryService.Tag:output_type -> violin.v1.TagResponse
-	5,  // 14: violin.v1.LifecycleService.Suspend:output_type -> violin.v1.SuspendResponse
-	14, // 15: violin.v1.LifecycleService.Resume:output_type -> violin.v1.RestoreResponse
-	14, // 16: violin.v1.LifecycleService.Fork:output_type -> violin.v1.RestoreResponse
-	10, // 17: violin.v1.LifecycleService.Continue:output_type -> violin.v1.ContinueResponse
-	12, // [12:18] is the sub-list for method output_type
-	6,  // [6:12] is the sub-list for method input_type
-	6,  // [6:6] is the sub-list for extension type_name
-	6,  // [6:6] is the sub-list for extension extendee
-	0,  // [0:6] is the sub-list for field type_name
+	13, // 5: violin.v1.ResumeRequest.clock:type_name -> violin.v1.ClockPolicy
+	13, // 6: violin.v1.ForkRequest.clock:type_name -> violin.v1.ClockPolicy
+	14, // 7: violin.v1.ContinueResponse.slice:type_name -> violin.v1.Slice
+	0,  // 8: violin.v1.HistoryService.Log:input_type -> violin.v1.LogRequest
+	2,  // 9: violin.v1.HistoryService.Tag:input_type -> violin.v1.TagRequest
+	4,  // 10: violin.v1.LifecycleService.Suspend:input_type -> violin.v1.SuspendRequest
+	7,  // 11: violin.v1.LifecycleService.Resume:input_type -> violin.v1.ResumeRequest
+	8,  // 12: violin.v1.LifecycleService.Fork:input_type -> violin.v1.ForkRequest
+	9,  // 13: violin.v1.LifecycleService.Continue:input_type -> violin.v1.ContinueRequest
+	1,  // 14: violin.v1.HistoryService.Log:output_type -> violin.v1.LogResponse
+	3,  // 15: violin.v1.HistoryService.Tag:output_type -> violin.v1.TagResponse
+	5,  // 16: violin.v1.LifecycleService.Suspend:output_type -> violin.v1.SuspendResponse
+	15, // 17: violin.v1.LifecycleService.Resume:output_type -> violin.v1.RestoreResponse
+	15, // 18: violin.v1.LifecycleService.Fork:output_type -> violin.v1.RestoreResponse
+	10, // 19: violin.v1.LifecycleService.Continue:output_type -> violin.v1.ContinueResponse
+	14, // [14:20] is the sub-list for method output_type
+	8,  // [8:14] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_violin_v1_life_proto_init() }

@@ -194,6 +194,56 @@ func (NewerPolicy) EnumDescriptor() ([]byte, []int) {
 	return file_violin_v1_violin_proto_rawDescGZIP(), []int{2}
 }
 
+// ClockPolicy is what becomes of the guests' clocks at a restore.
+type ClockPolicy int32
+
+const (
+	ClockPolicy_CLOCK_POLICY_UNSPECIFIED ClockPolicy = 0 // the snapshot's; if it has none, catch-up for Resume and frozen for all others
+	ClockPolicy_CLOCK_POLICY_FROZEN      ClockPolicy = 1 // a guest's time goes on from the cut
+	ClockPolicy_CLOCK_POLICY_CATCH_UP    ClockPolicy = 2 // its wall clock is stepped to now, through its guest agent; its monotonic clock goes on
+)
+
+// Enum value maps for ClockPolicy.
+var (
+	ClockPolicy_name = map[int32]string{
+		0: "CLOCK_POLICY_UNSPECIFIED",
+		1: "CLOCK_POLICY_FROZEN",
+		2: "CLOCK_POLICY_CATCH_UP",
+	}
+	ClockPolicy_value = map[string]int32{
+		"CLOCK_POLICY_UNSPECIFIED": 0,
+		"CLOCK_POLICY_FROZEN":      1,
+		"CLOCK_POLICY_CATCH_UP":    2,
+	}
+)
+
+func (x ClockPolicy) Enum() *ClockPolicy {
+	p := new(ClockPolicy)
+	*p = x
+	return p
+}
+
+func (x ClockPolicy) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ClockPolicy) Descriptor() protoreflect.EnumDescriptor {
+	return file_violin_v1_violin_proto_enumTypes[3].Descriptor()
+}
+
+func (ClockPolicy) Type() protoreflect.EnumType {
+	return &file_violin_v1_violin_proto_enumTypes[3]
+}
+
+func (x ClockPolicy) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ClockPolicy.Descriptor instead.
+func (ClockPolicy) EnumDescriptor() ([]byte, []int) {
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{3}
+}
+
 // Progress is one step of a long call, for people.
 type Progress struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -879,6 +929,7 @@ type SnapshotRequest struct {
 	// aborted. 0 and unset for the defaults: 64 MiB, 10 s.
 	HoldBytes     uint64               `protobuf:"varint,6,opt,name=hold_bytes,json=holdBytes,proto3" json:"hold_bytes,omitempty"`
 	HoldTime      *durationpb.Duration `protobuf:"bytes,7,opt,name=hold_time,json=holdTime,proto3" json:"hold_time,omitempty"`
+	Clock         ClockPolicy          `protobuf:"varint,20,opt,name=clock,proto3,enum=violin.v1.ClockPolicy" json:"clock,omitempty"` // for its restores
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -960,6 +1011,13 @@ func (x *SnapshotRequest) GetHoldTime() *durationpb.Duration {
 		return x.HoldTime
 	}
 	return nil
+}
+
+func (x *SnapshotRequest) GetClock() ClockPolicy {
+	if x != nil {
+		return x.Clock
+	}
+	return ClockPolicy_CLOCK_POLICY_UNSPECIFIED
 }
 
 type SnapshotResponse struct {
@@ -1187,6 +1245,7 @@ type Snapshot struct {
 	Nodes               []*SnapshotNode        `protobuf:"bytes,15,rep,name=nodes,proto3" json:"nodes,omitempty"`
 	Certificate         string                 `protobuf:"bytes,16,opt,name=certificate,proto3" json:"certificate,omitempty"`                    // fingerprint of its certificate; empty if it has none
 	Tags                []string               `protobuf:"bytes,30,rep,name=tags,proto3" json:"tags,omitempty"`                                  // all that it has now, in order; tag is the first
+	Clock               ClockPolicy            `protobuf:"varint,32,opt,name=clock,proto3,enum=violin.v1.ClockPolicy" json:"clock,omitempty"`    // of its restores; unspecified for the default
 	ParentSlice         string                 `protobuf:"bytes,31,opt,name=parent_slice,json=parentSlice,proto3" json:"parent_slice,omitempty"` // the slice of parent, if that is another: the first snapshot of a fork
 	unknownFields       protoimpl.UnknownFields
 	sizeCache           protoimpl.SizeCache
@@ -1341,6 +1400,13 @@ func (x *Snapshot) GetTags() []string {
 	return nil
 }
 
+func (x *Snapshot) GetClock() ClockPolicy {
+	if x != nil {
+		return x.Clock
+	}
+	return ClockPolicy_CLOCK_POLICY_UNSPECIFIED
+}
+
 func (x *Snapshot) GetParentSlice() string {
 	if x != nil {
 		return x.ParentSlice
@@ -1440,6 +1506,7 @@ type RestoreRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Snapshot      string                 `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`       // SLICE@ID, SLICE@TAG or SLICE@latest; a unique prefix of an id will do
 	Overcommit    bool                   `protobuf:"varint,20,opt,name=overcommit,proto3" json:"overcommit,omitempty"` // as in UpRequest
+	Clock         ClockPolicy            `protobuf:"varint,21,opt,name=clock,proto3,enum=violin.v1.ClockPolicy" json:"clock,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1486,6 +1553,13 @@ func (x *RestoreRequest) GetOvercommit() bool {
 		return x.Overcommit
 	}
 	return false
+}
+
+func (x *RestoreRequest) GetClock() ClockPolicy {
+	if x != nil {
+		return x.Clock
+	}
+	return ClockPolicy_CLOCK_POLICY_UNSPECIFIED
 }
 
 type RestoreResponse struct {
@@ -1577,6 +1651,7 @@ type Restored struct {
 	Duration       *durationpb.Duration   `protobuf:"bytes,3,opt,name=duration,proto3" json:"duration,omitempty"`
 	Skew           *durationpb.Duration   `protobuf:"bytes,4,opt,name=skew,proto3" json:"skew,omitempty"` // of the resume instants
 	FramesInjected uint64                 `protobuf:"varint,5,opt,name=frames_injected,json=framesInjected,proto3" json:"frames_injected,omitempty"`
+	Notes          []string               `protobuf:"bytes,20,rep,name=notes,proto3" json:"notes,omitempty"` // what did not go as asked for: clocks that could not be set
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -1644,6 +1719,13 @@ func (x *Restored) GetFramesInjected() uint64 {
 		return x.FramesInjected
 	}
 	return 0
+}
+
+func (x *Restored) GetNotes() []string {
+	if x != nil {
+		return x.Notes
+	}
+	return nil
 }
 
 type ExecRequest struct {
@@ -2278,7 +2360,7 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x11ListSlicesRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\">\n" +
 	"\x12ListSlicesResponse\x12(\n" +
-	"\x06slices\x18\x01 \x03(\v2\x10.violin.v1.SliceR\x06slices\"\x96\x02\n" +
+	"\x06slices\x18\x01 \x03(\v2\x10.violin.v1.SliceR\x06slices\"\xc4\x02\n" +
 	"\x0fSnapshotRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\x12*\n" +
 	"\x04mode\x18\x02 \x01(\x0e2\x16.violin.v1.CaptureModeR\x04mode\x12\x10\n" +
@@ -2287,7 +2369,8 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x02at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x1d\n" +
 	"\n" +
 	"hold_bytes\x18\x06 \x01(\x04R\tholdBytes\x126\n" +
-	"\thold_time\x18\a \x01(\v2\x19.google.protobuf.DurationR\bholdTime\"\x81\x01\n" +
+	"\thold_time\x18\a \x01(\v2\x19.google.protobuf.DurationR\bholdTime\x12,\n" +
+	"\x05clock\x18\x14 \x01(\x0e2\x16.violin.v1.ClockPolicyR\x05clock\"\x81\x01\n" +
 	"\x10SnapshotResponse\x121\n" +
 	"\bprogress\x18\x01 \x01(\v2\x13.violin.v1.ProgressH\x00R\bprogress\x121\n" +
 	"\bsnapshot\x18\x02 \x01(\v2\x13.violin.v1.SnapshotH\x00R\bsnapshotB\a\n" +
@@ -2307,7 +2390,7 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x05pages\x18\n" +
 	" \x01(\x04R\x05pages\x12\x1d\n" +
 	"\n" +
-	"zero_pages\x18\v \x01(\x04R\tzeroPages\"\x90\x05\n" +
+	"zero_pages\x18\v \x01(\x04R\tzeroPages\"\xbe\x05\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05slice\x18\x02 \x01(\tR\x05slice\x12\x10\n" +
@@ -2327,27 +2410,30 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\fstored_bytes\x18\x0e \x01(\x04R\vstoredBytes\x12-\n" +
 	"\x05nodes\x18\x0f \x03(\v2\x17.violin.v1.SnapshotNodeR\x05nodes\x12 \n" +
 	"\vcertificate\x18\x10 \x01(\tR\vcertificate\x12\x12\n" +
-	"\x04tags\x18\x1e \x03(\tR\x04tags\x12!\n" +
+	"\x04tags\x18\x1e \x03(\tR\x04tags\x12,\n" +
+	"\x05clock\x18  \x01(\x0e2\x16.violin.v1.ClockPolicyR\x05clock\x12!\n" +
 	"\fparent_slice\x18\x1f \x01(\tR\vparentSlice\",\n" +
 	"\x14ListSnapshotsRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\"J\n" +
 	"\x15ListSnapshotsResponse\x121\n" +
-	"\tsnapshots\x18\x01 \x03(\v2\x13.violin.v1.SnapshotR\tsnapshots\"L\n" +
+	"\tsnapshots\x18\x01 \x03(\v2\x13.violin.v1.SnapshotR\tsnapshots\"z\n" +
 	"\x0eRestoreRequest\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12\x1e\n" +
 	"\n" +
 	"overcommit\x18\x14 \x01(\bR\n" +
-	"overcommit\"\x80\x01\n" +
+	"overcommit\x12,\n" +
+	"\x05clock\x18\x15 \x01(\x0e2\x16.violin.v1.ClockPolicyR\x05clock\"\x80\x01\n" +
 	"\x0fRestoreResponse\x121\n" +
 	"\bprogress\x18\x01 \x01(\v2\x13.violin.v1.ProgressH\x00R\bprogress\x121\n" +
 	"\brestored\x18\x02 \x01(\v2\x13.violin.v1.RestoredH\x00R\brestoredB\a\n" +
-	"\x05event\"\xf2\x01\n" +
+	"\x05event\"\x88\x02\n" +
 	"\bRestored\x12&\n" +
 	"\x05slice\x18\x01 \x01(\v2\x10.violin.v1.SliceR\x05slice\x12/\n" +
 	"\bsnapshot\x18\x02 \x01(\v2\x13.violin.v1.SnapshotR\bsnapshot\x125\n" +
 	"\bduration\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\bduration\x12-\n" +
 	"\x04skew\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x04skew\x12'\n" +
-	"\x0fframes_injected\x18\x05 \x01(\x04R\x0eframesInjected\"\x9c\x01\n" +
+	"\x0fframes_injected\x18\x05 \x01(\x04R\x0eframesInjected\x12\x14\n" +
+	"\x05notes\x18\x14 \x03(\tR\x05notes\"\x9c\x01\n" +
 	"\vExecRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x18\n" +
@@ -2402,7 +2488,11 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x18NEWER_POLICY_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11NEWER_POLICY_HOLD\x10\x01\x12\x18\n" +
 	"\x14NEWER_POLICY_TRIGGER\x10\x02\x12\x15\n" +
-	"\x11NEWER_POLICY_DROP\x10\x032\x80\x06\n" +
+	"\x11NEWER_POLICY_DROP\x10\x03*_\n" +
+	"\vClockPolicy\x12\x1c\n" +
+	"\x18CLOCK_POLICY_UNSPECIFIED\x10\x00\x12\x17\n" +
+	"\x13CLOCK_POLICY_FROZEN\x10\x01\x12\x19\n" +
+	"\x15CLOCK_POLICY_CATCH_UP\x10\x022\x80\x06\n" +
 	"\fSliceService\x123\n" +
 	"\x02Up\x12\x14.violin.v1.UpRequest\x1a\x15.violin.v1.UpResponse0\x01\x127\n" +
 	"\x04Down\x12\x16.violin.v1.DownRequest\x1a\x17.violin.v1.DownResponse\x12N\n" +
@@ -2429,101 +2519,105 @@ func file_violin_v1_violin_proto_rawDescGZIP() []byte {
 	return file_violin_v1_violin_proto_rawDescData
 }
 
-var file_violin_v1_violin_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_violin_v1_violin_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
 var file_violin_v1_violin_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_violin_v1_violin_proto_goTypes = []any{
 	(NodeState)(0),                // 0: violin.v1.NodeState
 	(CaptureMode)(0),              // 1: violin.v1.CaptureMode
 	(NewerPolicy)(0),              // 2: violin.v1.NewerPolicy
-	(*Progress)(nil),              // 3: violin.v1.Progress
-	(*Interface)(nil),             // 4: violin.v1.Interface
-	(*Node)(nil),                  // 5: violin.v1.Node
-	(*Slice)(nil),                 // 6: violin.v1.Slice
-	(*UpRequest)(nil),             // 7: violin.v1.UpRequest
-	(*UpResponse)(nil),            // 8: violin.v1.UpResponse
-	(*DownRequest)(nil),           // 9: violin.v1.DownRequest
-	(*DownResponse)(nil),          // 10: violin.v1.DownResponse
-	(*ListSlicesRequest)(nil),     // 11: violin.v1.ListSlicesRequest
-	(*ListSlicesResponse)(nil),    // 12: violin.v1.ListSlicesResponse
-	(*SnapshotRequest)(nil),       // 13: violin.v1.SnapshotRequest
-	(*SnapshotResponse)(nil),      // 14: violin.v1.SnapshotResponse
-	(*SnapshotNode)(nil),          // 15: violin.v1.SnapshotNode
-	(*Snapshot)(nil),              // 16: violin.v1.Snapshot
-	(*ListSnapshotsRequest)(nil),  // 17: violin.v1.ListSnapshotsRequest
-	(*ListSnapshotsResponse)(nil), // 18: violin.v1.ListSnapshotsResponse
-	(*RestoreRequest)(nil),        // 19: violin.v1.RestoreRequest
-	(*RestoreResponse)(nil),       // 20: violin.v1.RestoreResponse
-	(*Restored)(nil),              // 21: violin.v1.Restored
-	(*ExecRequest)(nil),           // 22: violin.v1.ExecRequest
-	(*ExecResponse)(nil),          // 23: violin.v1.ExecResponse
-	(*ConsoleRequest)(nil),        // 24: violin.v1.ConsoleRequest
-	(*ConsoleResponse)(nil),       // 25: violin.v1.ConsoleResponse
-	(*VersionRequest)(nil),        // 26: violin.v1.VersionRequest
-	(*VersionResponse)(nil),       // 27: violin.v1.VersionResponse
-	(*VerifyRequest)(nil),         // 28: violin.v1.VerifyRequest
-	(*VerifyResponse)(nil),        // 29: violin.v1.VerifyResponse
-	(*FramesRequest)(nil),         // 30: violin.v1.FramesRequest
-	(*FramesResponse)(nil),        // 31: violin.v1.FramesResponse
-	(*timestamppb.Timestamp)(nil), // 32: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 33: google.protobuf.Duration
+	(ClockPolicy)(0),              // 3: violin.v1.ClockPolicy
+	(*Progress)(nil),              // 4: violin.v1.Progress
+	(*Interface)(nil),             // 5: violin.v1.Interface
+	(*Node)(nil),                  // 6: violin.v1.Node
+	(*Slice)(nil),                 // 7: violin.v1.Slice
+	(*UpRequest)(nil),             // 8: violin.v1.UpRequest
+	(*UpResponse)(nil),            // 9: violin.v1.UpResponse
+	(*DownRequest)(nil),           // 10: violin.v1.DownRequest
+	(*DownResponse)(nil),          // 11: violin.v1.DownResponse
+	(*ListSlicesRequest)(nil),     // 12: violin.v1.ListSlicesRequest
+	(*ListSlicesResponse)(nil),    // 13: violin.v1.ListSlicesResponse
+	(*SnapshotRequest)(nil),       // 14: violin.v1.SnapshotRequest
+	(*SnapshotResponse)(nil),      // 15: violin.v1.SnapshotResponse
+	(*SnapshotNode)(nil),          // 16: violin.v1.SnapshotNode
+	(*Snapshot)(nil),              // 17: violin.v1.Snapshot
+	(*ListSnapshotsRequest)(nil),  // 18: violin.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil), // 19: violin.v1.ListSnapshotsResponse
+	(*RestoreRequest)(nil),        // 20: violin.v1.RestoreRequest
+	(*RestoreResponse)(nil),       // 21: violin.v1.RestoreResponse
+	(*Restored)(nil),              // 22: violin.v1.Restored
+	(*ExecRequest)(nil),           // 23: violin.v1.ExecRequest
+	(*ExecResponse)(nil),          // 24: violin.v1.ExecResponse
+	(*ConsoleRequest)(nil),        // 25: violin.v1.ConsoleRequest
+	(*ConsoleResponse)(nil),       // 26: violin.v1.ConsoleResponse
+	(*VersionRequest)(nil),        // 27: violin.v1.VersionRequest
+	(*VersionResponse)(nil),       // 28: violin.v1.VersionResponse
+	(*VerifyRequest)(nil),         // 29: violin.v1.VerifyRequest
+	(*VerifyResponse)(nil),        // 30: violin.v1.VerifyResponse
+	(*FramesRequest)(nil),         // 31: violin.v1.FramesRequest
+	(*FramesResponse)(nil),        // 32: violin.v1.FramesResponse
+	(*timestamppb.Timestamp)(nil), // 33: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 34: google.protobuf.Duration
 }
 var file_violin_v1_violin_proto_depIdxs = []int32{
 	0,  // 0: violin.v1.Node.state:type_name -> violin.v1.NodeState
-	4,  // 1: violin.v1.Node.interfaces:type_name -> violin.v1.Interface
-	32, // 2: violin.v1.Slice.created:type_name -> google.protobuf.Timestamp
-	5,  // 3: violin.v1.Slice.nodes:type_name -> violin.v1.Node
-	3,  // 4: violin.v1.UpResponse.progress:type_name -> violin.v1.Progress
-	6,  // 5: violin.v1.UpResponse.slice:type_name -> violin.v1.Slice
-	6,  // 6: violin.v1.ListSlicesResponse.slices:type_name -> violin.v1.Slice
+	5,  // 1: violin.v1.Node.interfaces:type_name -> violin.v1.Interface
+	33, // 2: violin.v1.Slice.created:type_name -> google.protobuf.Timestamp
+	6,  // 3: violin.v1.Slice.nodes:type_name -> violin.v1.Node
+	4,  // 4: violin.v1.UpResponse.progress:type_name -> violin.v1.Progress
+	7,  // 5: violin.v1.UpResponse.slice:type_name -> violin.v1.Slice
+	7,  // 6: violin.v1.ListSlicesResponse.slices:type_name -> violin.v1.Slice
 	1,  // 7: violin.v1.SnapshotRequest.mode:type_name -> violin.v1.CaptureMode
 	2,  // 8: violin.v1.SnapshotRequest.newer:type_name -> violin.v1.NewerPolicy
-	32, // 9: violin.v1.SnapshotRequest.at:type_name -> google.protobuf.Timestamp
-	33, // 10: violin.v1.SnapshotRequest.hold_time:type_name -> google.protobuf.Duration
-	3,  // 11: violin.v1.SnapshotResponse.progress:type_name -> violin.v1.Progress
-	16, // 12: violin.v1.SnapshotResponse.snapshot:type_name -> violin.v1.Snapshot
-	33, // 13: violin.v1.SnapshotNode.pause:type_name -> google.protobuf.Duration
-	32, // 14: violin.v1.SnapshotNode.cut_at:type_name -> google.protobuf.Timestamp
-	33, // 15: violin.v1.SnapshotNode.cut_offset:type_name -> google.protobuf.Duration
-	32, // 16: violin.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
-	1,  // 17: violin.v1.Snapshot.mode:type_name -> violin.v1.CaptureMode
-	33, // 18: violin.v1.Snapshot.duration:type_name -> google.protobuf.Duration
-	33, // 19: violin.v1.Snapshot.skew:type_name -> google.protobuf.Duration
-	15, // 20: violin.v1.Snapshot.nodes:type_name -> violin.v1.SnapshotNode
-	16, // 21: violin.v1.ListSnapshotsResponse.snapshots:type_name -> violin.v1.Snapshot
-	3,  // 22: violin.v1.RestoreResponse.progress:type_name -> violin.v1.Progress
-	21, // 23: violin.v1.RestoreResponse.restored:type_name -> violin.v1.Restored
-	6,  // 24: violin.v1.Restored.slice:type_name -> violin.v1.Slice
-	16, // 25: violin.v1.Restored.snapshot:type_name -> violin.v1.Snapshot
-	33, // 26: violin.v1.Restored.duration:type_name -> google.protobuf.Duration
-	33, // 27: violin.v1.Restored.skew:type_name -> google.protobuf.Duration
-	33, // 28: violin.v1.ExecRequest.timeout:type_name -> google.protobuf.Duration
-	7,  // 29: violin.v1.SliceService.Up:input_type -> violin.v1.UpRequest
-	9,  // 30: violin.v1.SliceService.Down:input_type -> violin.v1.DownRequest
-	11, // 31: violin.v1.SliceService.ListSlices:input_type -> violin.v1.ListSlicesRequest
-	13, // 32: violin.v1.SliceService.Snapshot:input_type -> violin.v1.SnapshotRequest
-	17, // 33: violin.v1.SliceService.ListSnapshots:input_type -> violin.v1.ListSnapshotsRequest
-	19, // 34: violin.v1.SliceService.Restore:input_type -> violin.v1.RestoreRequest
-	22, // 35: violin.v1.SliceService.Exec:input_type -> violin.v1.ExecRequest
-	24, // 36: violin.v1.SliceService.Console:input_type -> violin.v1.ConsoleRequest
-	26, // 37: violin.v1.SliceService.Version:input_type -> violin.v1.VersionRequest
-	28, // 38: violin.v1.SliceService.Verify:input_type -> violin.v1.VerifyRequest
-	30, // 39: violin.v1.SliceService.Frames:input_type -> violin.v1.FramesRequest
-	8,  // 40: violin.v1.SliceService.Up:output_type -> violin.v1.UpResponse
-	10, // 41: violin.v1.SliceService.Down:output_type -> violin.v1.DownResponse
-	12, // 42: violin.v1.SliceService.ListSlices:output_type -> violin.v1.ListSlicesResponse
-	14, // 43: violin.v1.SliceService.Snapshot:output_type -> violin.v1.SnapshotResponse
-	18, // 44: violin.v1.SliceService.ListSnapshots:output_type -> violin.v1.ListSnapshotsResponse
-	20, // 45: violin.v1.SliceService.Restore:output_type -> violin.v1.RestoreResponse
-	23, // 46: violin.v1.SliceService.Exec:output_type -> violin.v1.ExecResponse
-	25, // 47: violin.v1.SliceService.Console:output_type -> violin.v1.ConsoleResponse
-	27, // 48: violin.v1.SliceService.Version:output_type -> violin.v1.VersionResponse
-	29, // 49: violin.v1.SliceService.Verify:output_type -> violin.v1.VerifyResponse
-	31, // 50: violin.v1.SliceService.Frames:output_type -> violin.v1.FramesResponse
-	40, // [40:51] is the sub-list for method output_type
-	29, // [29:40] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	33, // 9: violin.v1.SnapshotRequest.at:type_name -> google.protobuf.Timestamp
+	34, // 10: violin.v1.SnapshotRequest.hold_time:type_name -> google.protobuf.Duration
+	3,  // 11: violin.v1.SnapshotRequest.clock:type_name -> violin.v1.ClockPolicy
+	4,  // 12: violin.v1.SnapshotResponse.progress:type_name -> violin.v1.Progress
+	17, // 13: violin.v1.SnapshotResponse.snapshot:type_name -> violin.v1.Snapshot
+	34, // 14: violin.v1.SnapshotNode.pause:type_name -> google.protobuf.Duration
+	33, // 15: violin.v1.SnapshotNode.cut_at:type_name -> google.protobuf.Timestamp
+	34, // 16: violin.v1.SnapshotNode.cut_offset:type_name -> google.protobuf.Duration
+	33, // 17: violin.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	1,  // 18: violin.v1.Snapshot.mode:type_name -> violin.v1.CaptureMode
+	34, // 19: violin.v1.Snapshot.duration:type_name -> google.protobuf.Duration
+	34, // 20: violin.v1.Snapshot.skew:type_name -> google.protobuf.Duration
+	16, // 21: violin.v1.Snapshot.nodes:type_name -> violin.v1.SnapshotNode
+	3,  // 22: violin.v1.Snapshot.clock:type_name -> violin.v1.ClockPolicy
+	17, // 23: violin.v1.ListSnapshotsResponse.snapshots:type_name -> violin.v1.Snapshot
+	3,  // 24: violin.v1.RestoreRequest.clock:type_name -> violin.v1.ClockPolicy
+	4,  // 25: violin.v1.RestoreResponse.progress:type_name -> violin.v1.Progress
+	22, // 26: violin.v1.RestoreResponse.restored:type_name -> violin.v1.Restored
+	7,  // 27: violin.v1.Restored.slice:type_name -> violin.v1.Slice
+	17, // 28: violin.v1.Restored.snapshot:type_name -> violin.v1.Snapshot
+	34, // 29: violin.v1.Restored.duration:type_name -> google.protobuf.Duration
+	34, // 30: violin.v1.Restored.skew:type_name -> google.protobuf.Duration
+	34, // 31: violin.v1.ExecRequest.timeout:type_name -> google.protobuf.Duration
+	8,  // 32: violin.v1.SliceService.Up:input_type -> violin.v1.UpRequest
+	10, // 33: violin.v1.SliceService.Down:input_type -> violin.v1.DownRequest
+	12, // 34: violin.v1.SliceService.ListSlices:input_type -> violin.v1.ListSlicesRequest
+	14, // 35: violin.v1.SliceService.Snapshot:input_type -> violin.v1.SnapshotRequest
+	18, // 36: violin.v1.SliceService.ListSnapshots:input_type -> violin.v1.ListSnapshotsRequest
+	20, // 37: violin.v1.SliceService.Restore:input_type -> violin.v1.RestoreRequest
+	23, // 38: violin.v1.SliceService.Exec:input_type -> violin.v1.ExecRequest
+	25, // 39: violin.v1.SliceService.Console:input_type -> violin.v1.ConsoleRequest
+	27, // 40: violin.v1.SliceService.Version:input_type -> violin.v1.VersionRequest
+	29, // 41: violin.v1.SliceService.Verify:input_type -> violin.v1.VerifyRequest
+	31, // 42: violin.v1.SliceService.Frames:input_type -> violin.v1.FramesRequest
+	9,  // 43: violin.v1.SliceService.Up:output_type -> violin.v1.UpResponse
+	11, // 44: violin.v1.SliceService.Down:output_type -> violin.v1.DownResponse
+	13, // 45: violin.v1.SliceService.ListSlices:output_type -> violin.v1.ListSlicesResponse
+	15, // 46: violin.v1.SliceService.Snapshot:output_type -> violin.v1.SnapshotResponse
+	19, // 47: violin.v1.SliceService.ListSnapshots:output_type -> violin.v1.ListSnapshotsResponse
+	21, // 48: violin.v1.SliceService.Restore:output_type -> violin.v1.RestoreResponse
+	24, // 49: violin.v1.SliceService.Exec:output_type -> violin.v1.ExecResponse
+	26, // 50: violin.v1.SliceService.Console:output_type -> violin.v1.ConsoleResponse
+	28, // 51: violin.v1.SliceService.Version:output_type -> violin.v1.VersionResponse
+	30, // 52: violin.v1.SliceService.Verify:output_type -> violin.v1.VerifyResponse
+	32, // 53: violin.v1.SliceService.Frames:output_type -> violin.v1.FramesResponse
+	43, // [43:54] is the sub-list for method output_type
+	32, // [32:43] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_violin_v1_violin_proto_init() }
@@ -2548,7 +2642,7 @@ func file_violin_v1_violin_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_violin_v1_violin_proto_rawDesc), len(file_violin_v1_violin_proto_rawDesc)),
-			NumEnums:      3,
+			NumEnums:      4,
 			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
