@@ -28,8 +28,12 @@ deps:
 build:
 	$(GO) build -ldflags "-X main.version=$(VERSION)" -o bin/violin ./cmd/violin
 
-image: deps
-	@images/mpi/build.sh $(STATE)/images/mpi
+# The image of the examples, with their programs.
+image: deps build
+	@mkdir -p bin/guest
+	mpicc -O2 -Wall -o bin/guest/mandelbrot examples/mandelbrot/mandelbrot.c
+	$(CC) -O2 -Wall -o bin/guest/ledger examples/ledger/ledger.c
+	bin/violin --state-dir $(STATE) image build mpi -f images/mpi/image.yaml
 
 lint:
 	@bad=$$(gofmt -l api cmd demo internal test); if [ -n "$$bad" ]; then echo "gofmt:" $$bad; exit 1; fi

@@ -104,7 +104,7 @@ func (a *app) root() *cobra.Command {
 		a.snapshotCommand(), a.snapshotsCommand(), a.restoreCommand(), a.logCommand(), a.tagCommand(),
 		a.verifyCommand(), a.framesCommand(), a.forgetCommand(),
 		a.suspendCommand(), a.resumeCommand(), a.forkCommand(), a.replayCommand(), a.continueCommand(),
-		a.exportCommand(), a.importCommand(), a.storeCommand(), a.benchCommand(),
+		a.exportCommand(), a.importCommand(), a.storeCommand(), a.imageCommand(), a.benchCommand(),
 		a.consoleCommand(), a.execCommand(),
 		a.serverCommand(), a.versionCommand(),
 	)
@@ -228,6 +228,14 @@ func (a *app) startLifecycle(ctx context.Context, p *progress) (violinv1connect.
 		return nil, err
 	}
 	return violinv1connect.NewLifecycleServiceClient(a.connection, daemon.BaseURL), nil
+}
+
+// startImages is startServer for a verb about images.
+func (a *app) startImages(ctx context.Context, p *progress) (violinv1connect.ImageServiceClient, error) {
+	if _, err := a.startServer(ctx, p); err != nil {
+		return nil, err
+	}
+	return violinv1connect.NewImageServiceClient(a.connection, daemon.BaseURL), nil
 }
 
 func (a *app) disconnect() {

@@ -91,6 +91,9 @@ func (a *app) explain(ctx context.Context, verb *cobra.Command, err error) *fail
 		return &failure{code: exitUsage, err: message}
 	case connect.CodeNotFound:
 		hint := "'violin ps' lists what runs."
+		if verb.HasParent() && verb.Parent().Name() == "image" {
+			hint = "'violin image ls' lists the images."
+		}
 		if slices.Contains([]string{"restore", "snapshots", "verify", "frames", "forget", "export", "log", "tag", "fork", "replay"}, verb.Name()) {
 			hint = "'violin snapshots' lists the snapshots."
 		}
@@ -98,7 +101,11 @@ func (a *app) explain(ctx context.Context, verb *cobra.Command, err error) *fail
 	case connect.CodeAborted:
 		return &failure{code: exitAborted, err: message, hint: "The nodes run on, and there is no new snapshot. It can be tried again at once."}
 	case connect.CodeFailedPrecondition:
-		return &failure{code: exitState, err: message, hint: "'violin ps' tells the state of things."}
+		hint := "'violin ps' tells the state of things."
+		if verb.HasParent() && verb.Parent().Name() == "image" {
+			hint = "'violin image ls' tells what needs an image."
+		}
+		return &failure{code: exitState, err: message, hint: hint}
 	case connect.CodeResourceExhausted:
 		return &failure{code: exitState, err: message, hint: "'violin suspend' frees what other slices take; --overcommit starts it all the same."}
 	case connect.CodeAlreadyExists:

@@ -49,6 +49,7 @@ type fakeServer struct {
 	violinv1connect.UnimplementedStoreServiceHandler
 	violinv1connect.UnimplementedHistoryServiceHandler
 	violinv1connect.UnimplementedLifecycleServiceHandler
+	violinv1connect.UnimplementedImageServiceHandler
 
 	slices []*violinv1.Slice
 
@@ -501,6 +502,7 @@ func TestTranscripts(t *testing.T) {
 			{why: "no such snapshot", args: []string{"restore", "missing@latest"}},
 		}},
 		{name: "log", commands: logCommands},
+		{name: "image", commands: imageCommands},
 		{name: "lifecycle", commands: lifecycleCommands},
 		{name: "verify", commands: []command{
 			{why: "it holds", args: []string{"verify", "mandelbrot@latest"}},

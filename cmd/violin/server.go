@@ -101,6 +101,7 @@ type api interface {
 	violinv1connect.StoreServiceHandler
 	violinv1connect.HistoryServiceHandler
 	violinv1connect.LifecycleServiceHandler
+	violinv1connect.ImageServiceHandler
 }
 
 // apiHandler serves the API over HTTP.
@@ -120,6 +121,7 @@ func apiHandler(s api, logger *slog.Logger) http.Handler {
 	mux.Handle(violinv1connect.NewStoreServiceHandler(s, options...))
 	mux.Handle(violinv1connect.NewHistoryServiceHandler(s, options...))
 	mux.Handle(violinv1connect.NewLifecycleServiceHandler(s, options...))
+	mux.Handle(violinv1connect.NewImageServiceHandler(s, options...))
 	return mux
 }
 

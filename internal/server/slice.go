@@ -21,6 +21,7 @@ import (
 	"violin/internal/cut"
 	"violin/internal/fabric"
 	"violin/internal/hypervisor/qemu"
+	"violin/internal/image"
 	"violin/internal/lab"
 	"violin/internal/topology"
 )
@@ -149,11 +150,11 @@ func (s *Server) machine(topo *topology.Topology, n *topology.Node) (qemu.Spec, 
 		Kernel: n.Kernel, Initrd: n.Initrd, RootFS: n.RootFS, Append: n.Append, GuestConfig: topo.GuestConfig(n),
 	}
 	if n.Image != "" {
-		dir := filepath.Join(s.cfg.StateDir, "images", n.Image)
-		if _, err := os.Stat(dir); err != nil {
-			return spec, fmt.Errorf("node %q: image %q is not in %s; build it with `make image`", n.Name, n.Image, filepath.Dir(dir))
+		if _, err := image.Open(s.images(), n.Image); err != nil {
+			return spec, fmt.Errorf("node %q: %w", n.Name, err)
 		}
-		spec.Kernel, spec.Initrd, spec.RootFS = filepath.Join(dir, "vmlinuz"), filepath.Join(dir, "initrd.img"), filepath.Join(dir, "rootfs.squashfs")
+		dir := filepath.Join(s.images(), n.Image)
+		spec.Kernel, spec.Initrd, spec.RootFS = filepath.Join(dir, image.KernelFile), filepath.Join(dir, image.InitrdFile), filepath.Join(dir, image.RootFile)
 	}
 	for _, f := range []string{spec.Kernel, spec.Initrd, spec.RootFS} {
 		if f == "" {

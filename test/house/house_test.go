@@ -17,7 +17,7 @@ const root = "../.."
 // imports are what each package may import of ours: ARCHITECTURE.md's table. An import
 // that is not here is either a mistake or a change of plan, to be made in both places.
 var imports = map[string][]string{
-	"cmd/violin": {"api", "internal/bench", "internal/daemon", "internal/frames", "internal/server", "internal/store", "internal/topology"},
+	"cmd/violin": {"api", "internal/bench", "internal/daemon", "internal/frames", "internal/image", "internal/server", "internal/store", "internal/topology"},
 	"demo":       {},
 
 	"internal/daemon":      {},
@@ -33,6 +33,7 @@ var imports = map[string][]string{
 	"internal/fabric":          {"internal/coloring", "internal/cut", "internal/openflow", "internal/priority"},
 	"internal/hypervisor/qemu": {"internal/priority", "internal/qmp", "internal/topology"},
 	"internal/admission":       {},
+	"internal/image":           {},
 	"internal/catalog":         {"internal/store"},
 	"internal/transfer":        {"internal/catalog", "internal/store"},
 	"internal/bench":           {"api", "internal/agent", "internal/coordinator", "internal/cut", "internal/store"},
