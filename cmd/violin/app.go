@@ -104,6 +104,7 @@ func (a *app) root() *cobra.Command {
 		a.snapshotCommand(), a.snapshotsCommand(), a.restoreCommand(), a.logCommand(), a.tagCommand(),
 		a.verifyCommand(), a.framesCommand(), a.forgetCommand(),
 		a.suspendCommand(), a.resumeCommand(), a.forkCommand(), a.replayCommand(), a.continueCommand(),
+		a.protectCommand(), a.unprotectCommand(), a.eventsCommand(),
 		a.exportCommand(), a.importCommand(), a.storeCommand(), a.imageCommand(), a.benchCommand(),
 		a.consoleCommand(), a.execCommand(),
 		a.serverCommand(), a.versionCommand(),
@@ -272,6 +273,20 @@ func (a *app) print(message proto.Message, table func(io.Writer)) error {
 	}
 	_, err := a.out.Write(b.Bytes())
 	return err
+}
+
+// marshalLine is marshalJSON for one of many: it is a line.
+func marshalLine(message proto.Message) ([]byte, error) {
+	document, err := marshalJSON(message)
+	if err != nil {
+		return nil, err
+	}
+	var b bytes.Buffer
+	if err := json.Compact(&b, document); err != nil {
+		return nil, err
+	}
+	b.WriteByte('\n')
+	return b.Bytes(), nil
 }
 
 // marshalJSON renders a message as the API's JSON does, with every field there, so

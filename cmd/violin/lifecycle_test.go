@@ -3,8 +3,12 @@ package main
 import (
 	"context"
 	"strings"
+	"testing"
+	"time"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	violinv1 "violin/api/violin/v1"
 )
@@ -70,4 +74,41 @@ func (f *fakeServer) Continue(ctx context.Context, request *violinv1.ContinueReq
 		return nil, err
 	}
 	return &violinv1.ContinueResponse{Slice: mandelbrot(), FramesInjected: 14}, nil
+}
+
+// TestLifeRequests checks what the verbs ask for.
+func TestLifeRequests(t *testing.T) {
+	f := newFixture(t, violinVersion())
+	catchUp := violinv1.ClockPolicy_CLOCK_POLICY_CATCH_UP
+	for _, test := range []struct {
+		args []string
+		want proto.Message
+	}{
+		{[]string{"log", "pair"}, &violinv1.LogRequest{Slice: "pair"}},
+		{[]string{"tag", "pair@x", "y", "--move"}, &violinv1.TagRequest{Snapshot: "pair@x", Tag: "y", Move: true}},
+		{[]string{"tag", "-d", "pair@y"}, &violinv1.TagRequest{Snapshot: "pair@y", Delete: true}},
+		{[]string{"snapshot", "pair", "--clock", "catch-up"}, &violinv1.SnapshotRequest{Slice: "pair", Clock: catchUp}},
+		{[]string{"restore", "pair@x", "--clock", "frozen", "--overcommit"}, &violinv1.RestoreRequest{Snapshot: "pair@x", Clock: violinv1.ClockPolicy_CLOCK_POLICY_FROZEN, Overcommit: true}},
+		{[]string{"suspend", "pair", "--tag", "x"}, &violinv1.SuspendRequest{Slice: "pair", Tag: "x"}},
+		{[]string{"suspend", "--all", "--host", "h"}, &violinv1.SuspendRequest{All: true, Host: "h"}},
+		{[]string{"resume", "pair", "--overcommit"}, &violinv1.ResumeRequest{Slice: "pair", Overcommit: true}},
+		{[]string{"fork", "pair@x", "--as", "y", "--new-genid", "--clock", "catch-up"}, &violinv1.ForkRequest{Snapshot: "pair@x", As: "y", NewGeneration: true, Clock: catchUp}},
+		{[]string{"replay", "pair@x", "--as", "y", "-o", "json"}, &violinv1.ForkRequest{Snapshot: "pair@x", As: "y", Paused: true}},
+		{[]string{"continue", "y"}, &violinv1.ContinueRequest{Slice: "y"}},
+		{
+			[]string{"protect", "pair", "--every", "1m", "--keep", "3", "--max-rollbacks", "2", "--window", "10m", "--webhook", "http://h/x", "--dry-run"},
+			&violinv1.ProtectRequest{Slice: "pair", Every: durationpb.New(time.Minute), Keep: 3, MaxRollbacks: 2, Window: durationpb.New(10 * time.Minute), Webhook: "http://h/x", DryRun: true},
+		},
+		{[]string{"unprotect", "pair"}, &violinv1.UnprotectRequest{Slice: "pair"}},
+		{[]string{"events", "pair", "-f", "-n", "1", "--after", "7"}, &violinv1.EventsRequest{Slice: "pair", Follow: true, Last: 1, After: 7}},
+	} {
+		t.Run(strings.Join(test.args, " "), func(t *testing.T) {
+			if r := violin(t.Context(), f.dirs, nil, test.args...); r.status != exitOK {
+				t.Fatalf("status %d: %s", r.status, r.stderr)
+			}
+			if got := f.last(); !proto.Equal(got, test.want) {
+				t.Errorf("got %v\nwant %v", got, test.want)
+			}
+		})
+	}
 }

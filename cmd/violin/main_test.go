@@ -50,6 +50,7 @@ type fakeServer struct {
 	violinv1connect.UnimplementedHistoryServiceHandler
 	violinv1connect.UnimplementedLifecycleServiceHandler
 	violinv1connect.UnimplementedImageServiceHandler
+	violinv1connect.UnimplementedProtectionServiceHandler
 
 	slices []*violinv1.Slice
 
@@ -504,6 +505,7 @@ func TestTranscripts(t *testing.T) {
 		{name: "log", commands: logCommands},
 		{name: "image", commands: imageCommands},
 		{name: "lifecycle", commands: lifecycleCommands},
+		{name: "protect", commands: protectCommands},
 		{name: "verify", commands: []command{
 			{why: "it holds", args: []string{"verify", "mandelbrot@latest"}},
 			{why: "it does not", args: []string{"verify", "mandelbrot@tampered"}},

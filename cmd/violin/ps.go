@@ -91,7 +91,7 @@ func (a *app) writeSlices(w io.Writer, list []*violinv1.Slice) {
 		}
 		t.row(s.GetName(),
 			fmt.Sprintf("%d of %d", counts[violinv1.NodeState_NODE_STATE_RUNNING], len(s.GetNodes())),
-			sliceState(s, counts), a.formatTime(s.GetCreated()), headOf(s.GetOrigin(), s.GetHead()))
+			protectedState(s, sliceState(s, counts)), a.formatTime(s.GetCreated()), headOf(s.GetOrigin(), s.GetHead()))
 	}
 	t.write(w)
 }
@@ -112,6 +112,14 @@ func sliceState(s *violinv1.Slice, counts map[violinv1.NodeState]int) string {
 	default:
 		return "running"
 	}
+}
+
+// protectedState is a slice's state with whether it is protected.
+func protectedState(s *violinv1.Slice, state string) string {
+	if s.GetProtected() {
+		return state + ", protected"
+	}
+	return state
 }
 
 // headOf names what a slice descends from.

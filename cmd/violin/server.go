@@ -102,6 +102,7 @@ type api interface {
 	violinv1connect.HistoryServiceHandler
 	violinv1connect.LifecycleServiceHandler
 	violinv1connect.ImageServiceHandler
+	violinv1connect.ProtectionServiceHandler
 }
 
 // apiHandler serves the API over HTTP.
@@ -122,6 +123,7 @@ func apiHandler(s api, logger *slog.Logger) http.Handler {
 	mux.Handle(violinv1connect.NewHistoryServiceHandler(s, options...))
 	mux.Handle(violinv1connect.NewLifecycleServiceHandler(s, options...))
 	mux.Handle(violinv1connect.NewImageServiceHandler(s, options...))
+	mux.Handle(violinv1connect.NewProtectionServiceHandler(s, options...))
 	return mux
 }
 

@@ -119,6 +119,10 @@ func (a *Agent) AddPeer(ctx context.Context, peer fabric.Peer) error {
 // with the next node that is added.
 func (a *Agent) SetRemotes(remotes []coloring.Remote) { a.fabric.SetRemotes(remotes) }
 
+// SwitchGone is closed when the host's switch has ended: without it the host's nodes
+// reach nothing.
+func (a *Agent) SwitchGone() <-chan struct{} { return a.fabric.Gone() }
+
 // Close stops the host's nodes and its switch.
 func (a *Agent) Close() error {
 	a.mu.Lock()

@@ -33,8 +33,8 @@ import (
 
 const (
 	// FormatVersion is the version of the documents that this package writes,
-	// and the newest that it reads. Version 2 has forks, VM generation ids and
-	// clocks.
+	// and the newest that it reads. Version 2 has forks, VM generation ids,
+	// clocks and checkpoints.
 	FormatVersion = 2
 
 	formatName = "violin-snapshot"

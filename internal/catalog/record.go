@@ -24,6 +24,23 @@ type Record struct {
 	Slice string `json:"slice"`
 	// Suspended is set while the slice is suspended.
 	Suspended *Suspension `json:"suspended,omitempty"`
+	// Protection is set while the slice is protected.
+	Protection *Protection `json:"protection,omitempty"`
+}
+
+// A Protection says how a slice is guarded, and what the guard has to remember.
+type Protection struct {
+	Every        time.Duration `json:"every_ns"`            // between checkpoints
+	Keep         int           `json:"keep"`                // so many checkpoints
+	MaxRollbacks int           `json:"max_rollbacks"`       // within Window
+	Window       time.Duration `json:"window_ns"`           // ditto
+	Webhook      string        `json:"webhook,omitempty"`   // URL; empty for none
+	DryRun       bool          `json:"dry_run,omitempty"`   // tell of rollbacks, and do none
+	Since        time.Time     `json:"since"`               // when it was protected
+	Head         string        `json:"head,omitempty"`      // SLICE@ID that it descends from last; empty for none
+	HeadAt       time.Time     `json:"head_at"`             // when that was so
+	Rollbacks    []time.Time   `json:"rollbacks,omitempty"` // the recent ones
+	GaveUp       bool          `json:"gave_up,omitempty"`   // there were too many
 }
 
 // A Suspension is where a suspended slice goes on.
@@ -33,7 +50,7 @@ type Suspension struct {
 }
 
 // Empty tells whether the record says nothing.
-func (r *Record) Empty() bool { return r.Suspended == nil }
+func (r *Record) Empty() bool { return r.Suspended == nil && r.Protection == nil }
 
 type recordDocument struct {
 	Format  string  `json:"format"`

@@ -36,6 +36,8 @@ type Snapshot struct {
 	// Clock is what a restore does with the guests' clocks unless told otherwise:
 	// "frozen", "catch-up", or nothing for the default.
 	Clock string `json:"clock,omitempty"`
+	// Checkpoint tells that a protection took it: it goes when others have come.
+	Checkpoint bool `json:"checkpoint,omitempty"`
 	// Epoch is the one that the cut began in (all nodes ended in the next).
 	Epoch uint8 `json:"epoch"`
 	// Topology is the slice's topology: the YAML source, byte for byte.

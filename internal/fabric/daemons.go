@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -83,11 +84,12 @@ func (d *daemons) start(name string, args ...string) (*process, error) {
 	return p, nil
 }
 
-// await returns once the daemon has made its socket.
+// await returns once the daemon listens on its socket. That the socket is there is not
+// enough: it is made before anybody listens.
 func (p *process) await(ctx context.Context, socket string) error {
 	for {
-		if _, err := os.Stat(socket); err == nil {
-			return nil
+		if c, err := net.Dial("unix", socket); err == nil {
+			return c.Close()
 		}
 		select {
 		case <-p.done:

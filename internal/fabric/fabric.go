@@ -121,6 +121,9 @@ type Switch struct {
 	refused uint64
 }
 
+// Gone is closed when ovs-vswitchd has ended.
+func (s *Switch) Gone() <-chan struct{} { return s.daemons.vswitchd.done }
+
 // Start starts the switch. A failure leaves nothing running.
 func Start(ctx context.Context, cfg Config) (_ *Switch, err error) {
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {

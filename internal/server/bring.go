@@ -13,17 +13,20 @@ import (
 	violinv1 "violin/api/violin/v1"
 	"violin/internal/catalog"
 	"violin/internal/cut"
+	"violin/internal/events"
 	"violin/internal/frames"
 	"violin/internal/topology"
 )
 
 // bringing is a snapshot that is to be brought to life.
 type bringing struct {
+	kind          events.Kind // what it is for whoever listens
 	snap          *catalog.Snapshot
 	as            string // the slice's name: the snapshot's, or a fork's
 	paused        bool   // wait to be continued
 	newGeneration bool   // fresh VM generation ids
 	overcommit    bool
+	guard         bool   // it is the guard who does it
 	clock         string // [catalog.Frozen] or [catalog.CatchUp]
 }
 
@@ -104,10 +107,20 @@ func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.
 	if err != nil {
 		return nil, err
 	}
-	if err := s.record(context.WithoutCancel(ctx), b.as, func(r *catalog.Record) { r.Suspended = nil }); err != nil {
+	if err := s.record(context.WithoutCancel(ctx), b.as, func(r *catalog.Record) {
+		r.Suspended = nil
+		if r.Protection != nil && !b.guard { // the user has taken the matter in hand
+			p := *r.Protection
+			p.Rollbacks, p.GaveUp = nil, false
+			r.Protection = &p
+		}
+	}); err != nil {
 		// It runs, whatever is written; `violin down` and a restore mend the rest.
 		s.log.Error("the slice runs, and is still noted as suspended", "slice", b.as, "err", err)
 	}
+	s.noteHead(context.WithoutCancel(ctx), sl)
+	sl.poke()
+	s.tell(events.Event{Slice: b.as, Kind: b.kind, Snapshot: b.snap.Ref(), Text: "took " + time.Since(began).Round(time.Millisecond).String()})
 	var notes []string
 	if !b.paused {
 		notes = sl.setClocks(ctx, b.clock, tell)
@@ -183,7 +196,7 @@ func (s *Server) Fork(ctx context.Context, req *violinv1.ForkRequest, out *conne
 		policy = "" // what is looked into is to be as it was
 	}
 	return s.tellBringing(ctx, bringing{
-		clock: clockOf(req.GetClock(), policy, catalog.Frozen), snap: snap, as: req.GetAs(), paused: req.GetPaused(), newGeneration: req.GetNewGeneration(), overcommit: req.GetOvercommit(),
+		kind: events.Forked, clock: clockOf(req.GetClock(), policy, catalog.Frozen), snap: snap, as: req.GetAs(), paused: req.GetPaused(), newGeneration: req.GetNewGeneration(), overcommit: req.GetOvercommit(),
 	}, out)
 }
 

@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -21,6 +22,7 @@ import (
 	"violin/internal/catalog"
 	"violin/internal/coordinator"
 	"violin/internal/cut"
+	"violin/internal/events"
 	"violin/internal/priority"
 	"violin/internal/qmp"
 	"violin/internal/store"
@@ -50,6 +52,14 @@ type Server struct {
 
 	recording sync.Mutex // held while a record is changed
 
+	events  *events.Log
+	life    context.Context // ends when the server closes
+	end     context.CancelFunc
+	guards  sync.WaitGroup // of what works by itself
+	rolling atomic.Int64   // slices that are being rolled back
+	posting atomic.Int64   // webhooks that are being posted
+	expired atomic.Int64   // checkpoints forgotten since space was freed last
+
 	admitting sync.Mutex // held from measuring until the room is taken
 	arriving  demand
 
@@ -73,6 +83,11 @@ func New(ctx context.Context, config Config) (*Server, error) {
 	}); err != nil {
 		return nil, errors.Join(err, st.Close())
 	}
+	if s.events, err = events.Open(filepath.Join(config.StateDir, "events.jsonl")); err != nil {
+		return nil, errors.Join(err, st.Close())
+	}
+	s.life, s.end = context.WithCancel(context.WithoutCancel(ctx))
+	s.bringBack()
 	return s, nil
 }
 
@@ -80,11 +95,13 @@ func New(ctx context.Context, config Config) (*Server, error) {
 func (s *Server) Busy() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.slices) > 0
+	return len(s.slices) > 0 || s.rolling.Load() > 0
 }
 
 // Close stops every slice and releases what the server holds.
 func (s *Server) Close() error {
+	s.end()
+	s.guards.Wait()
 	s.mu.Lock()
 	running := s.slices
 	s.slices = map[string]*slice{}
@@ -95,7 +112,7 @@ func (s *Server) Close() error {
 			errs = append(errs, sl.close())
 		}
 	}
-	errs = append(errs, s.store.Close())
+	errs = append(errs, s.events.Close(), s.store.Close())
 	return errors.Join(errs...)
 }
 
@@ -134,9 +151,10 @@ func (s *Server) settle(name string, sl *slice) {
 	defer s.mu.Unlock()
 	if sl == nil {
 		delete(s.slices, name)
-	} else {
-		s.slices[name] = sl
+		return
 	}
+	s.slices[name] = sl
+	s.guards.Go(func() { s.watch(sl) })
 }
 
 // Up implements the API.
@@ -160,6 +178,7 @@ func (s *Server) Up(ctx context.Context, req *violinv1.UpRequest, stream *connec
 	if err != nil {
 		return err
 	}
+	s.tell(events.Event{Slice: topo.Slice, Kind: events.Up, Text: req.GetFile()})
 	return stream.Send(&violinv1.UpResponse{Event: &violinv1.UpResponse_Slice{Slice: sl.message(ctx)}})
 }
 
@@ -196,19 +215,25 @@ func (s *Server) Down(ctx context.Context, req *violinv1.DownRequest) (*violinv1
 	slices.Sort(names)
 	for _, name := range names {
 		if s.suspension(name) != nil {
-			if err := s.record(ctx, name, func(r *catalog.Record) { r.Suspended = nil }); err != nil {
+			if err := s.record(ctx, name, func(r *catalog.Record) { *r = catalog.Record{Slice: name} }); err != nil {
 				return nil, apiError(err)
 			}
+			s.tell(events.Event{Slice: name, Kind: events.Down, Text: "it was suspended"})
 			continue
 		}
 		sl, err := s.slice(name)
 		if err != nil {
 			return nil, err
 		}
+		// The guard must not take it for a failure, nor bring it back.
+		if err := s.record(ctx, name, func(r *catalog.Record) { *r = catalog.Record{Slice: name} }); err != nil {
+			return nil, apiError(err)
+		}
 		if err := sl.close(); err != nil {
 			s.log.Error("slice was not taken down cleanly", "slice", name, "err", err)
 		}
 		s.settle(name, nil)
+		s.tell(events.Event{Slice: name, Kind: events.Down})
 	}
 	return &violinv1.DownResponse{Slices: names}, nil
 }
@@ -238,7 +263,9 @@ func (s *Server) ListSlices(ctx context.Context, req *violinv1.ListSlicesRequest
 	}
 	slices.SortFunc(found, func(a, b *slice) int { return a.created.Compare(b.created) })
 	for _, sl := range found {
-		resp.Slices = append(resp.Slices, sl.message(ctx))
+		m := sl.message(ctx)
+		m.Protected = s.protection(m.GetName()) != nil
+		resp.Slices = append(resp.Slices, m)
 	}
 	if req.GetSlice() == "" {
 		for _, name := range s.suspended() {

@@ -36,6 +36,11 @@ type slice struct {
 
 	closing sync.Once
 	closed  error
+	stopped chan struct{} // closed when closing begins
+	broken  chan struct{} // closed when a node or a host was lost
+	loss    loss          // what; valid once broken is closed
+	losing  sync.Once
+	changed chan struct{} // has an element if the slice's protection is another
 
 	mu      sync.Mutex
 	head    string   // the snapshot it descends from
@@ -59,7 +64,8 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 	if err != nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
 	}
-	sl := &slice{topo: topo, created: time.Now(), agents: map[string]*agent.Agent{}, boot: boot, generation: generation}
+	sl := &slice{topo: topo, created: time.Now(), agents: map[string]*agent.Agent{}, boot: boot, generation: generation,
+		stopped: make(chan struct{}), broken: make(chan struct{}), changed: make(chan struct{}, 1)}
 	defer func() {
 		if err != nil {
 			if cerr := sl.close(); cerr != nil {
@@ -312,6 +318,7 @@ func (sl *slice) agentOf(node string) (*agent.Agent, error) {
 // close stops everything of the slice. It may be called again.
 func (sl *slice) close() error {
 	sl.closing.Do(func() {
+		close(sl.stopped)
 		var g errgroup.Group
 		errs := make(chan error, len(sl.agents)+1)
 		for _, a := range maps.Clone(sl.agents) {

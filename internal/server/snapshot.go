@@ -22,6 +22,7 @@ import (
 	"violin/internal/catalog"
 	"violin/internal/coordinator"
 	"violin/internal/cut"
+	"violin/internal/events"
 	"violin/internal/frames"
 	"violin/internal/hypervisor/qemu"
 	stream "violin/internal/migration/qemu"
@@ -51,7 +52,7 @@ func (s *Server) Snapshot(ctx context.Context, req *violinv1.SnapshotRequest, ou
 	tell := serialize(func(p *violinv1.Progress) error {
 		return out.Send(&violinv1.SnapshotResponse{Event: &violinv1.SnapshotResponse_Progress{Progress: p}})
 	})
-	snap, err := s.take(ctx, sl, req, false, tell)
+	snap, err := s.take(ctx, sl, req, manner{}, tell)
 	if err != nil {
 		return apiError(err)
 	}
@@ -86,9 +87,14 @@ func instant(t *timestamppb.Timestamp) time.Time {
 	return t.AsTime()
 }
 
-// take takes a snapshot. With halt, the nodes stand still from their cuts on, unless
-// it fails.
-func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequest, halt bool, tell teller) (_ *catalog.Snapshot, err error) {
+// manner is how a snapshot is taken, beside what users may ask for.
+type manner struct {
+	halt       bool // the nodes stand still from their cuts on, unless it fails
+	checkpoint bool // for a protection
+}
+
+// take takes a snapshot.
+func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequest, how manner, tell teller) (_ *catalog.Snapshot, err error) {
 	if sl.paused() {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("slice %q is paused at a snapshot; `violin continue` lets it run", sl.topo.Slice))
 	}
@@ -115,9 +121,9 @@ func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequ
 		Epoch: uint8(sl.coord.Epoch()), Topology: sl.topo.Marshal(),
 	}
 	snap.ParentSlice, snap.Parent = sl.getHead()
-	snap.Clock = clockName(req.GetClock())
+	snap.Clock, snap.Checkpoint = clockName(req.GetClock()), how.checkpoint
 	err = sl.coord.Take(ctx, coordinator.Cut{
-		ID: id, Mode: mode, Session: session, Progress: tell, Halt: halt,
+		ID: id, Mode: mode, Session: session, Progress: tell, Halt: how.halt,
 		Newer: newerPolicy(req.GetNewer()), At: instant(req.GetAt()),
 		Limits: cut.Limits{Bytes: int(req.GetHoldBytes())}, Hold: req.GetHoldTime().AsDuration(),
 		Seal: func(ctx context.Context, hosts []agent.HostResult, lost []cut.ChannelLoss, drained coordinator.Drained) error {
@@ -128,6 +134,7 @@ func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequ
 		return nil, err
 	}
 	sl.setHead(snap.Slice, id)
+	s.noteHead(context.WithoutCancel(ctx), sl)
 	return snap, nil
 }
 
@@ -225,7 +232,7 @@ func (s *Server) Restore(ctx context.Context, req *violinv1.RestoreRequest, out 
 	if err != nil {
 		return apiError(err)
 	}
-	return s.tellBringing(ctx, bringing{snap: snap, as: snap.Slice, overcommit: req.GetOvercommit(), clock: clockOf(req.GetClock(), snap.Clock, catalog.Frozen)}, out)
+	return s.tellBringing(ctx, bringing{kind: events.Restored, snap: snap, as: snap.Slice, overcommit: req.GetOvercommit(), clock: clockOf(req.GetClock(), snap.Clock, catalog.Frozen)}, out)
 }
 
 func (s *Server) channelOf(ctx context.Context, snap *catalog.Snapshot) (*frames.ChannelState, error) {
@@ -303,7 +310,7 @@ func (s *Server) loadNode(ctx context.Context, sl *slice, n catalog.Node) error 
 
 func snapshotMessage(s *catalog.Snapshot) *violinv1.Snapshot {
 	m := &violinv1.Snapshot{
-		Id: s.ID, Slice: s.Slice, Tags: s.Tags, Parent: s.Parent, ParentSlice: s.ParentSlice, Created: timestamp(s.Created),
+		Id: s.ID, Slice: s.Slice, Tags: s.Tags, Parent: s.Parent, ParentSlice: s.ParentSlice, Checkpoint: s.Checkpoint, Created: timestamp(s.Created),
 		Duration: durationpb.New(s.Totals.Duration), Skew: durationpb.New(s.Totals.Skew),
 		FramesHeld: uint64(s.Totals.Held), FramesRecorded: uint64(s.Totals.Recorded),
 		FramesDropped: uint64(s.Totals.Dropped), FramesLostByNetwork: uint64(s.Totals.Lost),

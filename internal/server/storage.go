@@ -215,6 +215,9 @@ func (s *Server) needed(snap *catalog.Snapshot) string {
 	if at := s.suspension(snap.Slice); at != nil && at.Snapshot == snap.ID {
 		return "the suspended slice goes on from it"
 	}
+	if p := s.protection(snap.Slice); p != nil && p.Head == snap.Ref() {
+		return "the protected slice would be rolled back to it"
+	}
 	return ""
 }
 

@@ -14,6 +14,7 @@ import (
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
 	"violin/internal/catalog"
+	"violin/internal/events"
 	"violin/internal/topology"
 )
 
@@ -161,7 +162,7 @@ func (s *Server) toSuspend(req *violinv1.SuspendRequest) []string {
 // sealed and noted, nothing of the slice is lost: if that fails, it runs on.
 func (s *Server) suspend(ctx context.Context, sl *slice, tag string, tell teller) (*catalog.Snapshot, error) {
 	name := sl.topo.Slice
-	snap, err := s.take(ctx, sl, &violinv1.SnapshotRequest{Slice: name, Tag: tag}, true, tell)
+	snap, err := s.take(ctx, sl, &violinv1.SnapshotRequest{Slice: name, Tag: tag}, manner{halt: true}, tell)
 	if err != nil {
 		return nil, err
 	}
@@ -176,6 +177,7 @@ func (s *Server) suspend(ctx context.Context, sl *slice, tag string, tell teller
 		s.log.Error("slice was not taken down cleanly", "slice", name, "err", err)
 	}
 	s.settle(name, nil)
+	s.tell(events.Event{Slice: name, Kind: events.Suspended, Snapshot: snap.Ref()})
 	return snap, nil
 }
 
@@ -202,7 +204,7 @@ func (s *Server) Resume(ctx context.Context, req *violinv1.ResumeRequest, out *c
 	if err != nil {
 		return apiError(fmt.Errorf("resume slice %q: %w", req.GetSlice(), err))
 	}
-	return s.tellBringing(ctx, bringing{snap: snap, as: snap.Slice, overcommit: req.GetOvercommit(), clock: clockOf(req.GetClock(), snap.Clock, catalog.CatchUp)}, out)
+	return s.tellBringing(ctx, bringing{kind: events.Resumed, snap: snap, as: snap.Slice, overcommit: req.GetOvercommit(), clock: clockOf(req.GetClock(), snap.Clock, catalog.CatchUp)}, out)
 }
 
 // Remembers tells, without a server, whether one with this state directory would know

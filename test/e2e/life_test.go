@@ -2,6 +2,9 @@ package e2e
 
 import (
 	"encoding/json"
+	"net/http"
+	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -73,7 +76,10 @@ func TestLife(t *testing.T) {
 	// Its clock goes wrong, as if it had been suspended for long.
 	sh(t, dirs, "pair/left", "echo before >/tmp/mark; date -s @1000000000; (ping -i 0.005 right >/dev/null 2>&1 &)")
 	boot := sh(t, dirs, "pair/left", "cat /proc/sys/kernel/random/boot_id")
-	must(t, dirs, "snapshot", "pair", "--tag", "one")
+	var one struct{ FramesRecorded string }
+	if err := json.Unmarshal(must(t, dirs, "snapshot", "pair", "--tag", "one", "--output", "json"), &one); err != nil {
+		t.Fatal(err)
+	}
 
 	// The fork has the same addresses, and neither sees the other.
 	must(t, dirs, "fork", "pair@one", "--as", "whatif", "--new-genid")
@@ -97,8 +103,9 @@ func TestLife(t *testing.T) {
 
 	// A replay stands still until it is continued.
 	out := must(t, dirs, "replay", "pair@one", "--as", "autopsy")
-	if !strings.Contains(string(out), "ICMPv4") {
-		t.Errorf("no ping was shown in flight:\n%s", out)
+	shown, _, _ := strings.Cut(string(out), "\n\n")
+	if n := strings.Count(shown, "\n"); strconv.Itoa(n) != one.FramesRecorded { // a heading and a line a frame, or one line
+		t.Errorf("in flight were %s frames, shown are %d:\n%s", one.FramesRecorded, n, out)
 	}
 	if _, err := command(t, dirs, "snapshot", "autopsy"); err == nil {
 		t.Error("a snapshot was taken of what stands still at one")
@@ -158,4 +165,103 @@ func TestLife(t *testing.T) {
 		t.Errorf("resumed: its clock did not catch up: %s", year)
 	}
 	must(t, dirs, "forget", "pair@latest")
+	protected(t, dirs, runDir)
+}
+
+// protected kills what the slice pair runs on, again and again: it comes back by
+// itself, as often as it may.
+func protected(t *testing.T, dirs []string, runDir string) {
+	t.Helper()
+	posted := make(chan string, 100)
+	hook := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		var e struct{ Kind, Slice string }
+		if err := json.NewDecoder(r.Body).Decode(&e); err != nil {
+			t.Errorf("webhook: %v", err)
+		}
+		posted <- e.Kind + " " + e.Slice
+	}))
+	defer hook.Close()
+
+	number := uint64(0)
+	// await waits for an event after those that were waited for.
+	await := func(kind string) {
+		t.Helper()
+		var seen []string
+		for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(200 * time.Millisecond) {
+			seen = nil
+			out := must(t, dirs, "events", "pair", "--after", strconv.FormatUint(number, 10), "-o", "json")
+			for line := range strings.Lines(string(out)) {
+				var e struct{ Number, Kind, Text string }
+				if err := json.Unmarshal([]byte(line), &e); err != nil {
+					t.Fatal(err)
+				}
+				seen = append(seen, e.Kind+" "+e.Text)
+				if e.Kind == kind {
+					number, _ = strconv.ParseUint(e.Number, 10, 64)
+					return
+				}
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("no event %s, but %q", kind, seen)
+			}
+		}
+	}
+	// back checks that the slice is where its checkpoint was.
+	back := func() {
+		t.Helper()
+		for _, n := range slice(t, dirs, "pair").Nodes {
+			if n.State != "NODE_STATE_RUNNING" {
+				t.Errorf("rolled back: %s is %s", n.Name, n.State)
+			}
+		}
+		if got := sh(t, dirs, "pair/left", "cat /tmp/mark; ls /tmp/late 2>/dev/null; true"); got != "suspended" {
+			t.Errorf("rolled back: %q", got)
+		}
+	}
+	must(t, dirs, "protect", "pair", "--every", "1h", "--max-rollbacks", "2", "--webhook", hook.URL)
+	await("checkpoint")
+	sh(t, dirs, "pair/left", "touch /tmp/late")
+
+	kill(t, slice(t, dirs, "pair").Nodes[1].PID)
+	await("node-died")
+	await("rolled-back")
+	back()
+
+	sh(t, dirs, "pair/left", "touch /tmp/late")
+	kill(t, pidOf(t, runDir, "violin"))
+	gone(t, runDir)
+	must(t, dirs, "ps")
+	await("server-returned")
+	await("rolled-back")
+	back()
+
+	kill(t, pidOf(t, runDir, "ovs-vswitchd"))
+	await("host-lost")
+	await("gave-up")
+	missing := map[string]bool{"node-died pair": true, "rolled-back pair": true, "host-lost pair": true, "gave-up pair": true}
+	for len(missing) > 0 { // in whatever order
+		select {
+		case got := <-posted:
+			delete(missing, got)
+		case <-time.After(time.Minute):
+			t.Fatalf("not posted: %v", missing)
+		}
+	}
+}
+
+// pidOf is a process of a program that names the run directory.
+func pidOf(t *testing.T, dir, program string) string {
+	t.Helper()
+	entries, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		b, err := os.ReadFile(e)
+		if name, _, _ := strings.Cut(string(b), "\x00"); err == nil && filepath.Base(name) == program && strings.Contains(string(b), dir) {
+			return filepath.Base(filepath.Dir(e))
+		}
+	}
+	t.Fatalf("no %s runs", program)
+	return ""
 }

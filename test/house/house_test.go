@@ -39,6 +39,9 @@ var imports = map[string][]string{
 	"internal/bench":           {"api", "internal/agent", "internal/coordinator", "internal/cut", "internal/store"},
 	"internal/certificate":     {"internal/topology"}, // it shares nothing with what it checks
 	"internal/store":           {},
+	"internal/events":          {},
+	"internal/webhook":         {},
+	"internal/protection":      {"internal/catalog"},
 	"internal/priority":        {},
 
 	"internal/cut":                 {},
@@ -56,6 +59,7 @@ var imports = map[string][]string{
 // a function of what they are given. (The wire packages are given a connection.)
 var pure = map[string][]string{
 	"internal/admission":      {"net", "os", "syscall", "math/rand", "log", "time"},
+	"internal/protection":     {"net", "os", "syscall", "math/rand", "log"},
 	"internal/cut":            {"net", "os", "syscall", "math/rand", "log"},
 	"internal/coloring":       {"os", "syscall", "math/rand", "log"},
 	"internal/frames":         {"net", "os", "syscall", "math/rand", "log"},

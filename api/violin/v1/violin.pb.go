@@ -491,6 +491,7 @@ type Slice struct {
 	Origin        string                 `protobuf:"bytes,20,opt,name=origin,proto3" json:"origin,omitempty"`        // the slice of head, if that is another: this one is its fork
 	Suspended     bool                   `protobuf:"varint,21,opt,name=suspended,proto3" json:"suspended,omitempty"` // nothing of it runs: head is what Resume goes on from
 	Paused        bool                   `protobuf:"varint,22,opt,name=paused,proto3" json:"paused,omitempty"`       // it was brought to its snapshot and waits there for Continue
+	Protected     bool                   `protobuf:"varint,23,opt,name=protected,proto3" json:"protected,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -577,6 +578,13 @@ func (x *Slice) GetSuspended() bool {
 func (x *Slice) GetPaused() bool {
 	if x != nil {
 		return x.Paused
+	}
+	return false
+}
+
+func (x *Slice) GetProtected() bool {
+	if x != nil {
+		return x.Protected
 	}
 	return false
 }
@@ -1245,6 +1253,7 @@ type Snapshot struct {
 	Nodes               []*SnapshotNode        `protobuf:"bytes,15,rep,name=nodes,proto3" json:"nodes,omitempty"`
 	Certificate         string                 `protobuf:"bytes,16,opt,name=certificate,proto3" json:"certificate,omitempty"`                    // fingerprint of its certificate; empty if it has none
 	Tags                []string               `protobuf:"bytes,30,rep,name=tags,proto3" json:"tags,omitempty"`                                  // all that it has now, in order; tag is the first
+	Checkpoint          bool                   `protobuf:"varint,33,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`                     // taken by a protection, which takes it away when its time has come
 	Clock               ClockPolicy            `protobuf:"varint,32,opt,name=clock,proto3,enum=violin.v1.ClockPolicy" json:"clock,omitempty"`    // of its restores; unspecified for the default
 	ParentSlice         string                 `protobuf:"bytes,31,opt,name=parent_slice,json=parentSlice,proto3" json:"parent_slice,omitempty"` // the slice of parent, if that is another: the first snapshot of a fork
 	unknownFields       protoimpl.UnknownFields
@@ -1398,6 +1407,13 @@ func (x *Snapshot) GetTags() []string {
 		return x.Tags
 	}
 	return nil
+}
+
+func (x *Snapshot) GetCheckpoint() bool {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return false
 }
 
 func (x *Snapshot) GetClock() ClockPolicy {
@@ -2330,7 +2346,7 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x05epoch\x18\b \x01(\rR\x05epoch\x12\x10\n" +
 	"\x03pid\x18\t \x01(\x03R\x03pid\x12\x16\n" +
 	"\x06detail\x18\n" +
-	" \x01(\tR\x06detail\"\xf4\x01\n" +
+	" \x01(\tR\x06detail\"\x92\x02\n" +
 	"\x05Slice\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x124\n" +
 	"\acreated\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12%\n" +
@@ -2339,7 +2355,8 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\acutting\x18\x05 \x01(\bR\acutting\x12\x16\n" +
 	"\x06origin\x18\x14 \x01(\tR\x06origin\x12\x1c\n" +
 	"\tsuspended\x18\x15 \x01(\bR\tsuspended\x12\x16\n" +
-	"\x06paused\x18\x16 \x01(\bR\x06paused\"y\n" +
+	"\x06paused\x18\x16 \x01(\bR\x06paused\x12\x1c\n" +
+	"\tprotected\x18\x17 \x01(\bR\tprotected\"y\n" +
 	"\tUpRequest\x12\x12\n" +
 	"\x04file\x18\x01 \x01(\tR\x04file\x12\x1a\n" +
 	"\btopology\x18\x02 \x01(\fR\btopology\x12\x1c\n" +
@@ -2390,7 +2407,7 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x05pages\x18\n" +
 	" \x01(\x04R\x05pages\x12\x1d\n" +
 	"\n" +
-	"zero_pages\x18\v \x01(\x04R\tzeroPages\"\xbe\x05\n" +
+	"zero_pages\x18\v \x01(\x04R\tzeroPages\"\xde\x05\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05slice\x18\x02 \x01(\tR\x05slice\x12\x10\n" +
@@ -2410,7 +2427,10 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\fstored_bytes\x18\x0e \x01(\x04R\vstoredBytes\x12-\n" +
 	"\x05nodes\x18\x0f \x03(\v2\x17.violin.v1.SnapshotNodeR\x05nodes\x12 \n" +
 	"\vcertificate\x18\x10 \x01(\tR\vcertificate\x12\x12\n" +
-	"\x04tags\x18\x1e \x03(\tR\x04tags\x12,\n" +
+	"\x04tags\x18\x1e \x03(\tR\x04tags\x12\x1e\n" +
+	"\n" +
+	"checkpoint\x18! \x01(\bR\n" +
+	"checkpoint\x12,\n" +
 	"\x05clock\x18  \x01(\x0e2\x16.violin.v1.ClockPolicyR\x05clock\x12!\n" +
 	"\fparent_slice\x18\x1f \x01(\tR\vparentSlice\",\n" +
 	"\x14ListSnapshotsRequest\x12\x14\n" +
