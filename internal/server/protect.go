@@ -271,13 +271,58 @@ func (s *Server) rollBack(name, why string) bool {
 			s.tell(events.Event{Slice: name, Kind: events.RollbackBegun, Snapshot: snap.Ref(), Text: why})
 			_, err = s.bring(s.life, bringing{kind: events.RolledBack, snap: snap, as: name, guard: true, clock: clockOf(0, snap.Clock, catalog.Frozen)}, func(_, _, _ string) {})
 		}
-		switch {
-		case err == nil, s.life.Err() != nil:
+		if s.life.Err() != nil {
 			return true
+		}
+		if err == nil {
+			return s.keepOrStop(name)
 		}
 		why = err.Error()
 		s.tell(events.Event{Slice: name, Kind: events.RollbackFailed, Snapshot: snap.Ref(), Text: why})
 	}
+}
+
+// keepOrStop leaves a slice that was brought back running, unless all slices were to be
+// taken down meanwhile.
+func (s *Server) keepOrStop(name string) bool {
+	s.mu.Lock()
+	forsaken := s.forsaken[name]
+	delete(s.forsaken, name)
+	s.mu.Unlock()
+	sl, err := s.slice(name)
+	if err != nil || !forsaken {
+		return true
+	}
+	if err := sl.close(); err != nil {
+		s.log.Error("slice was not taken down cleanly", "slice", name, "err", err)
+	}
+	s.settle(name, nil)
+	s.tell(events.Event{Slice: name, Kind: events.Down, Text: "it was being rolled back"})
+	return true
+}
+
+// forsake ends the protection of slices that do not run, which are those that are being
+// rolled back, or wait for it.
+func (s *Server) forsake(ctx context.Context) error {
+	s.mu.Lock()
+	var names []string
+	for name, r := range s.records {
+		if r.Protection != nil && r.Suspended == nil && s.slices[name] == nil {
+			names = append(names, name)
+			if _, coming := s.slices[name]; coming {
+				s.forsaken[name] = true
+			}
+		}
+	}
+	s.mu.Unlock()
+	slices.Sort(names)
+	for _, name := range names {
+		if err := s.record(ctx, name, func(r *catalog.Record) { r.Protection = nil }); err != nil {
+			return err
+		}
+		s.tell(events.Event{Slice: name, Kind: events.Unprotected})
+	}
+	return nil
 }
 
 // lastOf is the snapshot that a protected slice descended from last.

@@ -52,6 +52,8 @@ type Server struct {
 
 	recording sync.Mutex // held while a record is changed
 
+	forsaken map[string]bool // slices that are to be taken down when they have been rolled back
+
 	events  *events.Log
 	life    context.Context // ends when the server closes
 	end     context.CancelFunc
@@ -75,7 +77,7 @@ func New(ctx context.Context, config Config) (*Server, error) {
 		return nil, err
 	}
 	s := &Server{
-		cfg: config, log: config.Logger, store: st, catalog: catalog.New(st), slices: map[string]*slice{},
+		cfg: config, log: config.Logger, store: st, catalog: catalog.New(st), slices: map[string]*slice{}, forsaken: map[string]bool{},
 		urgency: &priority.Shared{PID: os.Getpid(), Keep: priority.Lowered, Log: config.Logger},
 	}
 	if s.records, err = s.catalog.Records(ctx, func(_ string, err error) {
@@ -212,6 +214,11 @@ func (s *Server) Down(ctx context.Context, req *violinv1.DownRequest) (*violinv1
 		}
 	}
 	s.mu.Unlock()
+	if req.GetAll() {
+		if err := s.forsake(ctx); err != nil {
+			return nil, apiError(err)
+		}
+	}
 	slices.Sort(names)
 	for _, name := range names {
 		if s.suspension(name) != nil {

@@ -44,7 +44,7 @@ func guest(t *testing.T) string {
 func start(t *testing.T, ctx context.Context, kernel string, incoming bool) *VM {
 	t.Helper()
 	vm, err := Start(ctx, launcher{}, Spec{
-		Name: "a", Memory: 32 << 20, CPUs: 1, Kernel: kernel, GuestConfig: []byte("{}"), Dir: t.TempDir(),
+		Name: "a", Memory: 32 << 20, CPUs: 1, Kernel: kernel, GuestConfig: []byte("{}"), Dir: t.TempDir(), Generation: generation(incoming),
 	}, incoming, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
@@ -55,6 +55,14 @@ func start(t *testing.T, ctx context.Context, kernel string, incoming bool) *VM 
 		}
 	})
 	return vm
+}
+
+// generation is the VM generation id of a VM, and the fresh one of its clone.
+func generation(clone bool) string {
+	if clone {
+		return "9b8e0f1a-6c39-4d1e-8a3c-2f4d5e6b7c80"
+	}
+	return "324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87"
 }
 
 func wantStatus(t *testing.T, ctx context.Context, vm *VM, want string) {
@@ -179,6 +187,10 @@ func TestCapture(t *testing.T) {
 			t.Fatalf("%v: %v", mode, err)
 		}
 		wantStatus(t, ctx, second, "paused")
+		var id struct{ GUID string }
+		if err := second.qmp.Execute(ctx, "query-vm-generation-id", nil, &id); err != nil || id.GUID != generation(true) {
+			t.Errorf("%v: generation id %q (%v), want the fresh one", mode, id.GUID, err)
+		}
 		if _, err := second.Resume(ctx); err != nil {
 			t.Fatal(err)
 		}
