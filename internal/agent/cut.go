@@ -651,10 +651,17 @@ func (hc *hostCut) abort(to cut.Epoch) {
 func (hc *hostCut) abortNode(ctx context.Context, nc *nodeCut, to cut.Epoch) error {
 	defer hc.a.cfg.Urgency.Raise()()
 	defer hc.a.fabric.Urgency().Raise()()
-	stopped := false
+	settled, stopped := true, false
 	for _, step := range cut.AbortSteps(nc.begun) {
+		if !settled && (step == cut.StepStop || step == cut.StepFlush) {
+			continue // what the hypervisor holds for the node would be gone
+		}
 		err := hc.abortStep(ctx, nc, step, to)
 		switch {
+		case err != nil && step == cut.StepSettle && ctx.Err() == nil:
+			hc.a.log.Warn("the node does not stand still for the end of the cut", "cut", hc.id, "node", nc.n.spec.Name, "err", err)
+			settled = false
+			continue
 		case err != nil && stopped:
 			_, resumed := nc.n.vm.Resume(ctx)
 			return errors.Join(fmt.Errorf("%s: %w", step, err), resumed)
@@ -670,6 +677,8 @@ func (hc *hostCut) abortStep(ctx context.Context, nc *nodeCut, step cut.Step, to
 	switch step {
 	case cut.StepClose:
 		return hc.close(ctx, nc.n)
+	case cut.StepSettle:
+		return nc.n.eachPort(ctx, hc.a.fabric.Settle)
 	case cut.StepStop:
 		return nc.n.vm.Stop(ctx)
 	case cut.StepFlush:

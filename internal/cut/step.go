@@ -12,8 +12,9 @@ const (
 	// controller and delivers none. A barrier has been answered since, so that
 	// frames the controller gave back earlier are delivered too.
 	StepClose Step = 1 + iota
-	// StepSettle: frames that had passed the gate are in the node's memory, none
-	// waits in the queue towards it. The node still runs: a stopped one reads nothing.
+	// StepSettle: frames that had passed the gate are in the node's memory; none
+	// waits in the queue towards it, nor in the hypervisor, which may throw away what
+	// the node has not taken when it stops. The node still runs: a stopped one reads nothing.
 	StepSettle
 	// StepStop: the node's vCPUs are stopped.
 	StepStop
@@ -62,13 +63,14 @@ func Steps() []Step {
 // for StepFlip here, too. Not for the frames' sake, since without a snapshot there is
 // nothing for one to be on the wrong side of, but for the counters': they are exact
 // over a change of the switch's tables only if no frame passes during it, and the
-// next cut is drained by them.
+// next cut is drained by them. A node that does not settle, because it reads nothing,
+// is flipped as it is.
 func AbortSteps(begun Step) []Step {
 	switch {
 	case begun < StepSettle:
-		return []Step{StepClose, StepStop, StepFlush, StepFlip, StepResume, StepOpen}
+		return []Step{StepClose, StepSettle, StepStop, StepFlush, StepFlip, StepResume, StepOpen}
 	case begun <= StepFlip:
-		return []Step{StepStop, StepFlush, StepFlip, StepResume, StepOpen}
+		return []Step{StepSettle, StepStop, StepFlush, StepFlip, StepResume, StepOpen}
 	case begun <= StepResume:
 		return []Step{StepResume, StepOpen}
 	default:

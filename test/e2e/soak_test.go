@@ -152,7 +152,9 @@ func (s *soak) run(cuts int) {
 	for done := 0; done < cuts; {
 		n := min(1+s.rng.IntN(mostCuts), cuts-done)
 		ids := s.cut(n)
-		done += n
+		if done += n; done/100 > (done-n)/100 {
+			s.t.Logf("%d of %d cuts in %s, %d restores", done, cuts, time.Since(s.began).Round(time.Second), s.stats.restores)
+		}
 		s.freeze()
 		later := s.rest("the run that went on")
 		s.thaw()
