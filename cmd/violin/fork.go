@@ -141,7 +141,7 @@ func (a *app) continues(ctx context.Context, slice string) error {
 		return err
 	}
 	return a.print(r, func(w io.Writer) {
-		fmt.Fprintf(w, "%s runs, with %s\n", slice, frames(r.GetFramesInjected(), "that were in flight"))
+		fmt.Fprintf(w, "%s runs, with %s\n", slice, frames(r.GetFramesInjected(), "in flight"))
 		for _, n := range r.GetNotes() {
 			fmt.Fprintf(w, "note: %s\n", printable(n))
 		}

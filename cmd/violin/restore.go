@@ -107,7 +107,7 @@ func (a *app) followRestore(stream *connect.ServerStreamForClient[violinv1.Resto
 		facts.row("duration", optionalDuration(restored.GetDuration()))
 		if !restored.GetSlice().GetPaused() {
 			facts.row("skew", optionalDuration(restored.GetSkew()))
-			facts.row("injected", frames(restored.GetFramesInjected(), "that were in flight"))
+			facts.row("injected", frames(restored.GetFramesInjected(), "in flight"))
 		}
 		facts.write(w)
 		for _, n := range restored.GetNotes() {
