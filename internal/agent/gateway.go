@@ -20,6 +20,7 @@ type GatewaySpec struct {
 	Address netip.Prefix
 	MAC     net.HardwareAddr
 	MTU     int
+	Hold    bool // frames to the outside wait for [Agent.ReleaseOutput]
 }
 
 // exit is a gateway and its device.
@@ -45,7 +46,7 @@ func (a *Agent) AddGateway(ctx context.Context, spec GatewaySpec) (err error) {
 	if err != nil {
 		return err
 	}
-	x.gateway, err = gateway.Start(gateway.Config{Tap: f, Address: spec.Address, MAC: spec.MAC, MTU: spec.MTU, Logger: a.log})
+	x.gateway, err = gateway.Start(gateway.Config{Tap: f, Address: spec.Address, MAC: spec.MAC, MTU: spec.MTU, Hold: spec.Hold, Logger: a.log})
 	if err != nil {
 		return err
 	}
@@ -65,6 +66,28 @@ func (a *Agent) AddGateway(ctx context.Context, spec GatewaySpec) (err error) {
 	a.exits = append(a.exits, x)
 	a.mu.Unlock()
 	return nil
+}
+
+// MarkOutput says where the frames end that wait at the host's gateways now, a mark a
+// gateway. A frame before its mark was sent before now.
+func (a *Agent) MarkOutput() []uint64 {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var marks []uint64
+	for _, x := range a.exits {
+		marks = append(marks, x.gateway.Mark())
+	}
+	return marks
+}
+
+// ReleaseOutput lets the frames before their marks go to the outside.
+func (a *Agent) ReleaseOutput(marks []uint64) {
+	a.mu.Lock()
+	exits := a.exits
+	a.mu.Unlock()
+	for i, x := range exits[:min(len(exits), len(marks))] {
+		x.gateway.Release(marks[i])
+	}
 }
 
 func (a *Agent) closeGateways() error {

@@ -30,7 +30,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -70,7 +69,9 @@ type Config struct {
 	// Resolver gives the address of the DNS server. Nil takes the first of
 	// /etc/resolv.conf, read anew for each flow.
 	Resolver func() (string, error)
-	Logger   *slog.Logger
+	// Hold keeps frames to the outside back until [Gateway.Release]: see HoldBytes.
+	Hold   bool
+	Logger *slog.Logger
 }
 
 // Gateway is one that runs.
@@ -83,6 +84,7 @@ type Gateway struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup
 	flows  chan struct{} // a token each
+	hold   hold
 
 	mu     sync.Mutex
 	closed bool
@@ -187,9 +189,14 @@ func (g *Gateway) read() {
 		if !g.wanted(buf[:n]) {
 			continue
 		}
-		p := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(slices.Clone(buf[:n]))})
-		g.link.InjectInbound(0, p)
-		p.DecRef()
+		f := slices.Clone(buf[:n])
+		if !g.cfg.Hold || !g.outbound(f) {
+			g.inject(f)
+			continue
+		}
+		if !g.hold.put(f) {
+			g.log.Debug("a frame to the outside was lost: too many wait for a snapshot", "bytes", HoldBytes)
+		}
 	}
 }
 

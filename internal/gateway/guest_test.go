@@ -140,7 +140,7 @@ func cable(t *testing.T) (a, b *os.File) {
 }
 
 // start runs a gateway for which elsewhere is a server of the test.
-func start(t *testing.T, device *os.File, cfg gateway.Config) {
+func start(t *testing.T, device *os.File, cfg gateway.Config) *gateway.Gateway {
 	t.Helper()
 	cfg.Tap, cfg.Address, cfg.MAC, cfg.MTU, cfg.Logger = device, gatewayAddress, gatewayMAC, 1500, slog.New(slog.DiscardHandler)
 	g, err := gateway.Start(cfg)
@@ -152,6 +152,7 @@ func start(t *testing.T, device *os.File, cfg gateway.Config) {
 			t.Error(err)
 		}
 	})
+	return g
 }
 
 // instead has connections go to another address than the one that the guest named.

@@ -246,7 +246,7 @@ func (sl *slice) startGateways(ctx context.Context, numbers map[string]uint16) e
 			continue
 		}
 		if err := sl.agents[host].AddGateway(ctx, agent.GatewaySpec{
-			Slice: sl.topo.Slice, Network: numbers[n.Name], Address: n.Gateway, MAC: sl.topo.GatewayMAC(n.Name), MTU: n.MTU,
+			Slice: sl.topo.Slice, Network: numbers[n.Name], Address: n.Gateway, MAC: sl.topo.GatewayMAC(n.Name), MTU: n.MTU, Hold: n.Hold,
 		}); err != nil {
 			return err
 		}

@@ -122,6 +122,7 @@ func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequ
 	}
 	snap.ParentSlice, snap.Parent = sl.getHead()
 	snap.Clock, snap.Checkpoint = clockName(req.GetClock()), how.checkpoint
+	release := sl.outputUntilNow()
 	err = sl.coord.Take(ctx, coordinator.Cut{
 		ID: id, Mode: mode, Session: session, Progress: tell, Halt: how.halt,
 		Newer: newerPolicy(req.GetNewer()), At: instant(req.GetAt()),
@@ -133,9 +134,25 @@ func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequ
 	if err != nil {
 		return nil, err
 	}
+	release()
 	sl.setHead(snap.Slice, id)
 	s.noteHead(context.WithoutCancel(ctx), sl)
 	return snap, nil
+}
+
+// outputUntilNow are the frames to the outside that gateways hold back now: no node has
+// been cut yet, so a snapshot that is begun covers that they were sent. They go when it is
+// sealed.
+func (sl *slice) outputUntilNow() (release func()) {
+	marks := map[string][]uint64{}
+	for host, a := range sl.agents {
+		marks[host] = a.MarkOutput()
+	}
+	return func() {
+		for host, a := range sl.agents {
+			a.ReleaseOutput(marks[host])
+		}
+	}
 }
 
 // seal writes what belongs to the snapshot and, last, makes it visible.

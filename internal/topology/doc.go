@@ -29,6 +29,7 @@
 //	wan[].rate              such as 100Mbit (a second, each way); unlimited if not given
 //	networks.NAME.subnet    CIDR, such as 10.10.0.0/24 or fd00::/64
 //	networks.NAME.mtu       of the nodes' interfaces, in bytes: 576 to 8950; 1500 if not given
+//	networks.NAME.external  hold: frames to the outside wait until a snapshot covers them; pass: they do not (the default)
 //	networks.NAME.gateway   nat: a way out to whatever the server's machine reaches, at the subnet's first free
 //	                        address, or {nat: ADDRESS}; the subnet must be given, and be IPv4
 //	nodes*.NAME.host*       one of the hosts

@@ -43,6 +43,9 @@ func (t *Topology) Marshal() []byte {
 		if n.Gateway.IsValid() {
 			fmt.Fprintf(&b, ", gateway: {nat: %s}", text(n.Gateway.Addr().String()))
 		}
+		if n.Hold {
+			b.WriteString(", external: hold")
+		}
 		b.WriteString("}\n")
 	}
 	b.WriteString("nodes:\n")

@@ -210,7 +210,7 @@ func (r *reader) networks(e entry) {
 	for _, n := range networks {
 		r.checkName("network", n.name, n, n.at)
 		network := Network{Name: n.name, MTU: DefaultMTU}
-		f := r.record(n, "subnet", "mtu", "gateway")
+		f := r.record(n, "subnet", "mtu", "gateway", "external")
 		if v, ok := f["subnet"]; ok {
 			if s, ok := r.text(v, subnetHint); ok {
 				p, err := netip.ParsePrefix(s)
@@ -233,6 +233,9 @@ func (r *reader) networks(e entry) {
 		}
 		if v, ok := f["gateway"]; ok {
 			r.gateway(v, f, &network)
+		}
+		if v, ok := f["external"]; ok {
+			r.external(v, f, &network)
 		}
 		r.t.Networks = append(r.t.Networks, network)
 	}
@@ -288,6 +291,26 @@ func (r *reader) gateway(v entry, f map[string]entry, network *Network) {
 		return
 	}
 	network.Gateway = r.checkAddress(at, address, netip.PrefixFrom(a, subnet.Bits()), network, "the gateway of network "+plain(network.Name))
+}
+
+// external reads what becomes of frames to the outside.
+func (r *reader) external(v entry, f map[string]entry, network *Network) {
+	const hint = "write external: hold, or leave it out"
+	s, ok := r.text(v, hint)
+	if !ok {
+		return
+	}
+	if _, given := f["gateway"]; !given {
+		r.wrong(v, fmt.Sprintf("network %s has no gateway, and so nothing goes from it to the outside", plain(network.Name)), "give it one (gateway: nat), or leave external out")
+		return
+	}
+	switch s {
+	case "hold":
+		network.Hold = true
+	case "pass":
+	default:
+		r.wrong(v, fmt.Sprintf("external %s is not known", quoted(s)), hint)
+	}
 }
 
 // placeGateway gives a gateway the first address of its network that no node has.

@@ -105,7 +105,7 @@ sites:
   b: {hosts: [b1, b2]}
   c: {hosts: [c1]}
 networks:
-  left: {subnet: 10.0.0.0/24, mtu: 8950, gateway: nat}
+  left: {subnet: 10.0.0.0/24, mtu: 8950, gateway: nat, external: hold}
   right:
 slice: s
 version: 1
@@ -118,7 +118,7 @@ version: 1
 			{Between: [2]string{"b", "c"}},
 		},
 		Networks: []Network{
-			{Name: "left", Subnet: netip.MustParsePrefix("10.0.0.0/24"), MTU: 8950, Gateway: netip.MustParsePrefix("10.0.0.2/24")},
+			{Name: "left", Subnet: netip.MustParsePrefix("10.0.0.0/24"), MTU: 8950, Gateway: netip.MustParsePrefix("10.0.0.2/24"), Hold: true},
 			{Name: "right", MTU: 1500},
 		},
 		Nodes: []Node{

@@ -56,6 +56,8 @@ type Network struct {
 	// Gateway is the address of the way out, with the subnet's length, and the zero
 	// Prefix if there is none: the network reaches nothing but its nodes then.
 	Gateway netip.Prefix
+	// Hold keeps frames to the outside back until a snapshot covers them.
+	Hold bool
 }
 
 // GatewayMAC is the Ethernet address of the network's gateway. It depends on the

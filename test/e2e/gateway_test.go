@@ -21,9 +21,11 @@ const outside = `
 version: 1
 slice: outside
 sites: {here: {hosts: [h1, h2]}}
-networks: {lan: {subnet: 10.30.0.0/24, gateway: nat}}
+networks:
+  lan: {subnet: 10.30.0.0/24, gateway: nat}
+  held: {subnet: 10.31.0.0/24, gateway: {nat: 10.31.0.254}, external: hold}
 nodes:
-  near: {host: h1, image: mpi, memory: 128MiB, interfaces: [{network: lan, address: 10.30.0.1/24}]}
+  near: {host: h1, image: mpi, memory: 128MiB, interfaces: [{network: lan, address: 10.30.0.1/24}, {network: held, address: 10.31.0.1/24}]}
   far:  {host: h2, image: mpi, memory: 128MiB, interfaces: [{network: lan, address: 10.30.0.2/24}]}
 `
 
@@ -71,6 +73,7 @@ func TestOutside(t *testing.T) {
 		ip("-n", ns, "address", "add", address, "dev", "cable")
 		ip("-n", ns, "link", "set", "cable", "up")
 	}
+	ip("-n", world, "address", "add", "192.0.2.3/24", "dev", "cable")
 	listener := func(ns string) (l net.Listener) {
 		namespace(t, ns, func() (err error) {
 			l, err = net.Listen("tcp4", ":80")
@@ -93,6 +96,25 @@ func TestOutside(t *testing.T) {
 		go s.Serve(l) //nolint:errcheck // it ends when it is closed
 		t.Cleanup(func() { s.Close() })
 	}
+	heard := make(chan string, 100)
+	namespace(t, world, func() error {
+		c, err := net.ListenPacket("udp4", ":9")
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() { c.Close() })
+		go func() {
+			buf := make([]byte, 100)
+			for {
+				n, _, err := c.ReadFrom(buf)
+				if err != nil {
+					return
+				}
+				heard <- strings.TrimSpace(string(buf[:n]))
+			}
+		}()
+		return nil
+	})
 	serve(listener(world))
 	serve(listener(inside)) // which no guest may reach
 
@@ -149,6 +171,32 @@ func TestOutside(t *testing.T) {
 		}
 	}
 	grows(100)
+
+	// What goes out by the other network is heard when a snapshot covers it, and what a
+	// restore takes back, never.
+	send := func(text, to string) {
+		t.Helper()
+		if _, err := sh("near", fmt.Sprintf("bash -c 'echo %s >/dev/udp/%s/9'", text, to)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	hears := func(want string) {
+		t.Helper()
+		select {
+		case got := <-heard:
+			if got != want {
+				t.Fatalf("the outside hears %q, want %q", got, want)
+			}
+		case <-time.After(time.Minute):
+			t.Fatalf("the outside does not hear %q", want)
+		}
+	}
+	if _, err := sh("near", "ip route add 192.0.2.3/32 via 10.31.0.254"); err != nil {
+		t.Fatal(err)
+	}
+	send("held", "192.0.2.3")
+	send("passed", "192.0.2.1")
+	hears("passed")
 	var snap struct{ ID, FramesDropped string }
 	if err := json.Unmarshal(must(t, dirs, "snapshot", "outside", "--output", "json"), &snap); err != nil {
 		t.Fatal(err)
@@ -157,6 +205,11 @@ func TestOutside(t *testing.T) {
 		t.Errorf("%s frames dropped", snap.FramesDropped)
 	}
 	grows(line() + 100) // numbers go on only on the same connection
+	hears("held")
+	send("undone", "192.0.2.3")
 	must(t, dirs, "restore", "outside@"+snap.ID)
 	reach("after the restore")
+	send("after", "192.0.2.3")
+	must(t, dirs, "snapshot", "outside")
+	hears("after")
 }

@@ -1,0 +1,29 @@
+package gateway
+
+import (
+	"slices"
+	"testing"
+)
+
+// A hold that is full loses what comes last, and what it has comes out in order.
+func TestHoldIsBounded(t *testing.T) {
+	var h hold
+	const size = HoldBytes / 4
+	for i := range 6 {
+		f := make([]byte, size)
+		f[0] = byte(i)
+		if ok := h.put(f); ok != (i < 4) {
+			t.Errorf("frame %d: %v", i, ok)
+		}
+	}
+	var got []byte
+	send := func(f []byte) { got = append(got, f[0]) }
+	h.release(h.mark()-2, send)
+	if !h.put(make([]byte, size)) {
+		t.Error("no room after a release")
+	}
+	h.release(h.mark()+10, send)
+	if !slices.Equal(got, []byte{0, 1, 2, 3, 0}) || h.dropped != 2 || h.bytes != 0 {
+		t.Errorf("released %v, dropped %d, %d bytes left", got, h.dropped, h.bytes)
+	}
+}
