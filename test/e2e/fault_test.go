@@ -4,9 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"path/filepath"
-	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -81,13 +79,7 @@ func TestServerKilled(t *testing.T) {
 	if err := json.Unmarshal(out, &version); err != nil {
 		t.Fatal(err)
 	}
-	pid, err := strconv.Atoi(version.Server.PID)
-	if err != nil || pid < 2 {
-		t.Fatalf("no server in %s", out)
-	}
-	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
+	kill(t, version.Server.PID)
 	gone(t, runDir)
 	must(t, dirs, "restore", "pair@"+snap.ID)
 }

@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -145,20 +144,8 @@ func TestPair(t *testing.T) {
 			t.Errorf("%s: %s frames dropped, %d nodes", mode, snap.FramesDropped, len(snap.Nodes))
 		}
 		verified(t, dirs, "pair@"+snap.ID)
-		var ps struct {
-			Slices []struct{ Nodes []struct{ PID string } }
-		}
-		if err := json.Unmarshal(must(t, dirs, "ps", "--output", "json"), &ps); err != nil {
-			t.Fatal(err)
-		}
-		for _, n := range ps.Slices[0].Nodes {
-			pid, err := strconv.Atoi(n.PID)
-			if err != nil || pid < 2 {
-				t.Fatalf("no process of a node: %q", n.PID)
-			}
-			if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
-				t.Fatal(err)
-			}
+		for _, n := range slice(t, dirs, "").Nodes {
+			kill(t, n.PID)
 		}
 		must(t, dirs, "restore", "pair@"+snap.ID)
 		if strings.Contains(log(), "picture ") {

@@ -7,7 +7,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -122,20 +121,8 @@ func TestRouted(t *testing.T) {
 	}
 	went := count("after the cuts")
 	for _, id := range ids[1:] {
-		var ps struct {
-			Slices []struct{ Nodes []struct{ PID string } }
-		}
-		if err := json.Unmarshal(must(t, dirs, "ps", "--output", "json"), &ps); err != nil {
-			t.Fatal(err)
-		}
-		for _, n := range ps.Slices[0].Nodes {
-			pid, err := strconv.Atoi(n.PID)
-			if err != nil || pid < 2 {
-				t.Fatalf("no process of a node: %q", n.PID)
-			}
-			if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
-				t.Fatal(err)
-			}
+		for _, n := range slice(t, dirs, "").Nodes {
+			kill(t, n.PID)
 		}
 		must(t, dirs, "restore", "routed@"+id)
 		at := count("at the restore")

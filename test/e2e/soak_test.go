@@ -15,7 +15,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -326,24 +325,12 @@ func (s *soak) kill(withServer bool) {
 		pids = []string{v.Server.PID}
 		s.stats.serverKills++
 	} else {
-		var ps struct {
-			Slices []struct{ Nodes []struct{ PID string } }
-		}
-		if err := json.Unmarshal(must(s.t, s.dirs, "ps", "--output", "json"), &ps); err != nil {
-			s.t.Fatal(err)
-		}
-		for _, n := range ps.Slices[0].Nodes {
+		for _, n := range slice(s.t, s.dirs, "").Nodes {
 			pids = append(pids, n.PID)
 		}
 	}
-	for _, p := range pids {
-		pid, err := strconv.Atoi(p)
-		if err != nil || pid < 2 {
-			s.t.Fatalf("no process to kill: %q", p)
-		}
-		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
-			s.t.Fatal(err)
-		}
+	for _, pid := range pids {
+		kill(s.t, pid)
 	}
 	if withServer {
 		gone(s.t, s.runDir)
