@@ -33,6 +33,7 @@ image: deps build
 	@mkdir -p bin/guest
 	mpicc -O2 -Wall -o bin/guest/mandelbrot examples/mandelbrot/mandelbrot.c
 	$(CC) -O2 -Wall -o bin/guest/ledger examples/ledger/ledger.c
+	$(CC) -O2 -Wall -o bin/guest/blocks examples/blocks/blocks.c
 	bin/violin --state-dir $(STATE) image build mpi -f images/mpi/image.yaml
 
 lint:

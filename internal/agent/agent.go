@@ -27,6 +27,7 @@ import (
 	"violin/internal/fabric"
 	"violin/internal/hypervisor/qemu"
 	"violin/internal/priority"
+	"violin/internal/store"
 )
 
 // Platform is the machine an agent works on: a real one, or a namespace that
@@ -144,6 +145,7 @@ type node struct {
 	spec  NodeSpec
 	vm    *qemu.VM
 	ports []*port
+	disks map[string]store.BlobRef // its disks as of the last snapshot that counts; of the cut that runs
 
 	mu       sync.Mutex // guards what follows; held while frames are given to the guest, so that they stay in order
 	gate     *cut.Gate[arrival]

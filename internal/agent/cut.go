@@ -65,12 +65,21 @@ type NodeResult struct {
 	Device    store.BlobRef
 	Memory    store.BlobRef
 	Stats     store.MemoryStats
+	Disks     []Disk
 	RawBytes  uint64 // of the migration stream
 	Held      uint64
 	Recorded  []Recorded
 	Interface []Interface
 	Steps     []certificate.Step
 	Gate      certificate.Gate
+}
+
+// Disk is what a disk brings to a snapshot.
+type Disk struct {
+	Name   string
+	Size   uint64 // bytes
+	Blocks store.BlobRef
+	Stats  store.MemoryStats
 }
 
 // hostCut is one cut on this host.
@@ -297,6 +306,33 @@ func (hc *hostCut) receive(nc *nodeCut) error {
 	return nil
 }
 
+// storeDisks has the disks, as they were at the cut, go to the store: what was written
+// since the last snapshot, or all, if that snapshot is no longer there.
+func (hc *hostCut) storeDisks(nc *nodeCut) error {
+	priority.Background(hc.a.log)
+	for _, f := range nc.capture.Frozen() {
+		w, err := hc.order.Session.NewDiskWriter(hc.ctx, f.Size, nc.n.disks[f.Disk])
+		read := f.Changed
+		if errors.Is(err, store.ErrMissing) {
+			w, err = hc.order.Session.NewDiskWriter(hc.ctx, f.Size, store.BlobRef{})
+			read = f.All
+		}
+		if err != nil {
+			return fmt.Errorf("store disk %q: %w", f.Disk, err)
+		}
+		if err := read(w.Page); err != nil {
+			return fmt.Errorf("store its disks: %w", err)
+		}
+		d := Disk{Name: f.Disk, Size: f.Size}
+		if d.Blocks, err = w.Close(); err != nil {
+			return fmt.Errorf("store disk %q: %w", f.Disk, err)
+		}
+		d.Stats = w.Stats()
+		nc.result.Disks = append(nc.result.Disks, d)
+	}
+	return nil
+}
+
 // await waits for the instant that the nodes are to be cut at. It tells whether they
 // still are to be.
 func (hc *hostCut) await(at time.Time) bool {
@@ -338,10 +374,15 @@ func (hc *hostCut) cutNode(name string, at time.Time) {
 	}
 	hc.report(cut.NodeCut{Cut: hc.id, Node: name})
 
+	disks := make(chan error, 1)
+	hc.spawn(func() { disks <- hc.storeDisks(nc) })
 	select {
 	case err := <-nc.decoded:
 		if err == nil {
 			err = nc.capture.Wait(hc.ctx)
+		}
+		if err == nil {
+			err = <-disks // it ends when the cut does
 		}
 		if err != nil {
 			hc.fail(name, err)
@@ -591,6 +632,13 @@ func (hc *hostCut) commit() {
 	defer cancel()
 	if err := hc.count(ctx, hc.to); err != nil {
 		hc.a.log.Warn("counters of the old epoch stay", "cut", hc.id, "err", err)
+	}
+	for _, nc := range hc.nodes {
+		nc.n.disks = map[string]store.BlobRef{}
+		for _, d := range nc.result.Disks {
+			nc.n.disks[d.Name] = d.Blocks
+		}
+		nc.capture.Stored()
 	}
 	hc.end()
 	hc.report(cut.Committed{Cut: hc.id, Host: hc.a.cfg.Host})

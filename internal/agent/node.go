@@ -16,6 +16,7 @@ import (
 	"violin/internal/hypervisor/qemu"
 	stream "violin/internal/migration/qemu"
 	"violin/internal/qga"
+	"violin/internal/store"
 )
 
 // Interface is one of a node's network interfaces.
@@ -31,6 +32,7 @@ type NodeSpec struct {
 	Epoch       cut.Epoch
 	Machine     qemu.Spec // Dir and NICs are the agent's to fill in
 	Interfaces  []Interface
+	Disks       map[string]store.BlobRef // what the restored ones are in the store
 }
 
 // AddNode makes a node with its ports and starts its hypervisor; the vCPUs do
@@ -38,7 +40,7 @@ type NodeSpec struct {
 // An incoming node waits for [Agent.LoadNode]. A failure leaves nothing behind.
 func (a *Agent) AddNode(ctx context.Context, spec NodeSpec, incoming bool) (err error) {
 	key := coloring.NodeKey{Slice: spec.Slice, Node: spec.Name}
-	n := &node{spec: spec, gate: cut.NewGate[arrival](spec.Epoch, a.cfg.Limits)}
+	n := &node{spec: spec, disks: spec.Disks, gate: cut.NewGate[arrival](spec.Epoch, a.cfg.Limits)}
 	n.gate.Close()
 
 	a.mu.Lock()

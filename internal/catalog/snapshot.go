@@ -90,12 +90,13 @@ type Node struct {
 // A Disk is what a snapshot holds of one disk.
 type Disk struct {
 	Name   string        `json:"name"`
-	Blocks store.BlobRef `json:"blocks"` // a page table
+	Size   int64         `json:"size"`   // bytes
+	Blocks store.BlobRef `json:"blocks"` // its page table; see [store.DiskWriter]
 }
 
 // A BootFile is a file that a node booted from.
 type BootFile struct {
-	Kind string     `json:"kind"` // "kernel", "initrd" or "rootfs"
+	Kind string     `json:"kind"` // "kernel", "initrd", "rootfs" or "base of disk NAME"
 	Size int64      `json:"size"` // bytes
 	Hash store.Hash `json:"hash"` // BLAKE3-256 of its content
 }
@@ -124,6 +125,26 @@ type Totals struct {
 
 	RawBytes    int64 `json:"raw_bytes"`
 	StoredBytes int64 `json:"stored_bytes"`
+}
+
+// Node returns the node of that name, or nil.
+func (s *Snapshot) Node(name string) *Node {
+	for i := range s.Nodes {
+		if s.Nodes[i].Name == name {
+			return &s.Nodes[i]
+		}
+	}
+	return nil
+}
+
+// Disk returns the disk of that name, or nil.
+func (n *Node) Disk(name string) *Disk {
+	for i := range n.Disks {
+		if n.Disks[i].Name == name {
+			return &n.Disks[i]
+		}
+	}
+	return nil
 }
 
 // Ref is how a user names the snapshot.
@@ -183,6 +204,11 @@ func (s *Snapshot) check() error {
 		seen[n.Name] = true
 		if n.Device.IsZero() || n.Memory.IsZero() {
 			errs = append(errs, fmt.Errorf("node %q has no device state or no memory", n.Name))
+		}
+		for i, d := range n.Disks {
+			if d.Name == "" || d.Size <= 0 || d.Blocks.IsZero() || n.Disk(d.Name) != &n.Disks[i] {
+				errs = append(errs, fmt.Errorf("node %q: disk name %q is empty or occurs twice, or the disk has no content", n.Name, d.Name))
+			}
 		}
 	}
 	return errors.Join(errs...)

@@ -56,12 +56,19 @@ type Node struct {
 	CutAt  int64  `json:"cut_at_ns"` // since 1970, by its host's clock, when the vCPUs stopped
 	Device Blob   `json:"device"`
 	Memory Blob   `json:"memory"`
+	Disks  []Disk `json:"disks,omitempty"` // in the order of the topology
 
 	Steps []Step `json:"steps,omitempty"` // in the order in which they were done
 	Heard int64  `json:"heard_ns"`
 	Gate  Gate   `json:"gate"`
 	// Recorded is the channel state to the node, in the order in which it was recorded.
 	Recorded []Frame `json:"recorded,omitempty"`
+}
+
+// Disk is a disk as it was while the vCPUs stood still, in the capture step.
+type Disk struct {
+	Name   string `json:"name"`
+	Blocks Blob   `json:"blocks"`
 }
 
 // Step is one step of a node's cut. It is in the list when all that it says was

@@ -30,6 +30,7 @@ type SubjectNode struct {
 	Name, Host     string
 	CutAt          int64 // nanoseconds since 1970
 	Device, Memory Blob
+	Disks          []Disk
 	Held, Recorded int64
 }
 
@@ -146,6 +147,10 @@ func (k *checker) binding() {
 		must(k, "cut instant of node "+n.Name, e.CutAt, n.CutAt)
 		must(k, "device state of node "+n.Name, e.Device, n.Device)
 		must(k, "memory of node "+n.Name, e.Memory, n.Memory)
+		must(k, "number of disks of node "+n.Name, len(e.Disks), len(n.Disks))
+		for i, d := range n.Disks[:min(len(n.Disks), len(e.Disks))] {
+			must(k, "disk "+d.Name+" of node "+n.Name, e.Disks[i], d)
+		}
 		must(k, "frames held for node "+n.Name, int64(e.Gate.Held), n.Held)
 		must(k, "frames recorded for node "+n.Name, int64(len(e.Recorded)), n.Recorded)
 		held += int64(e.Gate.Held)

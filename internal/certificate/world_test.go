@@ -343,6 +343,7 @@ func (w *world) subject() *certificate.Subject {
 		n.Gate.Held, n.Gate.Recorded, n.Gate.Waiting = stats.Held, stats.Recorded, uint64(n.gate.Held())
 		n.Device = certificate.Blob{Hash: certificate.Sum([]byte("device" + name)), Size: 7}
 		n.Memory = certificate.Blob{Hash: certificate.Sum([]byte("memory" + name)), Size: 7}
+		n.Disks = []certificate.Disk{{Name: "data", Blocks: certificate.Blob{Hash: certificate.Sum([]byte("disk" + name)), Size: 7}}}
 		h := certificate.Host{Name: n.Host, Handed: n.Gate.Handed, Seen: n.Gate.Handed}
 		if w.mutant == "drop between switch and gate" && name == "b" {
 			h.Handed += 2
@@ -362,7 +363,7 @@ func (w *world) subject() *certificate.Subject {
 		s.Held += int64(n.Gate.Held)
 		s.Recorded += int64(len(n.Recorded))
 		s.Nodes = append(s.Nodes, certificate.SubjectNode{
-			Name: name, Host: n.Host, CutAt: n.CutAt, Device: n.Device, Memory: n.Memory, Held: int64(n.Gate.Held), Recorded: int64(len(n.Recorded)),
+			Name: name, Host: n.Host, CutAt: n.CutAt, Device: n.Device, Memory: n.Memory, Disks: slices.Clone(n.Disks), Held: int64(n.Gate.Held), Recorded: int64(len(n.Recorded)),
 		})
 	}
 	slices.SortStableFunc(cs.Frames, func(a, b frames.Frame) int { return int(a.At - b.At) })

@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -57,9 +59,13 @@ func (c *bootCache) hash(path string) (h store.Hash, size int64, err error) {
 	return h, key.size, nil
 }
 
-// bootPaths are the files that a VM boots from, by kind.
+// bootPaths are the files that a VM boots from and that its disks are based on, by kind.
 func bootPaths(spec qemu.Spec) map[string]string {
-	return map[string]string{"kernel": spec.Kernel, "initrd": spec.Initrd, "rootfs": spec.RootFS}
+	paths := map[string]string{"kernel": spec.Kernel, "initrd": spec.Initrd, "rootfs": spec.RootFS}
+	for _, d := range spec.Disks {
+		paths["base of disk "+d.Name] = d.Base
+	}
+	return paths
 }
 
 // bootFiles says what the nodes boot from whose VMs are given, by node.
@@ -67,7 +73,7 @@ func (s *Server) bootFiles(machines map[string]qemu.Spec) (map[string][]catalog.
 	all := map[string][]catalog.BootFile{}
 	for name, spec := range machines {
 		paths := bootPaths(spec)
-		for _, kind := range []string{"kernel", "initrd", "rootfs"} {
+		for _, kind := range slices.Sorted(maps.Keys(paths)) {
 			if paths[kind] == "" {
 				continue
 			}

@@ -90,7 +90,7 @@ func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.
 		return nil, err
 	}
 	var skew time.Duration
-	sl, err := s.build(ctx, topo, cut.Epoch(b.snap.Epoch).Next(), b.generations(), tell, func(ctx context.Context, sl *slice) error {
+	sl, err := s.build(ctx, topo, cut.Epoch(b.snap.Epoch).Next(), b.generations(), b.snap, tell, func(ctx context.Context, sl *slice) error {
 		sl.setHead(b.snap.Slice, b.snap.ID)
 		if err := s.load(ctx, sl, b.snap, tell); err != nil {
 			return err

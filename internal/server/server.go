@@ -195,7 +195,7 @@ func (s *Server) start(ctx context.Context, topo *topology.Topology, overcommit 
 	for _, n := range topo.Nodes {
 		generation[n.Name] = newGeneration()
 	}
-	return s.build(ctx, topo, 0, generation, tell, nil)
+	return s.build(ctx, topo, 0, generation, nil, tell, nil)
 }
 
 // Down implements the API.
@@ -372,6 +372,11 @@ func resolvePaths(t *topology.Topology, dir string) {
 		n := &t.Nodes[i]
 		for _, p := range []*string{&n.Kernel, &n.Initrd, &n.RootFS} {
 			if *p != "" && !filepath.IsAbs(*p) {
+				*p = filepath.Join(dir, *p)
+			}
+		}
+		for k := range n.Disks {
+			if p := &n.Disks[k].Base; *p != "" && !filepath.IsAbs(*p) {
 				*p = filepath.Join(dir, *p)
 			}
 		}

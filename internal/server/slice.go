@@ -54,8 +54,9 @@ type slice struct {
 // build brings a slice's hosts, switches and nodes up. With load, the nodes wait
 // for their state and load gives it to them; without, they boot. A failure
 // leaves nothing behind.
-// generation are the nodes' VM generation ids.
-func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.Epoch, generation map[string]string, tell teller, load func(context.Context, *slice) error) (_ *slice, err error) {
+// generation are the nodes' VM generation ids, snap what their disks are to begin as;
+// nil for as they are new.
+func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.Epoch, generation map[string]string, snap *catalog.Snapshot, tell teller, load func(context.Context, *slice) error) (_ *slice, err error) {
 	machines, err := s.machines(topo)
 	if err != nil {
 		return nil, err
@@ -105,6 +106,11 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 				spec.Interfaces = append(spec.Interfaces, agent.Interface{
 					Network: numbers[ifc.Network], Address: ifc.MAC, MTU: topo.Network(ifc.Network).MTU,
 				})
+			}
+			if snap != nil {
+				if err := s.restoreDisks(gctx, &spec, snap); err != nil {
+					return err
+				}
 			}
 			if err := sl.agents[n.Host].AddNode(gctx, spec, load != nil); err != nil {
 				return err
@@ -170,7 +176,9 @@ func (s *Server) machine(topo *topology.Topology, n *topology.Node) (qemu.Spec, 
 			return spec, fmt.Errorf("node %q: %w", n.Name, err)
 		}
 	}
-	return spec, nil
+	var err error
+	spec.Disks, err = disksOf(n)
+	return spec, err
 }
 
 func labConfig(topo *topology.Topology, s *Server) lab.Config {

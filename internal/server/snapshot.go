@@ -180,6 +180,11 @@ func (s *Server) seal(ctx context.Context, sl *slice, snap *catalog.Snapshot, se
 			RawBytes: int64(r.RawBytes), StoredBytes: r.Stats.StoredBytes, Pages: r.Stats.Pages, ZeroPages: r.Stats.ZeroPages,
 			Held: int64(r.Held), Recorded: int64(len(r.Recorded)), Boot: sl.boot[r.Node], Generation: sl.generation[r.Node],
 		})
+		for _, d := range r.Disks {
+			n := &snap.Nodes[len(snap.Nodes)-1]
+			n.Disks = append(n.Disks, catalog.Disk{Name: d.Name, Size: int64(d.Size), Blocks: d.Blocks})
+			n.StoredBytes += d.Stats.StoredBytes
+		}
 		snap.Totals.Held += int64(r.Held)
 		snap.Totals.Recorded += int64(len(r.Recorded))
 		snap.Totals.RawBytes += int64(r.RawBytes)

@@ -68,6 +68,9 @@ func evidence(snap *catalog.Snapshot, hosts []agent.HostResult, channel *frames.
 				Name: r.Node, Host: h.Host, CutAt: r.CutAt.UnixNano(), Device: blob(r.Device), Memory: blob(r.Memory),
 				Steps: r.Steps, Heard: int64(drained.Heard[r.Node]), Gate: r.Gate,
 			}
+			for _, d := range r.Disks {
+				n.Disks = append(n.Disks, certificate.Disk{Name: d.Name, Blocks: blob(d.Blocks)})
+			}
 			for _, f := range r.Recorded {
 				n.Recorded = append(n.Recorded, certificate.Frame{
 					Interface: f.Interface, Epoch: uint8(f.Epoch), At: int64(max(0, f.At.Sub(r.CutAt))), Size: len(f.Data), Hash: certificate.Sum(f.Data),
@@ -148,8 +151,12 @@ func (s *Server) verify(ctx context.Context, snap *catalog.Snapshot, readData bo
 		Lost: snap.Totals.Lost, Held: snap.Totals.Held, Recorded: snap.Totals.Recorded, Channel: blob(snap.Channel.Ref),
 	}
 	for _, n := range snap.Nodes {
+		var disks []certificate.Disk
+		for _, d := range n.Disks {
+			disks = append(disks, certificate.Disk{Name: d.Name, Blocks: blob(d.Blocks)})
+		}
 		subject.Nodes = append(subject.Nodes, certificate.SubjectNode{
-			Name: n.Name, Host: n.Host, CutAt: n.CutAt.UnixNano(), Device: blob(n.Device), Memory: blob(n.Memory), Held: n.Held, Recorded: n.Recorded,
+			Name: n.Name, Host: n.Host, CutAt: n.CutAt.UnixNano(), Device: blob(n.Device), Memory: blob(n.Memory), Disks: disks, Held: n.Held, Recorded: n.Recorded,
 		})
 	}
 	var err error

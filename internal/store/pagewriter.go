@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 )
 
@@ -22,6 +23,7 @@ type PageWriter struct {
 	// free holds the writer's batches that are not in use. They are its own,
 	// so that a node whose stream stalls takes nothing from the others.
 	free chan *batch
+	kept []map[int]Hash // a region: leaves of an earlier table, as they are
 
 	mu       sync.Mutex
 	tables   [][]*liveLeaf // a region, a leaf; nil: all zero so far
@@ -86,6 +88,70 @@ func (se *Session) NewPageWriter(ctx context.Context, regions []Region) (*PageWr
 	return w, nil
 }
 
+// inherit has the writer begin with what an earlier table says, which is of the same
+// regions. All of it must be in the store, and is kept for this session then. It returns the
+// earlier table.
+func (w *PageWriter) inherit(table BlobRef) (*tableRoot, error) {
+	s := w.se.s
+	raw, err := s.GetBlob(w.ctx, table)
+	if err != nil {
+		return nil, err
+	}
+	root, err := parseRoot(raw)
+	if err != nil {
+		return nil, &Error{Op: "parse page table", Hash: table.Hash, Offset: -1, Err: err}
+	}
+	if !slices.Equal(root.regions, w.regions) {
+		return nil, fmt.Errorf("page table %s is of other regions", table.Hash)
+	}
+	for _, leaves := range root.leaves {
+		kept := map[int]Hash{}
+		for i, h := range leaves.all() {
+			if !w.se.knownChunk(h) {
+				return nil, s.notFound("inherit page table", h)
+			}
+			l, err := s.leaf(w.ctx, h)
+			if err != nil {
+				return nil, err
+			}
+			for _, page := range l.all() {
+				if !w.se.known(page) {
+					return nil, s.notFound("inherit page", page)
+				}
+			}
+			kept[i] = h
+			w.stats.Pages += int64(len(l.hashes))
+		}
+		w.kept = append(w.kept, kept)
+	}
+	return root, nil
+}
+
+// touch makes an inherited leaf one that is written to.
+func (w *PageWriter) touch(block, page int) error {
+	if w.kept == nil {
+		return nil
+	}
+	h, ok := w.kept[block][page/leafPages]
+	if !ok {
+		return nil
+	}
+	old, err := w.se.s.leaf(w.ctx, h)
+	if err != nil {
+		return fmt.Errorf("capture page %d of region %q: %w", page, w.regions[block].ID, err)
+	}
+	delete(w.kept[block], page/leafPages)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.stats.Pages -= int64(len(old.hashes)) // counted again with the new leaf
+	l := w.leaf(block, page)
+	for i, hash := range old.all() {
+		l.bits[i/8] |= 1 << (i % 8)
+		l.hashes[i] = hash
+	}
+	return nil
+}
+
 // Page takes a page's content; data has PageSize bytes and may be reused when
 // Page returns. The block is the region's index, the offset is in bytes from
 // its start. Content given later replaces what was given before.
@@ -96,6 +162,9 @@ func (w *PageWriter) Page(block int, offset uint64, data []byte) error {
 	}
 	if len(data) != PageSize {
 		return fmt.Errorf("capture page %d of region %q: %d bytes, want %d", page, w.regions[block].ID, len(data), PageSize)
+	}
+	if err := w.touch(block, page); err != nil {
+		return err
 	}
 	w.se.count.pages.Add(1)
 	if isZero(data) {
@@ -125,6 +194,9 @@ func (w *PageWriter) Page(block int, offset uint64, data []byte) error {
 func (w *PageWriter) Zero(block int, offset uint64) error {
 	page, err := w.check(block, offset)
 	if err != nil {
+		return err
+	}
+	if err := w.touch(block, page); err != nil {
 		return err
 	}
 	w.se.count.pages.Add(1)
@@ -286,6 +358,10 @@ func (w *PageWriter) table() (BlobRef, error) {
 		var hashes []Hash
 		for n, l := range leaves {
 			if l == nil {
+				if h, ok := w.inherited(i, n); ok {
+					at[n/8] |= 1 << (n % 8)
+					hashes = append(hashes, h)
+				}
 				continue
 			}
 			var s sparse
@@ -312,6 +388,14 @@ func (w *PageWriter) table() (BlobRef, error) {
 	}
 	w.stats.ZeroPages = w.stats.RawBytes/PageSize - w.stats.Pages
 	return w.se.PutBlob(w.ctx, root.marshal())
+}
+
+// inherited returns a leaf that is as it was.
+func (w *PageWriter) inherited(region, leaf int) (h Hash, ok bool) {
+	if w.kept != nil {
+		h, ok = w.kept[region][leaf]
+	}
+	return h, ok
 }
 
 // Stats says what the writer was given. Pages and ZeroPages are known once

@@ -38,11 +38,13 @@
 //	nodes*.NAME.append      more of a kernel command line
 //	nodes*.NAME.memory*     such as 256MiB; whole MiB, at least 16MiB
 //	nodes*.NAME.cpus        1 if not given
+//	nodes*.NAME.disks       list of {name*, size, base}: size such as 1GiB, of an empty disk; or base, the file of
+//	                        a read-only qcow2 or raw image that the disk begins as, and size if it is to be larger
 //	nodes*.NAME.interfaces  list of {network*, address, mac}: address in CIDR form;
 //	                        mac derived from slice, node and position if not given
 //	nodes*.NAME.run         command line that the guest starts at boot
 //
-// A name is what DNS takes for a label: a-z, 0-9 and '-', at most 63 of them.
+// A name is what DNS takes for a label: a-z, 0-9 and '-', at most 63 of them, 20 for a disk.
 // YAML's anchors, aliases and merge keys (<<) work; tags do not.
 //
 // The package is pure: it reads no file and asks no machine.

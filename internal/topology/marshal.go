@@ -59,6 +59,19 @@ func (t *Topology) Marshal() []byte {
 			}
 		}
 		fmt.Fprintf(&b, "    memory: %s\n    cpus: %d\n", formatUnits(n.Memory, sizeUnits), n.CPUs)
+		if len(n.Disks) > 0 {
+			b.WriteString("    disks:\n")
+		}
+		for _, d := range n.Disks {
+			fmt.Fprintf(&b, "      - {name: %s", text(d.Name))
+			if d.Size > 0 {
+				fmt.Fprintf(&b, ", size: %s", formatUnits(d.Size, sizeUnits))
+			}
+			if d.Base != "" {
+				fmt.Fprintf(&b, ", base: %s", text(d.Base))
+			}
+			b.WriteString("}\n")
+		}
 		if len(n.Interfaces) > 0 {
 			b.WriteString("    interfaces:\n")
 		}

@@ -18,6 +18,9 @@ const (
 	maxMemory     = 16 << 40
 	maxCPUs       = 255
 	maxInterfaces = 16 // a PCI slot each
+	maxDisks      = 8  // ditto
+	maxDiskName   = 20 // of a virtio disk's serial number
+	maxDisk       = 16 << 40
 	maxDelay      = time.Minute
 	maxText       = 4096 // bytes of a path or command line
 )
@@ -340,7 +343,7 @@ func (r *reader) nodes(e entry) {
 
 func (r *reader) node(n entry) {
 	node := Node{Name: n.name, CPUs: 1}
-	f := r.record(n, "host", "image", "kernel", "initrd", "rootfs", "append", "memory", "cpus", "interfaces", "run")
+	f := r.record(n, "host", "image", "kernel", "initrd", "rootfs", "append", "memory", "cpus", "disks", "interfaces", "run")
 
 	hosts := r.hosts()
 	if v, ok := r.required(n, f, "host", "say which host runs it: "+suggest("", hosts)); ok {
@@ -372,6 +375,9 @@ func (r *reader) node(n entry) {
 	}
 	if v, ok := f["cpus"]; ok {
 		node.CPUs = r.number(v, 1, maxCPUs, "virtual CPUs")
+	}
+	if v, ok := f["disks"]; ok {
+		r.disks(v, &node)
 	}
 	if v, ok := f["interfaces"]; ok {
 		elements, _ := r.sequence(v)
@@ -418,6 +424,66 @@ func (r *reader) boot(n entry, f map[string]entry, node *Node) {
 		r.problem(n.at, n.path+".image", fmt.Sprintf("%s has no image", n.label()), "say what it boots: image: NAME, or kernel: FILE with initrd and rootfs")
 	}
 	node.Append, _ = r.line(f, "append")
+}
+
+// disks reads a node's disks.
+func (r *reader) disks(e entry, node *Node) {
+	const hint = "write {name: data, size: 1GiB} for an empty disk, or {name: system, base: /images/system.qcow2}"
+	elements, _ := r.sequence(e)
+	if len(elements) > maxDisks {
+		r.wrong(e, fmt.Sprintf("%d disks, more than the %d there is room for", len(elements), maxDisks), "remove some")
+	}
+	lines := make(map[string]int)
+	for _, el := range elements {
+		f := r.record(el, "name", "size", "base")
+		var d Disk
+		if v, ok := r.required(el, f, "name", hint); ok {
+			if s, ok := r.text(v, hint); ok {
+				r.checkName("disk", s, v, v.valueAt())
+				if len(s) > maxDiskName {
+					r.wrong(v, fmt.Sprintf("disk name %s has %d characters, more than %d", quoted(s), len(s), maxDiskName), "shorten it: the guest sees it as the disk's serial number")
+				}
+				if line, dup := lines[s]; dup {
+					r.wrong(v, fmt.Sprintf("disk %s is given twice", quoted(s)), fmt.Sprintf("give it another name than that in line %d", line))
+				}
+				lines[s], d.Name = v.valueAt().line, s
+			}
+		}
+		v, sized := f["size"]
+		if sized {
+			d.Size = r.diskSize(v)
+		}
+		v, based := f["base"]
+		if s, ok := r.line(f, "base"); ok && s == "" {
+			r.wrong(v, "base is empty", "give the path of an image, or leave it out")
+		} else {
+			d.Base = s
+		}
+		if f != nil && !sized && !based {
+			r.problem(el.at, el.path, "the disk has neither size nor base", hint)
+		}
+		node.Disks = append(node.Disks, d)
+	}
+}
+
+func (r *reader) diskSize(v entry) uint64 {
+	const hint = "say how large, such as size: 1GiB"
+	s, ok := r.text(v, hint)
+	if !ok {
+		return 0
+	}
+	n, err := parseUnits(s, sizeUnits)
+	switch {
+	case err != nil:
+		r.wrong(v, fmt.Sprintf("size %s: %v", quoted(s), err), sizeHint(s))
+	case n == 0:
+		r.wrong(v, "a disk of no size", hint)
+	case n%(1<<20) != 0:
+		r.wrong(v, fmt.Sprintf("size %s is not in whole MiB", s), "round it to MiB")
+	case n > maxDisk:
+		r.wrong(v, fmt.Sprintf("size %s is more than %s", s, formatUnits(maxDisk, sizeUnits)), hint)
+	}
+	return n
 }
 
 func (r *reader) iface(e entry, node Node, index int) Interface {

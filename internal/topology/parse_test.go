@@ -94,6 +94,7 @@ nodes:                         # before what they refer to
     run: >-
       sleep
       1
+    disks: [{name: data, size: 1024MiB}, {name: system, base: images/base.qcow2}, {name: more, size: 3MiB, base: raw}]
   1:
     <<: *leaf
     run: "echo 'a: b' #c"
@@ -110,6 +111,7 @@ networks:
 slice: s
 version: 1
 `)
+	disks := []Disk{{Name: "data", Size: 1 << 30}, {Name: "system", Base: "images/base.qcow2"}, {Name: "more", Size: 3 << 20, Base: "raw"}}
 	want := &Topology{
 		Slice: "s",
 		Sites: []Site{{"a", []string{"a1"}}, {"b", []string{"b1", "b2"}}, {"c", []string{"c1"}}},
@@ -132,8 +134,8 @@ version: 1
 					{Network: "right", MAC: deriveMAC("s", "router", 2, 0)},
 				},
 			},
-			{Name: "leaf", Host: "a1", Site: "a", Image: "mpi", Memory: 64 << 20, CPUs: 1, Run: "sleep 1"},
-			{Name: "1", Host: "a1", Site: "a", Image: "mpi", Memory: 64 << 20, CPUs: 1, Run: "echo 'a: b' #c"},
+			{Name: "leaf", Disks: disks, Host: "a1", Site: "a", Image: "mpi", Memory: 64 << 20, CPUs: 1, Run: "sleep 1"},
+			{Name: "1", Disks: disks, Host: "a1", Site: "a", Image: "mpi", Memory: 64 << 20, CPUs: 1, Run: "echo 'a: b' #c"},
 		},
 	}
 	if d := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Prefix{})); d != "" {

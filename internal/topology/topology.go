@@ -105,8 +105,16 @@ type Node struct {
 
 	Memory     uint64 // bytes, whole MiB
 	CPUs       int
+	Disks      []Disk
 	Interfaces []Interface
 	Run        string // command line started at boot; may be empty
+}
+
+// Disk is a disk of a node, which is part of its snapshots.
+type Disk struct {
+	Name string // the guest sees it as the disk's serial number
+	Size uint64 // bytes, whole MiB; 0 for the size of the base
+	Base string // path of a read-only qcow2 or raw image, as written; empty for a disk that begins empty
 }
 
 // Interface is a node's attachment to a network.

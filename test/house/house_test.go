@@ -31,7 +31,7 @@ var imports = map[string][]string{
 	"internal/lab":             {},
 	"internal/gateway":         {},
 	"internal/fabric":          {"internal/coloring", "internal/cut", "internal/openflow", "internal/priority"},
-	"internal/hypervisor/qemu": {"internal/priority", "internal/qmp", "internal/topology"},
+	"internal/hypervisor/qemu": {"internal/priority", "internal/qcow2", "internal/qmp", "internal/topology"},
 	"internal/admission":       {},
 	"internal/image":           {},
 	"internal/catalog":         {"internal/store"},
@@ -49,6 +49,7 @@ var imports = map[string][]string{
 	"internal/openflow":            {},
 	"internal/openflow/softswitch": {"internal/openflow"},
 	"internal/qmp":                 {},
+	"internal/qcow2":               {},
 	"internal/qga":                 {"internal/qmp"},
 	"internal/migration/qemu":      {},
 	"internal/frames":              {"internal/cut"},
@@ -64,6 +65,7 @@ var pure = map[string][]string{
 	"internal/coloring":       {"os", "syscall", "math/rand", "log"},
 	"internal/frames":         {"net", "os", "syscall", "math/rand", "log"},
 	"internal/migration/qemu": {"net", "os", "syscall", "math/rand", "log"},
+	"internal/qcow2":          {"net", "os", "syscall", "math/rand", "log", "time"},
 	"internal/topology":       {"os", "syscall", "math/rand", "log"},
 }
 

@@ -72,8 +72,12 @@ type Capture struct {
 
 	released chan struct{} // closed when the stream may be read
 	once     sync.Once
-	paused   bool // pre-copy: QEMU has stopped and waits to switch over
-	stopped  time.Time
+	frozen   []Frozen
+
+	turn      sync.Mutex // held while a pre-copy is told to switch over
+	continued bool       // it has been; guarded by turn
+	paused    bool       // pre-copy: QEMU has stopped and waits to switch over
+	stopped   time.Time
 
 	mu        sync.Mutex
 	completed bool
@@ -109,6 +113,9 @@ func (vm *VM) Arm(ctx context.Context, mode Mode) (_ *Capture, err error) {
 		return nil, err
 	}
 	if err := vm.idle(ctx); err != nil {
+		return nil, err
+	}
+	if err := vm.armDisks(ctx); err != nil {
 		return nil, err
 	}
 	if mode == Background {
@@ -318,16 +325,36 @@ func (c *Capture) Stop(ctx context.Context) (time.Time, error) {
 	}
 }
 
-// Release lets QEMU capture. In the background mode it then lets the vCPUs run
-// by itself.
-func (c *Capture) Release(ctx context.Context) error {
+// Release freezes the disks and lets QEMU capture. In the background mode it then
+// lets the vCPUs run by itself.
+func (c *Capture) Release(ctx context.Context) (err error) {
+	if c.frozen, err = c.vm.switchDisks(ctx); err != nil {
+		return fmt.Errorf("capture: %w", err)
+	}
 	if c.mode == Precopy {
-		if err := c.vm.qmp.Execute(ctx, "migrate-continue", map[string]string{"state": "pre-switchover"}, nil); err != nil {
-			return fmt.Errorf("capture: %w", err)
-		}
-		return nil
+		return c.switchOver(ctx)
 	}
 	return c.unblock()
+}
+
+// switchOver lets a pre-copy end. Whether it has been told to must be known, so that
+// it is not cancelled then; see [Capture.Abort].
+func (c *Capture) switchOver(ctx context.Context) error {
+	c.turn.Lock()
+	defer c.turn.Unlock()
+	c.mu.Lock()
+	aborted := c.aborted
+	c.mu.Unlock()
+	if aborted {
+		return errors.New("capture: it was given up")
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), switchBound)
+	defer cancel()
+	c.continued = true
+	if err := c.vm.qmp.Execute(ctx, "migrate-continue", map[string]string{"state": "pre-switchover"}, nil); err != nil {
+		return fmt.Errorf("capture: %w", err)
+	}
+	return nil
 }
 
 // unblock makes room in the stream and throws away what filled it.
@@ -459,9 +486,16 @@ func (c *Capture) Wait(ctx context.Context) error {
 	}
 }
 
+// Frozen is the disks as they were, once the capture was released.
+func (c *Capture) Frozen() []Frozen { return c.frozen }
+
+// Stored says that the capture, disks and all, belongs to a snapshot that counts. The
+// next one's disks are read from here on.
+func (c *Capture) Stored() { c.vm.mergeDisks(true) }
+
 // Abort gives the capture up, at whatever step it is. The VM runs afterwards. It
 // may be called again.
-func (c *Capture) Abort(ctx context.Context) error {
+func (c *Capture) Abort(ctx context.Context) (err error) {
 	c.mu.Lock()
 	if c.aborted {
 		c.mu.Unlock()
@@ -472,7 +506,22 @@ func (c *Capture) Abort(ctx context.Context) error {
 	c.mu.Unlock()
 	defer c.events.Close()
 	defer c.relax()
-	if c.mode == Precopy && !completed {
+	defer func() {
+		if derr := c.vm.dropSpares(ctx); derr != nil && c.vm.Err() == nil {
+			err = errors.Join(err, fmt.Errorf("give the capture up: %w", derr))
+		}
+		c.vm.mergeDisks(false)
+	}()
+	c.turn.Lock()
+	continued := c.continued
+	c.turn.Unlock()
+	switch {
+	case c.mode != Precopy || completed:
+	case continued:
+		// It is about to end. Cancelled now, QEMU 7.2 may let the VM run with disks that
+		// it has put away, and ends with an assertion at the first write.
+		go func() { _, _ = io.Copy(io.Discard, c.ours) }()
+	default:
 		if err := c.vm.qmp.Execute(ctx, "migrate_cancel", nil, nil); err != nil {
 			return fmt.Errorf("give the capture up: %w", err)
 		}

@@ -63,7 +63,8 @@ type Spec struct {
 	// one, and a VM that has none without: it is a device.
 	Generation string
 	NICs       []NIC
-	Dir        string // sockets and logs
+	Disks      []Disk
+	Dir        string // sockets, logs and the disks' layers
 }
 
 // VM is a running QEMU.
@@ -73,6 +74,8 @@ type VM struct {
 	cmd  *exec.Cmd
 	qmp  *qmp.Client
 	cpus []int // the vCPUs' threads
+
+	disks disks
 
 	done chan struct{}
 	err  error // valid once done is closed
@@ -84,7 +87,7 @@ type VM struct {
 
 // Start starts QEMU with its vCPUs stopped. An incoming VM then waits for
 // [VM.Load]; the other boots with the first [VM.Resume].
-func Start(ctx context.Context, l Launcher, spec Spec, incoming bool, log *slog.Logger) (*VM, error) {
+func Start(ctx context.Context, l Launcher, spec Spec, incoming bool, log *slog.Logger) (_ *VM, err error) {
 	if err := os.MkdirAll(spec.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("start QEMU: %w", err)
 	}
@@ -93,6 +96,14 @@ func Start(ctx context.Context, l Launcher, spec Spec, incoming bool, log *slog.
 		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, fmt.Errorf("start QEMU: remove what an earlier one left: %w", err)
 		}
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, vm.removeDisks())
+		}
+	}()
+	if err := vm.makeDisks(); err != nil {
+		return nil, fmt.Errorf("start QEMU of %s: %w", spec.Name, err)
 	}
 	config := vm.path("guest.conf")
 	if err := os.WriteFile(config, spec.GuestConfig, 0o600); err != nil {
@@ -172,6 +183,7 @@ func (vm *VM) args(incoming bool, config string) []string {
 			"-blockdev", `{"driver":"raw","node-name":"root","read-only":true,"file":{"driver":"file","filename":`+quote(s.RootFS)+`,"locking":"off"}}`,
 			"-device", "virtio-blk-pci,drive=root")
 	}
+	args = append(args, vm.diskArgs()...)
 	if s.Generation != "" {
 		args = append(args, "-device", "vmgenid,guid="+s.Generation)
 	}
@@ -233,6 +245,9 @@ func (vm *VM) Close() error {
 		return fmt.Errorf("stop QEMU of %s (pid %d): %w", vm.spec.Name, vm.PID(), err)
 	}
 	<-vm.done
+	if err := vm.removeDisks(); err != nil {
+		return fmt.Errorf("delete the disks of %s: %w", vm.spec.Name, err)
+	}
 	return nil
 }
 
