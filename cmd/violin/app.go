@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -175,6 +176,11 @@ func (a *app) findServer(ctx context.Context) (violinv1connect.SliceServiceClien
 		return nil, err
 	}
 	theirs, err := daemon.Probe(ctx, dirs)
+	// A server that was killed just now takes a call and breaks it off, until it is gone.
+	for n := 0; n < dyingProbes && errors.Is(err, syscall.ECONNRESET) && ctx.Err() == nil; n++ {
+		time.Sleep(dyingPause)
+		theirs, err = daemon.Probe(ctx, dirs)
+	}
 	switch {
 	case errors.Is(err, daemon.ErrNotRunning):
 		return nil, err
@@ -184,6 +190,13 @@ func (a *app) findServer(ctx context.Context) (violinv1connect.SliceServiceClien
 	a.compareVersions(theirs)
 	return a.connect(dirs), nil
 }
+
+// How often, and how long after each other, a server that breaks calls off is asked
+// again.
+const (
+	dyingProbes = 20
+	dyingPause  = 50 * time.Millisecond
+)
 
 // findSliceServer is findServer for a verb about a slice that runs: no server, no such slice.
 func (a *app) findSliceServer(ctx context.Context, slice string) (violinv1connect.SliceServiceClient, error) {

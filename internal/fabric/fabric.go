@@ -324,6 +324,11 @@ func (s *Switch) Detach(ctx context.Context, tap string) error {
 	if !ok {
 		return nil
 	}
+	select {
+	case <-s.Gone(): // it has no ports any more, and nobody would confirm it
+		return nil
+	default:
+	}
 	return s.db.removePort(ctx, integration, tap)
 }
 

@@ -218,7 +218,7 @@ func protected(t *testing.T, dirs []string, runDir string) {
 			t.Errorf("rolled back: %q", got)
 		}
 	}
-	must(t, dirs, "protect", "pair", "--every", "1h", "--max-rollbacks", "2", "--webhook", hook.URL)
+	must(t, dirs, "protect", "pair", "--every", "1h", "--max-rollbacks", "3", "--webhook", hook.URL)
 	await("checkpoint")
 	sh(t, dirs, "pair/left", "touch /tmp/late")
 
@@ -235,8 +235,14 @@ func protected(t *testing.T, dirs []string, runDir string) {
 	await("rolled-back")
 	back()
 
+	sh(t, dirs, "pair/left", "touch /tmp/late")
 	kill(t, pidOf(t, runDir, "ovs-vswitchd"))
 	await("host-lost")
+	await("rolled-back")
+	back()
+
+	kill(t, slice(t, dirs, "pair").Nodes[0].PID)
+	await("node-died")
 	await("gave-up")
 	missing := map[string]bool{"node-died pair": true, "rolled-back pair": true, "host-lost pair": true, "gave-up pair": true}
 	for len(missing) > 0 { // in whatever order
