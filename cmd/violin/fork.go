@@ -43,6 +43,7 @@ func (a *app) forkFlags(cmd *cobra.Command, request *violinv1.ForkRequest) {
 	cmd.Flags().BoolVar(&request.NewGeneration, "new-genid", false, "give each VM a fresh VM generation id")
 	overcommitFlag(cmd, &request.Overcommit)
 	clockFlag(cmd, &request.Clock)
+	lazyFlag(cmd, &request.Lazy)
 }
 
 func forkArgs(request *violinv1.ForkRequest) cobra.PositionalArgs {

@@ -213,7 +213,7 @@ func (f *fakeServer) Restore(ctx context.Context, request *violinv1.RestoreReque
 	}
 	return stream.Send(&violinv1.RestoreResponse{Event: &violinv1.RestoreResponse_Restored{Restored: &violinv1.Restored{
 		Slice: mandelbrot(), Snapshot: firstSnapshot(), Duration: durationpb.New(2100 * time.Millisecond),
-		Skew: durationpb.New(1800 * time.Microsecond), FramesInjected: 14,
+		Skew: durationpb.New(1800 * time.Microsecond), FramesInjected: 14, Lazy: request.GetLazy(),
 	}}})
 }
 
@@ -499,6 +499,8 @@ func TestTranscripts(t *testing.T) {
 		{name: "restore", commands: []command{
 			{why: "by tag", args: []string{"restore", "mandelbrot@before-the-crash"}},
 			{why: "for programs", args: []string{"restore", "mandelbrot@latest", "-o", "json", "-q"}},
+			{why: "memory follows", args: []string{"restore", "--lazy", "mandelbrot@latest", "-q"}},
+			{why: "neither", args: []string{"restore", "--lazy=perhaps", "mandelbrot@latest"}},
 			{why: "not a snapshot's name", args: []string{"restore", "mandelbrot"}},
 			{why: "no such snapshot", args: []string{"restore", "missing@latest"}},
 		}},
@@ -667,6 +669,8 @@ func TestRequests(t *testing.T) {
 		},
 		{[]string{"snapshots", "pair"}, &violinv1.ListSnapshotsRequest{Slice: "pair"}},
 		{[]string{"restore", "pair@x"}, &violinv1.RestoreRequest{Snapshot: "pair@x"}},
+		{[]string{"restore", "--lazy", "pair@x"}, &violinv1.RestoreRequest{Snapshot: "pair@x", Lazy: proto.Bool(true)}},
+		{[]string{"restore", "--lazy=false", "pair@x"}, &violinv1.RestoreRequest{Snapshot: "pair@x", Lazy: proto.Bool(false)}},
 		{[]string{"verify", "pair@x"}, &violinv1.VerifyRequest{Snapshot: "pair@x"}},
 		{[]string{"verify", "pair@x", "--read-data", "--certificate", "3f9a6c013f9a6c01"}, &violinv1.VerifyRequest{Snapshot: "pair@x", ReadData: true, Certificate: "3f9a6c013f9a6c01"}},
 		{[]string{"frames", "pair@x"}, &violinv1.FramesRequest{Snapshot: "pair@x"}},

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strconv"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -18,7 +19,12 @@ func (a *app) restoreCommand() *cobra.Command {
 		Short: "Bring a slice back to a snapshot",
 		Long: `Bring a slice back to a snapshot: its id, the beginning of it if that is unique, its
 tag, or 'latest'. What still runs of the slice is stopped first. All nodes go on at
-one instant, with the frames that were in flight on their way again.`,
+one instant, with the frames that were in flight on their way again.
+
+Where the kernel and QEMU allow it (userfaultfd), the nodes run at once and their memory
+follows: a page that a node touches comes first. A node whose memory turns out to be damaged
+is stopped, and 'violin ps' says which page of which pack it is. Elsewhere, and with
+--lazy=false, they have all their memory before they run.`,
 		Example:           "  violin restore mandelbrot@latest\n  violin restore mandelbrot@before-the-crash",
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: a.completion(snapshotNames),
@@ -29,6 +35,7 @@ one instant, with the frames that were in flight on their way again.`,
 	}
 	overcommitFlag(cmd, &request.Overcommit)
 	clockFlag(cmd, &request.Clock)
+	lazyFlag(cmd, &request.Lazy)
 	return cmd
 }
 
@@ -64,6 +71,35 @@ func (v *clockValue) Set(text string) error {
 	default:
 		return fmt.Errorf("it is frozen or catch-up")
 	}
+	return nil
+}
+
+// lazyFlag is of all verbs that bring a snapshot to life. Not given, it stays nil.
+func lazyFlag(cmd *cobra.Command, to **bool) {
+	cmd.Flags().Var(&optionalBool{to}, "lazy", `let the nodes run at once, and their memory follow: the default where the machine can do it. Given
+as such, the snapshot is not read through before a slice that still runs is stopped. --lazy=false
+gives the nodes all their memory before they run`)
+	cmd.Flags().Lookup("lazy").NoOptDefVal = "true"
+}
+
+// optionalBool is a flag's value that is nil if the flag is not given.
+type optionalBool struct{ to **bool }
+
+func (o *optionalBool) Type() string { return "bool" }
+
+func (o *optionalBool) String() string {
+	if o.to == nil || *o.to == nil {
+		return ""
+	}
+	return strconv.FormatBool(**o.to)
+}
+
+func (o *optionalBool) Set(text string) error {
+	b, err := strconv.ParseBool(text)
+	if err != nil {
+		return fmt.Errorf("%q is neither true nor false", text)
+	}
+	*o.to = &b
 	return nil
 }
 
@@ -108,6 +144,9 @@ func (a *app) followRestore(stream *connect.ServerStreamForClient[violinv1.Resto
 		if !restored.GetSlice().GetPaused() {
 			facts.row("skew", optionalDuration(restored.GetSkew()))
 			facts.row("injected", frames(restored.GetFramesInjected(), "in flight"))
+		}
+		if restored.GetLazy() {
+			facts.row("memory", "follows")
 		}
 		facts.write(w)
 		for _, n := range restored.GetNotes() {

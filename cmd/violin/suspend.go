@@ -105,6 +105,7 @@ guests' wall clocks catch up, unless --clock frozen is given.`,
 	}
 	overcommitFlag(cmd, &request.Overcommit)
 	clockFlag(cmd, &request.Clock)
+	lazyFlag(cmd, &request.Lazy)
 	return cmd
 }
 

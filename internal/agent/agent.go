@@ -155,6 +155,8 @@ type node struct {
 	newer    func()      // what a newer frame sets off; nil for nothing
 	discard  bool        // newer frames, instead of holding them: see [Drop]
 	tally    tally       // of the cut that runs
+
+	following *following // the memory that it gets while it runs; nil if it had it before
 }
 
 type port struct {

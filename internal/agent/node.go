@@ -135,6 +135,7 @@ func (a *Agent) RunNode(ctx context.Context, slice, name string, channel []frame
 	if err != nil {
 		return time.Time{}, fmt.Errorf("node %q: %w", name, err)
 	}
+	n.follow()
 	start := time.Now()
 	for _, f := range channel {
 		r := receivers[f.Receiver]
@@ -224,6 +225,9 @@ func (a *Agent) stopNode(key coloring.NodeKey) error {
 	var errs []error
 	if n.vm != nil {
 		errs = append(errs, n.vm.Close())
+	}
+	if f := n.followed(); f != nil {
+		<-f.done
 	}
 	for _, p := range n.ports {
 		if p.number != 0 {

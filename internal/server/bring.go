@@ -26,6 +26,7 @@ type bringing struct {
 	paused        bool   // wait to be continued
 	newGeneration bool   // fresh VM generation ids
 	overcommit    bool
+	lazy          *bool  // memory follows: see RestoreRequest
 	guard         bool   // it is the guard who does it
 	clock         string // [catalog.Frozen] or [catalog.CatchUp]
 }
@@ -51,8 +52,8 @@ func (s *Server) tellBringing(ctx context.Context, b bringing, out *connect.Serv
 }
 
 // bring brings a snapshot to life. What runs under the name is stopped first, if the
-// slice is the snapshot's own; nothing is stopped for a snapshot that is damaged or
-// does not fit.
+// slice is the snapshot's own; nothing is stopped for a snapshot that does not fit or,
+// unless that is asked for, is damaged.
 func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.Restored, error) {
 	began := time.Now()
 	topo, err := s.topologyOf(b.snap, b.as)
@@ -77,8 +78,10 @@ func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.
 	}
 	defer release()
 	if old != nil {
-		if err := s.sound(ctx, b.snap); err != nil {
-			return nil, err
+		if b.lazy == nil || !*b.lazy {
+			if err := s.sound(ctx, b.snap); err != nil {
+				return nil, err
+			}
 		}
 		tell("stop", "", "what still runs of slice "+b.as)
 		if err := old.close(); err != nil {
@@ -89,17 +92,22 @@ func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.
 	if err := s.claim(b.as); err != nil {
 		return nil, err
 	}
+	lazily := b.lazy == nil || *b.lazy
 	var skew time.Duration
+	var notes []string
 	sl, err := s.build(ctx, topo, cut.Epoch(b.snap.Epoch).Next(), b.generations(), b.snap, tell, func(ctx context.Context, sl *slice) error {
 		sl.setHead(b.snap.Slice, b.snap.ID)
-		if err := s.load(ctx, sl, b.snap, tell); err != nil {
+		var err error
+		if notes, err = s.load(ctx, sl, b.snap, lazily, tell); err != nil {
 			return err
 		}
 		if b.paused {
+			if err := sl.follow(); err != nil {
+				return err
+			}
 			sl.waiting = &waiting{channel: channel, clock: b.clock}
 			return nil
 		}
-		var err error
 		skew, err = sl.run(ctx, channel)
 		return err
 	})
@@ -121,12 +129,12 @@ func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.
 	s.noteHead(context.WithoutCancel(ctx), sl)
 	sl.poke()
 	s.tell(events.Event{Slice: b.as, Kind: b.kind, Snapshot: b.snap.Ref(), Text: "took " + time.Since(began).Round(time.Millisecond).String()})
-	var notes []string
+	lazily = lazily && len(notes) == 0
 	if !b.paused {
-		notes = sl.setClocks(ctx, b.clock, tell)
+		notes = append(notes, sl.setClocks(ctx, b.clock, tell)...)
 	}
 	r := &violinv1.Restored{
-		Notes: notes,
+		Notes: notes, Lazy: lazily,
 		Slice: sl.message(ctx), Snapshot: snapshotMessage(b.snap), Duration: durationpb.New(time.Since(began)), Skew: durationpb.New(skew),
 	}
 	if !b.paused {
@@ -196,7 +204,7 @@ func (s *Server) Fork(ctx context.Context, req *violinv1.ForkRequest, out *conne
 		policy = "" // what is looked into is to be as it was
 	}
 	return s.tellBringing(ctx, bringing{
-		kind: events.Forked, clock: clockOf(req.GetClock(), policy, catalog.Frozen), snap: snap, as: req.GetAs(), paused: req.GetPaused(), newGeneration: req.GetNewGeneration(), overcommit: req.GetOvercommit(),
+		kind: events.Forked, clock: clockOf(req.GetClock(), policy, catalog.Frozen), snap: snap, as: req.GetAs(), paused: req.GetPaused(), newGeneration: req.GetNewGeneration(), overcommit: req.GetOvercommit(), lazy: req.Lazy,
 	}, out)
 }
 

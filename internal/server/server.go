@@ -49,6 +49,8 @@ type Server struct {
 	mu      sync.Mutex
 	slices  map[string]*slice          // a nil slice is a name taken by one that is coming up
 	records map[string]*catalog.Record // what the catalog has; never changed in place
+	// followed are the snapshots, by name, of which memory follows, and to how many nodes.
+	followed map[string]int
 
 	recording sync.Mutex // held while a record is changed
 
@@ -77,7 +79,7 @@ func New(ctx context.Context, config Config) (*Server, error) {
 		return nil, err
 	}
 	s := &Server{
-		cfg: config, log: config.Logger, store: st, catalog: catalog.New(st), slices: map[string]*slice{}, forsaken: map[string]bool{},
+		cfg: config, log: config.Logger, store: st, catalog: catalog.New(st), slices: map[string]*slice{}, forsaken: map[string]bool{}, followed: map[string]int{},
 		urgency: &priority.Shared{PID: os.Getpid(), Keep: priority.Lowered, Log: config.Logger},
 	}
 	if s.records, err = s.catalog.Records(ctx, func(_ string, err error) {

@@ -25,7 +25,6 @@ import (
 	"violin/internal/events"
 	"violin/internal/frames"
 	"violin/internal/hypervisor/qemu"
-	stream "violin/internal/migration/qemu"
 	"violin/internal/store"
 )
 
@@ -106,6 +105,9 @@ func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequ
 	mode, name := qemu.Background, "background"
 	if req.GetMode() == violinv1.CaptureMode_CAPTURE_MODE_PRECOPY {
 		mode, name = qemu.Precopy, "precopy"
+	}
+	if err := sl.awaitMemory(ctx, tell); err != nil {
+		return nil, err
 	}
 	session, err := s.store.Begin(ctx)
 	if err != nil {
@@ -254,7 +256,7 @@ func (s *Server) Restore(ctx context.Context, req *violinv1.RestoreRequest, out 
 	if err != nil {
 		return apiError(err)
 	}
-	return s.tellBringing(ctx, bringing{kind: events.Restored, snap: snap, as: snap.Slice, overcommit: req.GetOvercommit(), clock: clockOf(req.GetClock(), snap.Clock, catalog.Frozen)}, out)
+	return s.tellBringing(ctx, bringing{kind: events.Restored, snap: snap, as: snap.Slice, overcommit: req.GetOvercommit(), lazy: req.Lazy, clock: clockOf(req.GetClock(), snap.Clock, catalog.Frozen)}, out)
 }
 
 func (s *Server) channelOf(ctx context.Context, snap *catalog.Snapshot) (*frames.ChannelState, error) {
@@ -269,19 +271,33 @@ func (s *Server) channelOf(ctx context.Context, snap *catalog.Snapshot) (*frames
 	return cs, nil
 }
 
-// load gives all nodes their state. They do not run yet.
-func (s *Server) load(ctx context.Context, sl *slice, snap *catalog.Snapshot, tell teller) error {
+// load gives all nodes their state. They do not run yet. With lazily, memory follows
+// while they run; notes say why that cannot be done, for those where it can't.
+func (s *Server) load(ctx context.Context, sl *slice, snap *catalog.Snapshot, lazily bool, tell teller) (notes []string, err error) {
+	var mu sync.Mutex
+	var plain reasons
 	g, gctx := errgroup.WithContext(ctx)
 	for _, n := range snap.Nodes {
 		g.Go(func() error {
-			if err := s.loadNode(gctx, sl, n); err != nil {
+			why, err := s.loadNode(gctx, sl, snap, n, lazily)
+			if err != nil {
 				return fmt.Errorf("node %q from snapshot %s: %w", n.Name, snap.Ref(), err)
 			}
-			tell("load", n.Name, "")
+			detail := ""
+			switch {
+			case why != nil:
+				mu.Lock()
+				plain.add(why)
+				mu.Unlock()
+			case lazily:
+				detail = "its memory follows"
+			}
+			tell("load", n.Name, detail)
 			return nil
 		})
 	}
-	return g.Wait()
+	err = g.Wait()
+	return plain, err
 }
 
 // run lets the nodes that have their state run, together, and gives them the channel
@@ -307,27 +323,6 @@ func (sl *slice) run(ctx context.Context, channel *frames.ChannelState) (time.Du
 	}
 	err := g.Wait()
 	return last.Sub(first), err
-}
-
-func (s *Server) loadNode(ctx context.Context, sl *slice, n catalog.Node) error {
-	a, err := sl.agentOf(n.Name)
-	if err != nil {
-		return err
-	}
-	b, err := s.store.GetBlob(ctx, n.Device)
-	if err != nil {
-		return err
-	}
-	var skeleton stream.Skeleton
-	if err := skeleton.UnmarshalBinary(b); err != nil {
-		return err
-	}
-	pages, err := s.store.OpenMemory(ctx, n.Memory)
-	if err != nil {
-		return err
-	}
-	defer pages.Close()
-	return a.LoadNode(ctx, sl.topo.Slice, n.Name, &skeleton, pages)
 }
 
 func snapshotMessage(s *catalog.Snapshot) *violinv1.Snapshot {

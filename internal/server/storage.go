@@ -218,6 +218,11 @@ func (s *Server) needed(snap *catalog.Snapshot) string {
 	if p := s.protection(snap.Slice); p != nil && p.Head == snap.Ref() {
 		return "the protected slice would be rolled back to it"
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.followed[snap.Ref()] > 0 {
+		return "its memory still follows to nodes that run"
+	}
 	return ""
 }
 

@@ -44,6 +44,21 @@ func (g *guest) verify(t testing.TB, r *PageReader, order func(pages []uint64)) 
 	}
 }
 
+// verifyAt does so by At.
+func (g *guest) verifyAt(t testing.TB, r *PageReader) {
+	buf := make([]byte, PageSize)
+	for i, region := range g.regions {
+		for off := region.Length; off > 0; off -= PageSize {
+			zero, err := r.At(i, off-PageSize, buf)
+			want, ok := g.pages[i][off-PageSize]
+			if err != nil || zero != !ok || ok && !bytes.Equal(buf, want) {
+				t.Errorf("region %d, offset %#x: zero is %v, want %v, or other content: %v", i, off-PageSize, zero, !ok, err)
+				return
+			}
+		}
+	}
+}
+
 func ascending([]uint64) {}
 
 func shuffled(p []uint64) {
@@ -111,7 +126,13 @@ func TestMemoryComesBack(t *testing.T) {
 			if err != nil {
 				rt.Fatal(err)
 			}
+			// Pages of any order are read beside the ordered ones.
+			var beside sync.WaitGroup
+			for range 2 {
+				beside.Go(func() { g.verifyAt(t, r) })
+			}
 			g.verify(t, r, order)
+			beside.Wait()
 			if err := r.Close(); err != nil {
 				rt.Error(err)
 			}
@@ -340,6 +361,9 @@ func TestPageReaderRefuses(t *testing.T) {
 	} {
 		if _, err := r.Page(c.block, c.offset, c.buf); err == nil {
 			t.Errorf("page at %d, %#x into %d bytes is given", c.block, c.offset, len(c.buf))
+		}
+		if _, err := r.At(c.block, c.offset, c.buf); err == nil {
+			t.Errorf("page at %d, %#x into %d bytes is given, out of order", c.block, c.offset, len(c.buf))
 		}
 	}
 	if zero, err := r.Page(0, 0, buf); err != nil || !zero {

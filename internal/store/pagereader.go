@@ -11,7 +11,7 @@ import (
 // come from a read-ahead that fetches, decompresses and verifies on several
 // cores; any other order works, one page at a time.
 //
-// Methods are for one goroutine at a time.
+// Methods are for one goroutine at a time, except At.
 type PageReader struct {
 	s      *Store
 	root   *tableRoot
@@ -21,7 +21,17 @@ type PageReader struct {
 	queue   chan *readLeaf // in order; nil until the first page is asked for
 	cur     *readLeaf
 	workers sync.WaitGroup
+	onStart func() // on each worker's goroutine; nil for nothing
+
+	mu     sync.Mutex // guards tables
+	tables map[tableKey]sparse
 }
+
+type tableKey struct{ region, leaf int }
+
+// maxTables bounds the leaves of the page table that [PageReader.At] keeps: 4 MiB, for
+// 512 MiB of memory.
+const maxTables = 256
 
 // A readLeaf is a leaf's worth of memory on its way to the reader.
 type readLeaf struct {
@@ -63,24 +73,96 @@ func (r *PageReader) Close() error {
 // byte is verified against the page's hash; a damaged page is an error that
 // names it and its pack.
 func (r *PageReader) Page(block int, offset uint64, buf []byte) (zero bool, err error) {
-	if block < 0 || block >= len(r.root.regions) {
-		return false, fmt.Errorf("read memory: region %d of %d", block, len(r.root.regions))
+	leaf, page, err := r.locate(block, offset, buf)
+	if err != nil {
+		return false, err
 	}
-	region := r.root.regions[block]
-	if offset%PageSize != 0 || offset >= region.Length {
-		return false, fmt.Errorf("read memory: offset %#x of region %q, want a multiple of %d below %#x", offset, region.ID, PageSize, region.Length)
-	}
-	if len(buf) < PageSize {
-		return false, fmt.Errorf("read memory: buffer of %d bytes, want %d", len(buf), PageSize)
-	}
-	leaf, page := int(offset/leafBytes), int(offset%leafBytes/PageSize)
 	if !r.root.leaves[block].has(leaf) {
 		return true, nil
 	}
 	if err := r.page(block, leaf, page, buf, &zero); err != nil {
-		return false, fmt.Errorf("read memory: region %q, offset %#x: %w", region.ID, offset, err)
+		return false, r.failed(block, offset, err)
 	}
 	return zero, nil
+}
+
+// At does the same for any order of pages, and for several goroutines at a time. It
+// does not read ahead.
+func (r *PageReader) At(block int, offset uint64, buf []byte) (zero bool, err error) {
+	leaf, page, err := r.locate(block, offset, buf)
+	if err != nil {
+		return false, err
+	}
+	if !r.root.leaves[block].has(leaf) {
+		return true, nil
+	}
+	if err := r.at(block, leaf, page, buf, &zero); err != nil {
+		return false, r.failed(block, offset, err)
+	}
+	return zero, nil
+}
+
+// Unhurried makes the read-ahead's threads start as a session's workers do: see
+// [Options.StartWorker]. It is called before the first page is read.
+func (r *PageReader) Unhurried() { r.onStart = r.s.opts.StartWorker }
+
+// locate checks a request and finds its place in the page table.
+func (r *PageReader) locate(block int, offset uint64, buf []byte) (leaf, page int, err error) {
+	if block < 0 || block >= len(r.root.regions) {
+		return 0, 0, fmt.Errorf("read memory: region %d of %d", block, len(r.root.regions))
+	}
+	region := r.root.regions[block]
+	if offset%PageSize != 0 || offset >= region.Length {
+		return 0, 0, fmt.Errorf("read memory: offset %#x of region %q, want a multiple of %d below %#x", offset, region.ID, PageSize, region.Length)
+	}
+	if len(buf) < PageSize {
+		return 0, 0, fmt.Errorf("read memory: buffer of %d bytes, want %d", len(buf), PageSize)
+	}
+	return int(offset / leafBytes), int(offset % leafBytes / PageSize), nil
+}
+
+func (r *PageReader) failed(block int, offset uint64, err error) error {
+	return fmt.Errorf("read memory: region %q, offset %#x: %w", r.root.regions[block].ID, offset, err)
+}
+
+func (r *PageReader) at(block, leaf, page int, buf []byte, zero *bool) error {
+	table, err := r.table(block, leaf)
+	if err != nil {
+		return err
+	}
+	if *zero = !table.has(page); *zero {
+		return nil
+	}
+	_, err = r.s.Get(r.ctx, table.get(page), buf)
+	return err
+}
+
+// table returns a leaf of the page table.
+func (r *PageReader) table(block, leaf int) (sparse, error) {
+	key := tableKey{block, leaf}
+	r.mu.Lock()
+	t, ok := r.tables[key]
+	r.mu.Unlock()
+	if ok {
+		return t, nil
+	}
+	t, err := r.s.leaf(r.ctx, r.root.leaves[block].get(leaf))
+	if err != nil {
+		return sparse{}, err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for k := range r.tables { // any one
+		if len(r.tables) < maxTables {
+			break
+		}
+		delete(r.tables, k)
+	}
+	if r.tables == nil {
+		r.tables = map[tableKey]sparse{}
+	}
+	r.tables[key] = t
+	return t, nil
 }
 
 func (r *PageReader) page(block, leaf, page int, buf []byte, zero *bool) error {
@@ -92,15 +174,7 @@ func (r *PageReader) page(block, leaf, page int, buf []byte, zero *bool) error {
 		return err
 	}
 	if l == nil { // behind the read-ahead
-		table, err := r.s.leaf(r.ctx, r.root.leaves[block].get(leaf))
-		if err != nil {
-			return err
-		}
-		if *zero = !table.has(page); *zero {
-			return nil
-		}
-		_, err = r.s.Get(r.ctx, table.get(page), buf)
-		return err
+		return r.at(block, leaf, page, buf, zero)
 	}
 	if *zero = !l.table.has(page); *zero {
 		return nil
@@ -145,6 +219,9 @@ func (r *PageReader) start() {
 	jobs := make(chan *readLeaf)
 	for range n {
 		r.workers.Go(func() {
+			if r.onStart != nil {
+				r.onStart()
+			}
 			for l := range jobs {
 				l.err = l.read(r.ctx, r.s, r.root)
 				close(l.done)

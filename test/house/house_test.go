@@ -26,7 +26,7 @@ var imports = map[string][]string{
 	"internal/agent": {
 		"internal/certificate", "internal/coloring", "internal/cut", "internal/fabric", "internal/frames",
 		"internal/gateway", "internal/hypervisor/qemu",
-		"internal/migration/qemu", "internal/priority", "internal/qga", "internal/store",
+		"internal/migration/qemu", "internal/pageserver", "internal/priority", "internal/qga", "internal/store",
 	},
 	"internal/lab":             {},
 	"internal/gateway":         {},
@@ -52,6 +52,7 @@ var imports = map[string][]string{
 	"internal/qcow2":               {},
 	"internal/qga":                 {"internal/qmp"},
 	"internal/migration/qemu":      {},
+	"internal/pageserver":          {"internal/migration/qemu"},
 	"internal/frames":              {"internal/cut"},
 	"internal/topology":            {},
 }
@@ -66,6 +67,7 @@ var pure = map[string][]string{
 	"internal/frames":         {"net", "os", "syscall", "math/rand", "log"},
 	"internal/migration/qemu": {"net", "os", "syscall", "math/rand", "log"},
 	"internal/qcow2":          {"net", "os", "syscall", "math/rand", "log", "time"},
+	"internal/pageserver":     {"net", "os", "syscall", "math/rand", "log", "time"},
 	"internal/topology":       {"os", "syscall", "math/rand", "log"},
 }
 

@@ -468,6 +468,7 @@ type ResumeRequest struct {
 	Slice         string                 `protobuf:"bytes,1,opt,name=slice,proto3" json:"slice,omitempty"`
 	Overcommit    bool                   `protobuf:"varint,20,opt,name=overcommit,proto3" json:"overcommit,omitempty"` // as in UpRequest
 	Clock         ClockPolicy            `protobuf:"varint,21,opt,name=clock,proto3,enum=violin.v1.ClockPolicy" json:"clock,omitempty"`
+	Lazy          *bool                  `protobuf:"varint,40,opt,name=lazy,proto3,oneof" json:"lazy,omitempty"` // as in RestoreRequest
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -523,6 +524,13 @@ func (x *ResumeRequest) GetClock() ClockPolicy {
 	return ClockPolicy_CLOCK_POLICY_UNSPECIFIED
 }
 
+func (x *ResumeRequest) GetLazy() bool {
+	if x != nil && x.Lazy != nil {
+		return *x.Lazy
+	}
+	return false
+}
+
 type ForkRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Snapshot      string                 `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`                                 // as in RestoreRequest
@@ -531,6 +539,7 @@ type ForkRequest struct {
 	NewGeneration bool                   `protobuf:"varint,4,opt,name=new_generation,json=newGeneration,proto3" json:"new_generation,omitempty"` // a fresh VM generation id: guests that know of it reseed their random numbers
 	Overcommit    bool                   `protobuf:"varint,20,opt,name=overcommit,proto3" json:"overcommit,omitempty"`                           // as in UpRequest
 	Clock         ClockPolicy            `protobuf:"varint,21,opt,name=clock,proto3,enum=violin.v1.ClockPolicy" json:"clock,omitempty"`          // of a paused one: when it is continued, and frozen unless asked for
+	Lazy          *bool                  `protobuf:"varint,40,opt,name=lazy,proto3,oneof" json:"lazy,omitempty"`                                 // as in RestoreRequest
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -605,6 +614,13 @@ func (x *ForkRequest) GetClock() ClockPolicy {
 		return x.Clock
 	}
 	return ClockPolicy_CLOCK_POLICY_UNSPECIFIED
+}
+
+func (x *ForkRequest) GetLazy() bool {
+	if x != nil && x.Lazy != nil {
+		return *x.Lazy
+	}
+	return false
 }
 
 type ContinueRequest struct {
@@ -1340,13 +1356,15 @@ const file_violin_v1_life_proto_rawDesc = "" +
 	"\tsuspended\x18\x02 \x01(\v2\x14.violin.v1.SuspendedH\x00R\tsuspendedB\a\n" +
 	"\x05event\">\n" +
 	"\tSuspended\x121\n" +
-	"\tsnapshots\x18\x01 \x03(\v2\x13.violin.v1.SnapshotR\tsnapshots\"s\n" +
+	"\tsnapshots\x18\x01 \x03(\v2\x13.violin.v1.SnapshotR\tsnapshots\"\x95\x01\n" +
 	"\rResumeRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\x12\x1e\n" +
 	"\n" +
 	"overcommit\x18\x14 \x01(\bR\n" +
 	"overcommit\x12,\n" +
-	"\x05clock\x18\x15 \x01(\x0e2\x16.violin.v1.ClockPolicyR\x05clock\"\xc6\x01\n" +
+	"\x05clock\x18\x15 \x01(\x0e2\x16.violin.v1.ClockPolicyR\x05clock\x12\x17\n" +
+	"\x04lazy\x18( \x01(\bH\x00R\x04lazy\x88\x01\x01B\a\n" +
+	"\x05_lazy\"\xe8\x01\n" +
 	"\vForkRequest\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12\x0e\n" +
 	"\x02as\x18\x02 \x01(\tR\x02as\x12\x16\n" +
@@ -1355,7 +1373,9 @@ const file_violin_v1_life_proto_rawDesc = "" +
 	"\n" +
 	"overcommit\x18\x14 \x01(\bR\n" +
 	"overcommit\x12,\n" +
-	"\x05clock\x18\x15 \x01(\x0e2\x16.violin.v1.ClockPolicyR\x05clock\"'\n" +
+	"\x05clock\x18\x15 \x01(\x0e2\x16.violin.v1.ClockPolicyR\x05clock\x12\x17\n" +
+	"\x04lazy\x18( \x01(\bH\x00R\x04lazy\x88\x01\x01B\a\n" +
+	"\x05_lazy\"'\n" +
 	"\x0fContinueRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\"y\n" +
 	"\x10ContinueResponse\x12&\n" +
@@ -1519,6 +1539,8 @@ func file_violin_v1_life_proto_init() {
 		(*SuspendResponse_Progress)(nil),
 		(*SuspendResponse_Suspended)(nil),
 	}
+	file_violin_v1_life_proto_msgTypes[7].OneofWrappers = []any{}
+	file_violin_v1_life_proto_msgTypes[8].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

@@ -1519,10 +1519,14 @@ func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
 }
 
 type RestoreRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Snapshot      string                 `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`       // SLICE@ID, SLICE@TAG or SLICE@latest; a unique prefix of an id will do
-	Overcommit    bool                   `protobuf:"varint,20,opt,name=overcommit,proto3" json:"overcommit,omitempty"` // as in UpRequest
-	Clock         ClockPolicy            `protobuf:"varint,21,opt,name=clock,proto3,enum=violin.v1.ClockPolicy" json:"clock,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Snapshot   string                 `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`       // SLICE@ID, SLICE@TAG or SLICE@latest; a unique prefix of an id will do
+	Overcommit bool                   `protobuf:"varint,20,opt,name=overcommit,proto3" json:"overcommit,omitempty"` // as in UpRequest
+	Clock      ClockPolicy            `protobuf:"varint,21,opt,name=clock,proto3,enum=violin.v1.ClockPolicy" json:"clock,omitempty"`
+	// True: nodes run at once, and their memory follows, where the machine can do that; the snapshot is not read through
+	// before what runs is stopped. False: they have all their memory before they run. Not given: the former, but the
+	// snapshot is read through first if its slice still runs.
+	Lazy          *bool `protobuf:"varint,40,opt,name=lazy,proto3,oneof" json:"lazy,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1576,6 +1580,13 @@ func (x *RestoreRequest) GetClock() ClockPolicy {
 		return x.Clock
 	}
 	return ClockPolicy_CLOCK_POLICY_UNSPECIFIED
+}
+
+func (x *RestoreRequest) GetLazy() bool {
+	if x != nil && x.Lazy != nil {
+		return *x.Lazy
+	}
+	return false
 }
 
 type RestoreResponse struct {
@@ -1668,6 +1679,7 @@ type Restored struct {
 	Skew           *durationpb.Duration   `protobuf:"bytes,4,opt,name=skew,proto3" json:"skew,omitempty"` // of the resume instants
 	FramesInjected uint64                 `protobuf:"varint,5,opt,name=frames_injected,json=framesInjected,proto3" json:"frames_injected,omitempty"`
 	Notes          []string               `protobuf:"bytes,20,rep,name=notes,proto3" json:"notes,omitempty"` // what did not go as asked for: clocks that could not be set
+	Lazy           bool                   `protobuf:"varint,40,opt,name=lazy,proto3" json:"lazy,omitempty"`  // memory still followed when the nodes began to run
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -1742,6 +1754,13 @@ func (x *Restored) GetNotes() []string {
 		return x.Notes
 	}
 	return nil
+}
+
+func (x *Restored) GetLazy() bool {
+	if x != nil {
+		return x.Lazy
+	}
+	return false
 }
 
 type ExecRequest struct {
@@ -2436,24 +2455,27 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x14ListSnapshotsRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\"J\n" +
 	"\x15ListSnapshotsResponse\x121\n" +
-	"\tsnapshots\x18\x01 \x03(\v2\x13.violin.v1.SnapshotR\tsnapshots\"z\n" +
+	"\tsnapshots\x18\x01 \x03(\v2\x13.violin.v1.SnapshotR\tsnapshots\"\x9c\x01\n" +
 	"\x0eRestoreRequest\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12\x1e\n" +
 	"\n" +
 	"overcommit\x18\x14 \x01(\bR\n" +
 	"overcommit\x12,\n" +
-	"\x05clock\x18\x15 \x01(\x0e2\x16.violin.v1.ClockPolicyR\x05clock\"\x80\x01\n" +
+	"\x05clock\x18\x15 \x01(\x0e2\x16.violin.v1.ClockPolicyR\x05clock\x12\x17\n" +
+	"\x04lazy\x18( \x01(\bH\x00R\x04lazy\x88\x01\x01B\a\n" +
+	"\x05_lazy\"\x80\x01\n" +
 	"\x0fRestoreResponse\x121\n" +
 	"\bprogress\x18\x01 \x01(\v2\x13.violin.v1.ProgressH\x00R\bprogress\x121\n" +
 	"\brestored\x18\x02 \x01(\v2\x13.violin.v1.RestoredH\x00R\brestoredB\a\n" +
-	"\x05event\"\x88\x02\n" +
+	"\x05event\"\x9c\x02\n" +
 	"\bRestored\x12&\n" +
 	"\x05slice\x18\x01 \x01(\v2\x10.violin.v1.SliceR\x05slice\x12/\n" +
 	"\bsnapshot\x18\x02 \x01(\v2\x13.violin.v1.SnapshotR\bsnapshot\x125\n" +
 	"\bduration\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\bduration\x12-\n" +
 	"\x04skew\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x04skew\x12'\n" +
 	"\x0fframes_injected\x18\x05 \x01(\x04R\x0eframesInjected\x12\x14\n" +
-	"\x05notes\x18\x14 \x03(\tR\x05notes\"\x9c\x01\n" +
+	"\x05notes\x18\x14 \x03(\tR\x05notes\x12\x12\n" +
+	"\x04lazy\x18( \x01(\bR\x04lazy\"\x9c\x01\n" +
 	"\vExecRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x18\n" +
@@ -2653,6 +2675,7 @@ func file_violin_v1_violin_proto_init() {
 		(*SnapshotResponse_Progress)(nil),
 		(*SnapshotResponse_Snapshot)(nil),
 	}
+	file_violin_v1_violin_proto_msgTypes[16].OneofWrappers = []any{}
 	file_violin_v1_violin_proto_msgTypes[17].OneofWrappers = []any{
 		(*RestoreResponse_Progress)(nil),
 		(*RestoreResponse_Restored)(nil),

@@ -3,16 +3,19 @@ package qemu
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	migration "violin/internal/migration/qemu"
+	"violin/internal/pageserver"
 )
 
 type launcher struct{}
@@ -195,5 +198,143 @@ func TestCapture(t *testing.T) {
 			t.Fatal(err)
 		}
 		wantStatus(t, ctx, second, "running")
+		lazily(t, ctx, start(t, ctx, kernel, true), skeleton, memory)
+	}
+}
+
+func (s source) At(block int, offset uint64, buf []byte) (bool, error) {
+	return s.Page(block, offset, buf)
+}
+
+// damaged has a page that cannot be read, and that the guest needs at once.
+type damaged struct{ source }
+
+var errDamaged = errors.New("the page is damaged")
+
+func (d damaged) At(block int, offset uint64, buf []byte) (bool, error) {
+	if block == 0 && offset == 0x20000 {
+		return false, errDamaged
+	}
+	return d.Page(block, offset, buf)
+}
+
+// lazily lets a VM run that has none of its memory yet, and captures it when it has
+// all.
+func lazily(t *testing.T, ctx context.Context, vm *VM, skeleton *migration.Skeleton, memory pages) {
+	t.Helper()
+	server := pageserver.New(pageserver.Config{Skeleton: skeleton, Source: source{memory}})
+	ended := make(chan error, 1)
+	err := vm.LoadLazily(ctx, server.Serve, func(err error) { ended <- err })
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantStatus(t, ctx, vm, "paused")
+	if _, err := vm.Resume(ctx); err != nil {
+		t.Fatal(err)
+	}
+	// The guest counts in this page, and nobody has sent it unasked.
+	for touched := false; !touched; {
+		for _, r := range server.Touched() {
+			touched = touched || r.Block == "pc.ram" && r.Page <= 0x20 && 0x20-r.Page < r.Pages
+		}
+		if err := ctx.Err(); err != nil {
+			t.Fatalf("the guest does not run: %v", err)
+		}
+		time.Sleep(time.Millisecond)
+	}
+	wantStatus(t, ctx, vm, "running")
+	server.Follow()
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+	c, err := vm.Arm(ctx, Background)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again := pages{}
+	decoded := make(chan error, 1)
+	go func() {
+		_, err := migration.Decode(c.Stream(), func([]migration.RAMBlock) (migration.PageSink, error) { return sink{again}, nil })
+		decoded <- err
+	}()
+	for _, s := range steps[1:] {
+		if err := s.run(ctx, t, c); err != nil {
+			t.Fatalf("capture after a lazy load: %s: %v", s.name, err)
+		}
+	}
+	if err := <-decoded; err != nil {
+		t.Fatal(err)
+	}
+	// The guest writes to its counter's page, its stack's, and where the BIOS counts.
+	changed := 0
+	zeros := make([]byte, migration.PageSize)
+	for block, all := range memory {
+		for offset, want := range all {
+			got := again[block][offset]
+			if want == nil {
+				want = zeros
+			}
+			if got == nil {
+				got = zeros
+			}
+			if !bytes.Equal(want, got) {
+				changed++
+			}
+		}
+	}
+	if changed > 4 {
+		t.Errorf("%d pages differ after a lazy load", changed)
+	}
+}
+
+// A VM that cannot be given a page is ended, and says why.
+func TestLazyDamage(t *testing.T) {
+	if os.Getenv("VIOLIN_E2E") != "1" {
+		t.Skip("runs real QEMUs: set VIOLIN_E2E=1")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	kernel := guest(t)
+	vm := start(t, ctx, kernel, false)
+	if _, err := vm.Resume(ctx); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(time.Second) // into the guest's loop
+	c, err := vm.Arm(ctx, Background)
+	if err != nil {
+		t.Fatal(err)
+	}
+	memory := pages{}
+	var skeleton *migration.Skeleton
+	decoded := make(chan error, 1)
+	go func() {
+		var err error
+		skeleton, err = migration.Decode(c.Stream(), func([]migration.RAMBlock) (migration.PageSink, error) { return sink{memory}, nil })
+		decoded <- err
+	}()
+	for _, s := range steps[1:] {
+		if err := s.run(ctx, t, c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := <-decoded; err != nil {
+		t.Fatal(err)
+	}
+	second := start(t, ctx, kernel, true)
+	ended := make(chan error, 1)
+	server := pageserver.New(pageserver.Config{Skeleton: skeleton, Source: damaged{source{memory}}})
+	err = second.LoadLazily(ctx, server.Serve, func(err error) { ended <- err })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := second.Resume(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; !errors.Is(err, errDamaged) {
+		t.Errorf("serving ended with %v", err)
+	}
+	<-second.Done()
+	if err := second.Err(); !errors.Is(err, errDamaged) || !strings.Contains(err.Error(), "0x20000") {
+		t.Errorf("the VM says %v", err)
 	}
 }

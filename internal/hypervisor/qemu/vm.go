@@ -39,6 +39,9 @@ const (
 // (mended upstream in 03bfc2188f), and nothing in the stream shows it.
 const oddMemory = 8
 
+// endBound bounds the wait for the end of a QEMU whose monitor is gone.
+const endBound = time.Second
+
 // Launcher starts a child where the node's TAP devices are.
 type Launcher interface{ Start(cmd *exec.Cmd) error }
 
@@ -82,7 +85,8 @@ type VM struct {
 
 	mu     sync.Mutex
 	closed bool
-	number int // of captures so far, for their descriptors' names
+	cause  error // why it was ended, other than by Close
+	number int   // of captures so far, for their descriptors' names
 }
 
 // Start starts QEMU with its vCPUs stopped. An incoming VM then waits for
@@ -137,7 +141,11 @@ func Start(ctx context.Context, l Launcher, spec Spec, incoming bool, log *slog.
 	go func() {
 		err := cmd.Wait()
 		vm.mu.Lock()
-		if !vm.closed {
+		switch {
+		case vm.closed:
+		case vm.cause != nil:
+			vm.err = fmt.Errorf("%s was stopped: %w", spec.Name, vm.cause)
+		default:
 			vm.err = fmt.Errorf("QEMU of %s ended: %v%s", spec.Name, exitText(err), vm.logTail())
 		}
 		vm.mu.Unlock()
@@ -291,6 +299,17 @@ func (vm *VM) findVCPUs(ctx context.Context) error {
 func (vm *VM) Status(ctx context.Context) (string, error) {
 	var s struct{ Status string }
 	err := vm.qmp.Execute(ctx, "query-status", nil, &s)
+	if errors.Is(err, qmp.ErrDisconnected) {
+		// QEMU is ending: why, is known in a moment.
+		select {
+		case <-vm.done:
+			if vm.err != nil {
+				err = vm.err
+			}
+		case <-time.After(endBound):
+		case <-ctx.Done():
+		}
+	}
 	return s.Status, err
 }
 
@@ -404,7 +423,7 @@ func socketpair() (ours, theirs *os.File, err error) {
 }
 
 // The migration capabilities that Violin sets.
-var capabilities = []string{"events", "background-snapshot", "pause-before-switchover"}
+var capabilities = []string{"events", "background-snapshot", "pause-before-switchover", "postcopy-ram"}
 
 // setCapabilities switches the named capabilities on, beside events, and the rest off.
 func (vm *VM) setCapabilities(ctx context.Context, on []string) error {

@@ -385,7 +385,7 @@ func (d *Decoder) ramStart() error {
 	if err := d.footer(); err != nil {
 		return err
 	}
-	d.sk.head = d.head[:len(d.head):len(d.head)]
+	d.sk.head, d.sk.ramAt = d.head[:len(d.head):len(d.head)], int(at)
 	d.seal = true
 	return nil
 }

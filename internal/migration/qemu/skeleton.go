@@ -19,6 +19,7 @@ type Skeleton struct {
 	Devices []Device   // in the order of the stream
 
 	head       []byte // from the magic to the footer of RAM's START section
+	ramAt      int    // where in head RAM's START section begins
 	ramID      uint32 // RAM's section number
 	switchover bool   // the command "switchover start" was sent
 	end        bool   // RAM had an END section

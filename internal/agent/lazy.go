@@ -1,0 +1,137 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"violin/internal/hypervisor/qemu"
+	stream "violin/internal/migration/qemu"
+	"violin/internal/pageserver"
+	"violin/internal/priority"
+)
+
+// Memory is a node's memory, to be read in any order.
+type Memory interface {
+	pageserver.Source
+	io.Closer
+}
+
+// Lazy is how a node gets its memory while it runs.
+type Lazy struct {
+	// Open opens it. The context ends when the node does.
+	Open func(context.Context) (Memory, error)
+	// First are the pages to be sent first of those that the node does not ask for.
+	First []pageserver.Run
+	// Ended is called once, whatever happens: when the node has all its memory, or never will: err then
+	// says why. touched are the pages that it asked for.
+	Ended func(touched []pageserver.Run, err error)
+}
+
+// following is memory on its way to a node.
+type following struct {
+	server *pageserver.Server
+	done   chan struct{}
+	err    error // valid once done is closed
+}
+
+// LoadNodeLazily gives an incoming node its devices; its memory follows while it runs.
+// The vCPUs do not run yet. Where that cannot be done the error is
+// [violin/internal/hypervisor/qemu.ErrNoPostcopy], and [Agent.LoadNode] can.
+func (a *Agent) LoadNodeLazily(ctx context.Context, slice, name string, skeleton *stream.Skeleton, lazy Lazy) error {
+	n, err := a.node(slice, name)
+	if err != nil {
+		lazy.Ended(nil, err)
+		return err
+	}
+	reading, cancel := context.WithCancel(context.WithoutCancel(ctx)) // it goes on after this call
+	memory, err := lazy.Open(reading)
+	if err != nil {
+		cancel()
+		lazy.Ended(nil, err)
+		return fmt.Errorf("node %q: %w", name, err)
+	}
+	f := &following{done: make(chan struct{})}
+	f.server = pageserver.New(pageserver.Config{
+		Skeleton: skeleton, Source: memory, First: lazy.First,
+		StartWorker: func() { priority.Background(a.log) },
+	})
+	n.mu.Lock()
+	n.following = f
+	n.mu.Unlock()
+	go func() {
+		select {
+		case <-n.vm.Done():
+		case <-f.done:
+		}
+		cancel()
+	}()
+	err = n.vm.LoadLazily(ctx, f.server.Serve, func(err error) {
+		if cerr := memory.Close(); err == nil {
+			err = cerr
+		}
+		f.err = err
+		lazy.Ended(f.server.Touched(), err)
+		close(f.done)
+	})
+	if errors.Is(err, qemu.ErrNoPostcopy) {
+		n.mu.Lock()
+		n.following = nil
+		n.mu.Unlock()
+	}
+	if err != nil {
+		return fmt.Errorf("node %q: %w", name, err)
+	}
+	return nil
+}
+
+// FollowNode lets the memory that a node has not asked for be sent to it. RunNode
+// does as well.
+func (a *Agent) FollowNode(slice, name string) error {
+	n, err := a.node(slice, name)
+	if err != nil {
+		return err
+	}
+	n.follow()
+	return nil
+}
+
+func (n *node) follow() {
+	if f := n.followed(); f != nil {
+		f.server.Follow()
+	}
+}
+
+func (n *node) followed() *following {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.following
+}
+
+// AwaitMemory returns once a node has all its memory. It calls waiting if that is not
+// so at once.
+func (a *Agent) AwaitMemory(ctx context.Context, slice, name string, waiting func()) error {
+	n, err := a.node(slice, name)
+	if err != nil {
+		return err
+	}
+	f := n.followed()
+	if f == nil {
+		return nil
+	}
+	select {
+	case <-f.done:
+	default:
+		waiting()
+	}
+	select {
+	case <-f.done:
+	case <-ctx.Done():
+		return fmt.Errorf("node %q: wait for its memory: %w", name, ctx.Err())
+	}
+	if f.err != nil {
+		return fmt.Errorf("node %q: %w", name, f.err)
+	}
+	return nil
+}

@@ -1,0 +1,160 @@
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"violin/internal/qmp"
+)
+
+// ErrNoPostcopy says that a VM cannot be loaded lazily here. It can be loaded by
+// [VM.Load] all the same.
+var ErrNoPostcopy = errors.New("memory cannot follow a VM that runs already")
+
+// ErrClosed says that a VM was closed before it had all its memory.
+var ErrClosed = errors.New("the VM was closed")
+
+// Userfaultfd tells whether this process, and so a QEMU that it starts, may have the
+// kernel report accesses to memory that is not there yet. An error says why not.
+func Userfaultfd() error {
+	fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC, 0, 0)
+	if errno != 0 {
+		return fmt.Errorf("userfaultfd(2): %w (is CONFIG_USERFAULTFD on, and is this root, or vm.unprivileged_userfaultfd 1?)", errno)
+	}
+	defer unix.Close(int(fd))
+	api := struct{ api, features, ioctls uint64 }{api: 0xaa} // struct uffdio_api
+	const uffdioAPI = 0xc018aa3f                             // _IOWR(0xaa, 0x3f, struct uffdio_api)
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, fd, uffdioAPI, uintptr(unsafe.Pointer(&api))); errno != 0 {
+		return fmt.Errorf("userfaultfd(2): %w", errno)
+	}
+	return nil
+}
+
+// lazyBuffer is the buffer of a lazy load's socket, in bytes. A page that the VM asks
+// for comes behind what is in there.
+const lazyBuffer = 64 << 10
+
+// LoadLazily gives an incoming VM its devices, so that it may be let run, while its
+// memory follows. The vCPUs stay stopped.
+//
+// serve plays the source of a post-copy on the connection, until the VM has all of its
+// memory; LoadLazily returns before that. If it fails, the VM is ended, for it can't run
+// without its memory, and [VM.Err] says why.
+//
+// ended is called once, when there is nothing more to come: with the error of
+// LoadLazily if it was not begun, which leaves the VM as it was if that is
+// ErrNoPostcopy, and else with what came of it.
+func (vm *VM) LoadLazily(ctx context.Context, serve func(io.ReadWriteCloser) error, ended func(error)) error {
+	conn, events, err := vm.beginLazily(ctx)
+	if err != nil {
+		err = fmt.Errorf("load: %w", err)
+		ended(err)
+		return err
+	}
+	failed := make(chan error, 1)
+	go func() {
+		defer events.Close()
+		err := serve(conn)
+		if err == nil {
+			// Past the caller's context: this ends with the VM at the latest.
+			err = migrated(context.Background(), events)
+		}
+		if err != nil {
+			if vm.isClosed() {
+				err = ErrClosed
+			}
+			err = fmt.Errorf("give it its memory: %w", err)
+			vm.fail(err)
+			failed <- err
+		}
+		ended(err)
+	}()
+	if err := vm.loaded(ctx, failed); err != nil {
+		vm.fail(err)
+		return fmt.Errorf("load: %w%s", err, vm.logTail())
+	}
+	return nil
+}
+
+// beginLazily has the VM wait for a post-copy on a connection.
+func (vm *VM) beginLazily(ctx context.Context) (io.ReadWriteCloser, *qmp.Subscription, error) {
+	if err := Userfaultfd(); err != nil {
+		return nil, nil, fmt.Errorf("%w: %w", ErrNoPostcopy, err)
+	}
+	if err := vm.setCapabilities(ctx, []string{"postcopy-ram"}); err != nil {
+		return nil, nil, fmt.Errorf("%w: %w", ErrNoPostcopy, err)
+	}
+	ours, theirs, err := socketpair()
+	if err != nil {
+		return nil, nil, err
+	}
+	defer theirs.Close()
+	if err := shrink(ours, lazyBuffer); err != nil {
+		vm.log.Debug("the stream's buffer is not as it should be", "err", err)
+	}
+	events := vm.qmp.Subscribe(64, "MIGRATION")
+	err = vm.qmp.ExecuteWithFD(ctx, "getfd", map[string]string{"fdname": "incoming"}, nil, theirs)
+	if err == nil {
+		err = vm.qmp.Execute(ctx, "migrate-incoming", map[string]string{"uri": "fd:incoming"}, nil)
+	}
+	if err != nil {
+		events.Close()
+		return nil, nil, errors.Join(err, ours.Close())
+	}
+	return ours, events, nil
+}
+
+// shrink sets the size of a socket's buffer.
+func shrink(f *os.File, size int) error {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var serr error
+	err = raw.Control(func(fd uintptr) { serr = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, size) })
+	return errors.Join(err, serr)
+}
+
+// loaded returns once an incoming VM has its devices and could run.
+func (vm *VM) loaded(ctx context.Context, failed <-chan error) error {
+	for {
+		status, err := vm.Status(ctx)
+		select {
+		case why := <-failed: // says more
+			return why
+		default:
+		}
+		if err != nil {
+			return err
+		}
+		if status == "paused" {
+			return nil
+		}
+		select {
+		case why := <-failed:
+			return why
+		case <-time.After(time.Millisecond):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// fail ends a VM that must not go on.
+func (vm *VM) fail(why error) {
+	vm.mu.Lock()
+	if vm.cause == nil {
+		vm.cause = why
+	}
+	vm.mu.Unlock()
+	if err := vm.cmd.Process.Kill(); err != nil {
+		vm.log.Debug("QEMU was gone already", "err", err)
+	}
+}
