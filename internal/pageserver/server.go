@@ -221,14 +221,17 @@ func (s *Server) sendRest() error {
 	return s.w.End()
 }
 
-// give sends a page, unless it has been sent.
+// give sends a page, unless it has been sent; now says that the VM waits for it.
 func (s *Server) give(p page, read func(int, uint64, []byte) (bool, error), buf []byte, now bool) error {
 	n := p.offset / qemu.PageSize
 	s.out.Lock()
-	has := s.sent[p.block].has(n)
+	has, err := s.sent[p.block].has(n), error(nil)
+	if has && now {
+		err = s.w.Flush() // it may be on its way in the buffer, and what fills that may take its time
+	}
 	s.out.Unlock()
-	if has {
-		return nil
+	if has || err != nil {
+		return err
 	}
 	zero, err := read(p.block, p.offset, buf)
 	if err != nil {
@@ -236,8 +239,11 @@ func (s *Server) give(p page, read func(int, uint64, []byte) (bool, error), buf 
 	}
 	s.out.Lock()
 	defer s.out.Unlock()
-	if !s.sent[p.block].add(n) {
-		return nil // another was faster
+	if !s.sent[p.block].add(n) { // another was faster
+		if now {
+			return s.w.Flush()
+		}
+		return nil
 	}
 	s.left--
 	data := buf

@@ -246,6 +246,45 @@ func TestServeBoth(t *testing.T) {
 	}
 }
 
+// stuck is a source whose page 5 takes its time for who reads ahead.
+type stuck struct {
+	memory
+	reached, release chan struct{}
+}
+
+func (m stuck) Page(block int, offset uint64, buf []byte) (bool, error) {
+	if offset == 5*qemu.PageSize {
+		close(m.reached)
+		<-m.release
+	}
+	return m.memory.Page(block, offset, buf)
+}
+
+func (m stuck) At(block int, offset uint64, buf []byte) (bool, error) {
+	return m.memory.Page(block, offset, buf)
+}
+
+// A page that was sent with the rest, and is in a buffer, does not wait for the store
+// once it is asked for.
+func TestServeBuffered(t *testing.T) {
+	m := stuck{memory{-1}, make(chan struct{}), make(chan struct{})}
+	p, s, served := start(t, pageserver.Config{Source: m})
+	s.Follow()
+	<-m.reached
+	p.ask(4)
+	for !slices.Contains(p.pages(), 4) {
+		<-p.first
+	}
+	close(m.release)
+	<-p.done
+	if err := p.goodbye(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-served; err != nil {
+		t.Error(err)
+	}
+}
+
 // A page that cannot be read never gets there, whoever wants it, and nothing is said
 // to be complete.
 func TestServeDamage(t *testing.T) {
