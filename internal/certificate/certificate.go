@@ -7,7 +7,7 @@ import (
 	"errors"
 	"fmt"
 
-	"lukechampine.com/blake3"
+	"github.com/zeebo/blake3"
 )
 
 // Format is the version that this package writes and reads.

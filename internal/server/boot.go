@@ -10,7 +10,7 @@ import (
 	"sync"
 	"time"
 
-	"lukechampine.com/blake3"
+	"github.com/zeebo/blake3"
 
 	"violin/internal/catalog"
 	"violin/internal/hypervisor/qemu"
@@ -47,7 +47,7 @@ func (c *bootCache) hash(path string) (h store.Hash, size int64, err error) {
 	if h, ok := c.hashes[key]; ok {
 		return h, key.size, nil
 	}
-	sum := blake3.New(store.HashSize, nil)
+	sum := blake3.New()
 	if _, err := io.Copy(sum, f); err != nil {
 		return h, 0, fmt.Errorf("read %s: %w", path, err)
 	}

@@ -160,11 +160,11 @@ func BenchmarkRestore(b *testing.B) {
 	}
 }
 
-func BenchmarkSumPage(b *testing.B) {
-	var buf [hashSpan]byte
+func BenchmarkSum(b *testing.B) {
+	var buf [PageSize]byte
 	b.SetBytes(PageSize)
 	for b.Loop() {
-		sumPage(&buf)
+		Sum(buf[:])
 	}
 }
 

@@ -10,7 +10,7 @@ import (
 // until it returns.
 func (s *Store) Content(ctx context.Context, roots iter.Seq2[Root, error], visit func(page bool, h Hash, data []byte) error) error {
 	pages := make(map[Hash]struct{})
-	buf := make([]byte, 0, PageSize+hashSpan)
+	buf := make([]byte, 0, PageSize)
 	return s.walkAll(ctx, roots, func(h Hash) error {
 		data, err := s.getChunk(ctx, h)
 		if err != nil {

@@ -5,8 +5,7 @@ import (
 	"encoding/hex"
 	"fmt"
 
-	"lukechampine.com/blake3"
-	"lukechampine.com/blake3/guts"
+	"github.com/zeebo/blake3"
 )
 
 const (
@@ -56,18 +55,3 @@ func isZero(page []byte) bool { return bytes.Equal(page, zeros[:]) }
 
 // Sum returns the hash of b.
 func Sum(b []byte) Hash { return blake3.Sum256(b) }
-
-// hashSpan is how many bytes the vectorised BLAKE3 reads, whatever the length
-// of its input: sixteen lanes of 1 KiB.
-const hashSpan = guts.MaxSIMD * guts.ChunkSize
-
-// sumPage returns the hash of the first PageSize bytes of buf. The bytes after
-// them may be anything; they only have to be readable. It equals Sum, several
-// times faster: the package's own entry point is made for large inputs and
-// starts goroutines even for four chunks.
-func sumPage(buf *[hashSpan]byte) Hash {
-	n := guts.CompressBuffer(buf, PageSize, &guts.IV, 0, 0)
-	n.Flags |= guts.FlagRoot
-	out := guts.WordsToBytes(guts.CompressNode(n))
-	return Hash(out[:HashSize])
-}

@@ -340,16 +340,8 @@ func openEntry(buf, data []byte, h Hash, offset, plain uint32, seal cipher.AEAD,
 	if uint32(len(got)) != plain {
 		return nil, fmt.Errorf("%w: %d bytes of content, want %d", ErrDamaged, len(got), plain)
 	}
-	if sum(got) != h {
+	if Sum(got) != h {
 		return nil, fmt.Errorf("%w: content does not have this hash", ErrDamaged)
 	}
 	return out, nil
-}
-
-// sum hashes b, the fast way if it is a page with room behind it.
-func sum(b []byte) Hash {
-	if len(b) == PageSize && cap(b) >= hashSpan {
-		return sumPage((*[hashSpan]byte)(b[:hashSpan]))
-	}
-	return Sum(b)
 }

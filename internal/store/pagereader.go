@@ -254,8 +254,7 @@ func (l *readLeaf) read(ctx context.Context, s *Store, root *tableRoot) error {
 	if err != nil {
 		return err
 	}
-	// Room behind the last page lets the vectorised hash read beyond it.
-	data := make([]byte, 0, len(table.hashes)*PageSize+hashSpan)
+	data := make([]byte, 0, len(table.hashes)*PageSize)
 	for _, h := range table.hashes {
 		if data, err = s.getPage(ctx, h, data); err != nil {
 			return err

@@ -61,8 +61,7 @@ type batch struct {
 	seq   uint32
 	n     int
 	place [batchPages]struct{ region, page int }
-	// data has room behind the last page for what the vectorised hash reads.
-	data [batchPages*PageSize + hashSpan - PageSize]byte
+	data  [batchPages * PageSize]byte
 }
 
 // NewPageWriter starts the capture of a node's memory. The regions are those
@@ -278,11 +277,11 @@ func (b *batch) run(se *Session, scratch []byte) {
 		w           = b.w
 	)
 	for i := range b.n {
-		at := b.data[i*PageSize:]
-		hashes[i] = sumPage((*[hashSpan]byte)(at))
+		page := b.data[i*PageSize:][:PageSize]
+		hashes[i] = Sum(page)
 		// The session's context, not the writer's: a failure in the middle
 		// would leave a page claimed but not placed.
-		n, err := se.place(se.ctx, hashes[i], at[:PageSize], scratch)
+		n, err := se.place(se.ctx, hashes[i], page, scratch)
 		if err != nil {
 			break // the session has failed, and Close says why
 		}

@@ -8,8 +8,8 @@ import (
 	"sync"
 )
 
-// pageBuf is room for a page and for what the vectorised hash reads behind it.
-type pageBuf [hashSpan]byte
+// pageBuf is room for a page, as it is or compressed.
+type pageBuf [2 * PageSize]byte
 
 var pageBufs = sync.Pool{New: func() any { return new(pageBuf) }}
 
@@ -34,8 +34,7 @@ func (s *Store) Get(ctx context.Context, h Hash, buf []byte) (int, error) {
 	return copy(buf, page), nil
 }
 
-// getPage appends a page to buf, verified. It is fast if buf has capacity for
-// hashSpan more bytes.
+// getPage appends a page to buf, verified.
 func (s *Store) getPage(ctx context.Context, h Hash, buf []byte) ([]byte, error) {
 	loc, ok := s.pages.get(h)
 	if !ok {

@@ -5,7 +5,7 @@ import (
 	"crypto/cipher"
 	"encoding/binary"
 
-	"lukechampine.com/blake3"
+	"github.com/zeebo/blake3"
 )
 
 // How a pack or document is sealed, as written in its header.
@@ -44,7 +44,7 @@ func (k masterKey) document() cipher.AEAD {
 
 func newGCM(context string, material []byte) cipher.AEAD {
 	var key [32]byte
-	blake3.DeriveKey(key[:], context, material)
+	blake3.DeriveKey(context, material, key[:])
 	block, err := aes.NewCipher(key[:])
 	if err != nil {
 		panic(err) // the length is right

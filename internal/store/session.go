@@ -141,8 +141,7 @@ func (se *Session) Put(ctx context.Context, page []byte) (Hash, error) {
 	}
 	w := pageBufs.Get().(*pageBuf)
 	defer pageBufs.Put(w)
-	copy(w[:], page)
-	h := sumPage((*[hashSpan]byte)(w))
+	h := Sum(page)
 	if _, err := se.place(ctx, h, page, w[:0]); err != nil {
 		return Hash{}, fmt.Errorf("store page: %w", err)
 	}

@@ -33,7 +33,7 @@ import (
 	"io"
 
 	"github.com/klauspost/compress/zstd"
-	"lukechampine.com/blake3"
+	"github.com/zeebo/blake3"
 
 	"violin/internal/catalog"
 	"violin/internal/store"
@@ -83,7 +83,7 @@ func export(ctx context.Context, st *store.Store, snap *catalog.Snapshot, w io.W
 	if err != nil {
 		return stats, err
 	}
-	out := &recordWriter{w: body, sum: blake3.New(32, nil), enc: enc}
+	out := &recordWriter{w: body, sum: blake3.New(), enc: enc}
 	if err := out.write(kindDocument, store.Sum(doc), doc); err != nil {
 		return stats, err
 	}
@@ -154,7 +154,7 @@ func imports(ctx context.Context, st *store.Store, r io.Reader, passphrase strin
 		return nil, stats, err
 	}
 	defer dec.Close()
-	in := &recordReader{r: bufio.NewReaderSize(body, 1<<16), sum: blake3.New(32, nil), dec: dec}
+	in := &recordReader{r: bufio.NewReaderSize(body, 1<<16), sum: blake3.New(), dec: dec}
 	kind, doc, err := in.read()
 	if err != nil {
 		return nil, stats, err
