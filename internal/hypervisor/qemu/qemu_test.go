@@ -265,8 +265,8 @@ func lazily(t *testing.T, ctx context.Context, vm *VM, skeleton *migration.Skele
 	if err := <-decoded; err != nil {
 		t.Fatal(err)
 	}
-	// The guest writes to its counter's page, its stack's, and where the BIOS counts.
-	changed := 0
+	// The guest counts, and the BIOS does beside it: a few bytes here and there. A page
+	// that is not the right one differs in more.
 	zeros := make([]byte, migration.PageSize)
 	for block, all := range memory {
 		for offset, want := range all {
@@ -277,13 +277,16 @@ func lazily(t *testing.T, ctx context.Context, vm *VM, skeleton *migration.Skele
 			if got == nil {
 				got = zeros
 			}
-			if !bytes.Equal(want, got) {
-				changed++
+			changed := 0
+			for i := range want {
+				if want[i] != got[i] {
+					changed++
+				}
+			}
+			if changed > 64 {
+				t.Errorf("after a lazy load %d bytes of the page at %#x of block %d are others", changed, offset, block)
 			}
 		}
-	}
-	if changed > 4 {
-		t.Errorf("%d pages differ after a lazy load", changed)
 	}
 }
 
