@@ -108,7 +108,7 @@ func (a *app) root() *cobra.Command {
 		a.protectCommand(), a.unprotectCommand(), a.eventsCommand(),
 		a.exportCommand(), a.importCommand(), a.storeCommand(), a.imageCommand(), a.benchCommand(),
 		a.consoleCommand(), a.execCommand(),
-		a.serverCommand(), a.versionCommand(),
+		a.serverCommand(), a.agentCommand(), a.tokenCommand(), a.hostsCommand(), a.versionCommand(),
 	)
 	return root
 }
@@ -250,6 +250,17 @@ func (a *app) startImages(ctx context.Context, p *progress) (violinv1connect.Ima
 		return nil, err
 	}
 	return violinv1connect.NewImageServiceClient(a.connection, daemon.BaseURL), nil
+}
+
+// findHosts is findServer for a verb about the machines that have joined.
+func (a *app) findHosts(ctx context.Context) (violinv1connect.HostServiceClient, error) {
+	if _, err := a.findServer(ctx); err != nil {
+		if errors.Is(err, daemon.ErrNotRunning) {
+			return nil, unreachable(fmt.Errorf("%w; 'violin server --listen ADDRESS:PORT' starts one that takes hosts in", err))
+		}
+		return nil, err
+	}
+	return violinv1connect.NewHostServiceClient(a.connection, daemon.BaseURL), nil
 }
 
 func (a *app) disconnect() {

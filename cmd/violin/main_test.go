@@ -51,6 +51,7 @@ type fakeServer struct {
 	violinv1connect.UnimplementedLifecycleServiceHandler
 	violinv1connect.UnimplementedImageServiceHandler
 	violinv1connect.UnimplementedProtectionServiceHandler
+	violinv1connect.UnimplementedHostServiceHandler
 
 	slices []*violinv1.Slice
 

@@ -27,6 +27,7 @@ const requestLimit = 16 << 20
 
 func (a *app) serverCommand() *cobra.Command {
 	var idleExit time.Duration
+	var listen string
 	var level slog.Level
 	cmd := &cobra.Command{
 		Use:   "server",
@@ -44,9 +45,10 @@ directory, for its user only:
 			if err := a.tableOnly(cmd); err != nil {
 				return err
 			}
-			return a.serve(cmd.Context(), idleExit, level)
+			return a.serve(cmd.Context(), listen, idleExit, level)
 		},
 	}
+	cmd.Flags().StringVar(&listen, "listen", "", "take the agents of other machines in at this `address:port`; see 'violin agent --help'")
 	cmd.Flags().DurationVar(&idleExit, "idle-exit", 0, "end after this `time` with no slice and no call (0: never; a server started in the background has "+daemon.DefaultIdleExit.String()+")")
 	cmd.Flags().TextVar(&level, "log-level", slog.LevelInfo, "log from this `level` on: debug, info, warn or error")
 	return cmd
@@ -58,7 +60,7 @@ type service struct {
 	*server.Server
 }
 
-func (a *app) serve(ctx context.Context, idleExit time.Duration, level slog.Level) error {
+func (a *app) serve(ctx context.Context, listen string, idleExit time.Duration, level slog.Level) error {
 	ready := daemon.ReadyFile()
 	if idleExit < 0 {
 		return &failure{code: exitUsage, err: fmt.Errorf("--idle-exit %v: it cannot be negative", idleExit)}
@@ -81,7 +83,7 @@ func (a *app) serve(ctx context.Context, idleExit time.Duration, level slog.Leve
 		Version:  violinVersion(),
 		Logger:   logger,
 		Start: func(ctx context.Context) (daemon.Service, error) {
-			s, err := server.New(ctx, server.Config{StateDir: dirs.State, Storage: storage, RunDir: dirs.Run, Logger: logger, Version: violinVersion()})
+			s, err := server.New(ctx, server.Config{StateDir: dirs.State, Storage: storage, RunDir: dirs.Run, Logger: logger, Version: violinVersion(), Listen: listen})
 			if err != nil {
 				return nil, err
 			}
@@ -103,6 +105,7 @@ type api interface {
 	violinv1connect.LifecycleServiceHandler
 	violinv1connect.ImageServiceHandler
 	violinv1connect.ProtectionServiceHandler
+	violinv1connect.HostServiceHandler
 }
 
 // apiHandler serves the API over HTTP.
@@ -122,6 +125,7 @@ func apiHandler(s api, logger *slog.Logger) http.Handler {
 	mux.Handle(violinv1connect.NewStoreServiceHandler(s, options...))
 	mux.Handle(violinv1connect.NewHistoryServiceHandler(s, options...))
 	mux.Handle(violinv1connect.NewLifecycleServiceHandler(s, options...))
+	mux.Handle(violinv1connect.NewHostServiceHandler(s, options...))
 	mux.Handle(violinv1connect.NewImageServiceHandler(s, options...))
 	mux.Handle(violinv1connect.NewProtectionServiceHandler(s, options...))
 	return mux

@@ -118,7 +118,10 @@ func (a *Agent) AddPeer(ctx context.Context, peer fabric.Peer) error {
 
 // SetRemotes tells where the interfaces on other hosts are; it takes effect
 // with the next node that is added.
-func (a *Agent) SetRemotes(remotes []coloring.Remote) { a.fabric.SetRemotes(remotes) }
+func (a *Agent) SetRemotes(_ context.Context, remotes []coloring.Remote) error {
+	a.fabric.SetRemotes(remotes)
+	return nil
+}
 
 // SwitchGone is closed when the host's switch has ended: without it the host's nodes
 // reach nothing.

@@ -150,7 +150,7 @@ func TestCut(t *testing.T) {
 		{Mode: qemu.Background}, {Mode: qemu.Precopy}, {Mode: qemu.Background, Newer: agent.Trigger}, {Mode: qemu.Background, Newer: agent.Drop},
 	} {
 		id := fmt.Sprint("cut", i)
-		o.Effect, o.Session = cut.SendPrepare{Cut: id, Host: "a", From: epoch, To: epoch.Next()}, h.session()
+		o.Effect, o.Session = cut.SendPrepare{Cut: id, Host: "a", From: epoch, To: epoch.Next()}, agent.InStore(h.session())
 		h.order(o)
 		h.want(cut.Prepared{})
 		h.wantNodes(epoch)
@@ -188,7 +188,7 @@ func TestAbort(t *testing.T) {
 		for _, mode := range []qemu.Mode{qemu.Background, qemu.Precopy} {
 			id := fmt.Sprint("cut", i, mode)
 			to := epoch.Next()
-			h.order(agent.Order{Effect: cut.SendPrepare{Cut: id, Host: "a", From: epoch, To: to}, Mode: mode, Session: h.session()})
+			h.order(agent.Order{Effect: cut.SendPrepare{Cut: id, Host: "a", From: epoch, To: to}, Mode: mode, Session: agent.InStore(h.session())})
 			if at != "preparing" {
 				h.want(cut.Prepared{})
 			}
@@ -220,9 +220,39 @@ func TestAbort(t *testing.T) {
 	}
 }
 
+// A cut whose coordinator does not come back is given up: the nodes run on, in the epoch
+// where all others can be, and what is ordered after all is carried out.
+func TestAbandon(t *testing.T) {
+	h := newHost(t, "x", "y")
+	h.agent.Abandon(slice) // no cut runs
+	epoch := cut.Epoch(0)
+	for _, test := range []struct {
+		ordered  bool
+		left, to cut.Epoch // by itself, and by what the coordinator then says
+	}{{false, 0, 0}, {false, 0, 1}, {true, 2, 2}} {
+		id := fmt.Sprint("cut", test)
+		h.order(agent.Order{Effect: cut.SendPrepare{Cut: id, Host: "a", From: epoch, To: epoch.Next()}, Session: agent.InStore(h.session())})
+		h.want(cut.Prepared{})
+		if test.ordered {
+			h.order(agent.Order{Effect: cut.SendCut{Cut: id, Host: "a", Nodes: h.nodes, To: epoch.Next()}})
+			h.want(cut.NodeCut{}, cut.NodeCut{}, cut.Stored{}, cut.Stored{})
+		}
+		h.agent.Abandon(slice)
+		h.wantNodes(test.left)
+		h.order(agent.Order{Effect: cut.SendAbort{Cut: id, Host: "a", To: test.to}})
+		for {
+			if _, ok := (<-h.events).(cut.Aborted); ok {
+				break
+			}
+		}
+		h.wantNodes(test.to)
+		epoch = test.to
+	}
+}
+
 func TestNodeDies(t *testing.T) {
 	h := newHost(t, "x", "y")
-	h.order(agent.Order{Effect: cut.SendPrepare{Cut: "c", Host: "a", From: 0, To: 1}, Session: h.session()})
+	h.order(agent.Order{Effect: cut.SendPrepare{Cut: "c", Host: "a", From: 0, To: 1}, Session: agent.InStore(h.session())})
 	h.want(cut.Prepared{})
 	st, err := h.agent.Status(t.Context(), slice, "x")
 	if err != nil {
@@ -257,9 +287,9 @@ func TestOrdersOfNoCut(t *testing.T) {
 	h.want(cut.Committed{})
 	h.order(agent.Order{Effect: cut.SendAbort{Cut: "c", Host: "a"}})
 	h.want(cut.Aborted{})
-	h.order(agent.Order{Effect: cut.SendPrepare{Cut: "c", Host: "a", To: 1}, Session: h.session()})
+	h.order(agent.Order{Effect: cut.SendPrepare{Cut: "c", Host: "a", To: 1}, Session: agent.InStore(h.session())})
 	h.want(cut.Prepared{})
-	h.order(agent.Order{Effect: cut.SendPrepare{Cut: "d", Host: "a", To: 1}, Session: h.session()})
+	h.order(agent.Order{Effect: cut.SendPrepare{Cut: "d", Host: "a", To: 1}, Session: agent.InStore(h.session())})
 	if f := h.want(cut.Failed{}).(cut.Failed); f.Cut != "d" {
 		t.Errorf("%+v", f)
 	}

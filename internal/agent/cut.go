@@ -36,7 +36,7 @@ type Order struct {
 	Networks map[uint16]string // the slice's networks, by number: the counters' names
 	Effect   cut.Effect
 	Mode     qemu.Mode
-	Session  *store.Session
+	Session  Session
 	Newer    Newer
 	Limits   cut.Limits // of what each gate holds; zero for [DefaultLimits]
 	At       time.Time  // when the vCPUs are to stop, by this host's clock; zero or past for at once
@@ -275,7 +275,7 @@ func (hc *hostCut) arm(nc *nodeCut) error {
 // receive is the far end of the migration: the node's state goes to the store.
 func (hc *hostCut) receive(nc *nodeCut) error {
 	priority.Background(hc.a.log)
-	var pages *store.PageWriter
+	var pages PageWriter
 	d := stream.NewDecoder(nc.capture.Stream())
 	skeleton, err := d.Decode(func(blocks []stream.RAMBlock) (stream.PageSink, error) {
 		regions := make([]store.Region, len(blocks))
@@ -366,6 +366,10 @@ func (hc *hostCut) cutNode(name string, at time.Time) {
 	}
 	if nc.ordered.Swap(true) {
 		return // a newer frame and an order both tell it
+	}
+	if err := hc.ctx.Err(); err != nil {
+		hc.fail(name, fmt.Errorf("the cut has been given up: %w", err))
+		return
 	}
 	nc.at = at
 	if err := hc.steps(nc); err != nil {
@@ -644,9 +648,54 @@ func (hc *hostCut) commit() {
 	hc.report(cut.Committed{Cut: hc.id, Host: hc.a.cfg.Host})
 }
 
-// abort undoes the preparation if no node has been cut anywhere, and else brings
-// the host's nodes forward into the new epoch without a capture.
+// abort gives the cut up, as the coordinator orders it.
 func (hc *hostCut) abort(to cut.Epoch) {
+	if !hc.giveUp(to) {
+		// The coordinator repeats the order.
+		hc.a.mu.Lock()
+		hc.ended = false
+		hc.a.mu.Unlock()
+		return
+	}
+	hc.end()
+	hc.report(cut.Aborted{Cut: hc.id, Host: hc.a.cfg.Host})
+}
+
+// Abandon gives up the cut of a slice, if one runs, whose coordinator does not come
+// back. Its nodes run on, and where it can be known, in the epoch that all others go
+// to: the new one, if the host was ordered to cut or has been sent a newer frame. The
+// coordinator's own order is carried out when it comes after all.
+func (a *Agent) Abandon(slice string) {
+	a.mu.Lock()
+	hc := a.cuts[slice]
+	if hc == nil || hc.ended {
+		a.mu.Unlock()
+		return
+	}
+	hc.ended = true // nothing is begun meanwhile
+	a.mu.Unlock()
+	to := hc.from
+	for _, nc := range hc.nodes {
+		nc.n.mu.Lock()
+		if nc.ordered.Load() || nc.n.gate.Held() > 0 {
+			to = hc.to
+		}
+		nc.n.mu.Unlock()
+	}
+	a.log.Warn("the cut is given up: its coordinator does not come back", "cut", hc.id, "epoch", to)
+	done := hc.giveUp(to)
+	a.mu.Lock()
+	hc.ended = false
+	a.mu.Unlock()
+	if !done {
+		a.log.Error("the cut was not given up cleanly", "cut", hc.id)
+	}
+}
+
+// giveUp undoes the preparation if no node has been cut anywhere, and else brings
+// the host's nodes forward into the new epoch without a capture. It may be called
+// again, also with another epoch. It tells whether all nodes that live are there.
+func (hc *hostCut) giveUp(to cut.Epoch) bool {
 	hc.cancel()
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
@@ -683,15 +732,7 @@ func (hc *hostCut) abort(to cut.Epoch) {
 	if err := hc.count(ctx, to); err != nil {
 		hc.a.log.Warn("counters of the old epoch stay", "cut", hc.id, "err", err)
 	}
-	if !ok {
-		// The coordinator repeats the order.
-		hc.a.mu.Lock()
-		hc.ended = false
-		hc.a.mu.Unlock()
-		return
-	}
-	hc.end()
-	hc.report(cut.Aborted{Cut: hc.id, Host: hc.a.cfg.Host})
+	return ok
 }
 
 // abortNode brings a node into the new epoch. Whatever fails, the node does not stay

@@ -70,24 +70,25 @@ func (a *Agent) AddGateway(ctx context.Context, spec GatewaySpec) (err error) {
 
 // MarkOutput says where the frames end that wait at the host's gateways now, a mark a
 // gateway. A frame before its mark was sent before now.
-func (a *Agent) MarkOutput() []uint64 {
+func (a *Agent) MarkOutput(context.Context) ([]uint64, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	var marks []uint64
 	for _, x := range a.exits {
 		marks = append(marks, x.gateway.Mark())
 	}
-	return marks
+	return marks, nil
 }
 
 // ReleaseOutput lets the frames before their marks go to the outside.
-func (a *Agent) ReleaseOutput(marks []uint64) {
+func (a *Agent) ReleaseOutput(_ context.Context, marks []uint64) error {
 	a.mu.Lock()
 	exits := a.exits
 	a.mu.Unlock()
 	for i, x := range exits[:min(len(exits), len(marks))] {
 		x.gateway.Release(marks[i])
 	}
+	return nil
 }
 
 func (a *Agent) closeGateways() error {

@@ -33,6 +33,9 @@ type NodeSpec struct {
 	Machine     qemu.Spec // Dir and NICs are the agent's to fill in
 	Interfaces  []Interface
 	Disks       map[string]store.BlobRef // what the restored ones are in the store
+	// Boot are the hashes of the files that the machine boots from, by kind (kernel,
+	// initrd, rootfs): for an agent on another machine, which has files of its own.
+	Boot map[string]store.Hash
 }
 
 // AddNode makes a node with its ports and starts its hypervisor; the vCPUs do
@@ -113,11 +116,16 @@ func (a *Agent) addPort(ctx context.Context, n *node, index int, ifc Interface) 
 
 // LoadNode gives an incoming node its state. The vCPUs do not run yet.
 func (a *Agent) LoadNode(ctx context.Context, slice, name string, skeleton *stream.Skeleton, pages stream.PageSource) error {
+	return a.LoadStream(ctx, slice, name, func(w io.Writer) error { return stream.Encode(w, skeleton, pages) })
+}
+
+// LoadStream does so with a migration stream that is made already.
+func (a *Agent) LoadStream(ctx context.Context, slice, name string, write func(io.Writer) error) error {
 	n, err := a.node(slice, name)
 	if err != nil {
 		return err
 	}
-	if err := n.vm.Load(ctx, func(w io.Writer) error { return stream.Encode(w, skeleton, pages) }); err != nil {
+	if err := n.vm.Load(ctx, write); err != nil {
 		return fmt.Errorf("node %q: %w", name, err)
 	}
 	return nil

@@ -15,7 +15,6 @@ import (
 	"violin/internal/agent"
 	"violin/internal/cut"
 	"violin/internal/hypervisor/qemu"
-	"violin/internal/store"
 )
 
 // ErrAborted is wrapped in the error of a cut that was given up: the nodes run
@@ -83,7 +82,7 @@ func (c *Coordinator) Epoch() cut.Epoch {
 type Cut struct {
 	ID      string
 	Mode    qemu.Mode
-	Session *store.Session
+	Session agent.Session
 	Newer   agent.Newer
 	Limits  cut.Limits    // of what each gate holds; zero for the agent's default
 	Hold    time.Duration // how long it may; 0 for the default

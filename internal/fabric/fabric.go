@@ -36,6 +36,8 @@ import (
 const (
 	integration = "br-int"
 	physical    = "br-phy"
+	// datapathDevice is one that the user-space datapath makes for itself.
+	datapathDevice = "ovs-netdev"
 )
 
 // Config describes one host's switch.
@@ -453,7 +455,29 @@ func (s *Switch) Close() error {
 		err = s.daemons.stop()
 	}
 	if s.nl != nil {
+		err = errors.Join(err, s.removeDevices())
 		s.nl.Close()
 	}
 	return err
+}
+
+// removeDevices removes the devices of the user-space datapath, which outlive it.
+func (s *Switch) removeDevices() error {
+	if !userspace() {
+		return nil
+	}
+	var errs []error
+	for _, name := range []string{physical, integration, datapathDevice} {
+		link, err := s.nl.LinkByName(name)
+		if errors.As(err, new(netlink.LinkNotFoundError)) {
+			continue
+		}
+		if err == nil {
+			err = s.nl.LinkDel(link)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("remove the switch's device %s: %w", name, err))
+		}
+	}
+	return errors.Join(errs...)
 }

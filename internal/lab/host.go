@@ -1,9 +1,7 @@
 package lab
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -13,6 +11,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"violin/internal/machine"
 )
 
 // Host stands for one machine of a site. Its methods may be called from any
@@ -89,58 +89,9 @@ func (h *Host) NamespacePath() string {
 // The kernel drops frames sent to the device until QEMU has opened it and the
 // kernel has noticed, some milliseconds later, which the flag IFF_RUNNING tells.
 func (h *Host) CreateTap(name string, mtu int) error {
-	err := h.ns.do(func() error { return createTap(h.ns, name, mtu) })
+	err := h.ns.do(func() error { return machine.CreateTap(name, mtu) })
 	if err != nil {
 		return fmt.Errorf("create tap on host %q: %w", h.Name, err)
-	}
-	return nil
-}
-
-func createTap(ns *namespace, name string, mtu int) error {
-	nl, err := netlink.NewHandleAt(netns.NsHandle(ns.fd.Fd()), unix.NETLINK_ROUTE)
-	if err != nil {
-		return err
-	}
-	defer nl.Close()
-	if _, err := nl.LinkByName(name); err == nil {
-		// TUNSETIFF would attach to it instead.
-		return fmt.Errorf("device %q: %w", name, fs.ErrExist)
-	}
-	f, err := openTap(name)
-	if err != nil {
-		return err
-	}
-	defer f.Close() // takes the device along until it is persistent
-	if err := prepareTap(nl, name, mtu); err != nil {
-		return err
-	}
-	// The stack would answer a guest's ARP request for the host's own address.
-	if err := os.WriteFile("/proc/sys/net/ipv4/conf/"+name+"/arp_ignore", []byte("8"), 0); err != nil {
-		return err
-	}
-	if err := unix.IoctlSetInt(int(f.Fd()), unix.TUNSETPERSIST, 1); err != nil {
-		return fmt.Errorf("make TAP %q persistent: %w", name, err)
-	}
-	return nil
-}
-
-// prepareTap sets up a TAP in the calling thread's namespace, which is nl's.
-func prepareTap(nl *netlink.Handle, name string, mtu int) error {
-	link, err := nl.LinkByName(name)
-	if err != nil {
-		return fmt.Errorf("find TAP %q: %w", name, err)
-	}
-	if err := disableOffloads(name); err != nil {
-		return err
-	}
-	if err := nl.LinkSetMTU(link, mtu); err != nil {
-		return fmt.Errorf("set MTU of TAP %q to %d: %w", name, mtu, err)
-	}
-	if err := nl.LinkSetTxQLen(link, tapQueueLen); err != nil {
-		return fmt.Errorf("set queue length of TAP %q: %w", name, err)
-	}
-	if err := nl.LinkSetUp(link); err != nil {
-		return fmt.Errorf("set TAP %q up: %w", name, err)
 	}
 	return nil
 }
@@ -149,16 +100,8 @@ func prepareTap(nl *netlink.Handle, name string, mtu int) error {
 // switch sends is read, and what is written, the switch receives. A frame a call.
 func (h *Host) OpenTap(name string) (*os.File, error) {
 	var f *os.File
-	err := h.ns.do(func() error {
-		nl, err := netlink.NewHandleAt(netns.NsHandle(h.ns.fd.Fd()), unix.NETLINK_ROUTE)
-		if err != nil {
-			return err
-		}
-		defer nl.Close()
-		if _, err := nl.LinkByName(name); err != nil { // openTap would make it
-			return err
-		}
-		f, err = openTap(name)
+	err := h.ns.do(func() (err error) {
+		f, err = machine.OpenTap(name)
 		return err
 	})
 	if err != nil {
@@ -169,21 +112,7 @@ func (h *Host) OpenTap(name string) (*os.File, error) {
 
 // DeleteTap removes a device that CreateTap made. It is no error if it has gone.
 func (h *Host) DeleteTap(name string) error {
-	err := h.ns.do(func() error {
-		nl, err := netlink.NewHandleAt(netns.NsHandle(h.ns.fd.Fd()), unix.NETLINK_ROUTE)
-		if err != nil {
-			return err
-		}
-		defer nl.Close()
-		link, err := nl.LinkByName(name)
-		if errors.As(err, new(netlink.LinkNotFoundError)) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		return nl.LinkDel(link)
-	})
+	err := h.ns.do(func() error { return machine.DeleteTap(name) })
 	if err != nil {
 		return fmt.Errorf("delete tap %q on host %q: %w", name, h.Name, err)
 	}

@@ -11,6 +11,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"violin/internal/machine"
 )
 
 // Names of devices in a site's namespace, beside a port for each host.
@@ -109,7 +111,7 @@ func (l *Lab) addSite(i int, lay *layout) error {
 		if l.wan == nil {
 			return nil
 		}
-		tap, err := openTap(siteTap)
+		tap, err := machine.MakeTap(siteTap)
 		if err != nil {
 			return err
 		}
@@ -124,7 +126,7 @@ func uplink(bridge netlink.Link, mtu int) error {
 		return err
 	}
 	defer nl.Close()
-	if err := prepareTap(nl, siteTap, mtu); err != nil {
+	if err := machine.PrepareTap(nl, siteTap, mtu); err != nil {
 		return err
 	}
 	link, err := nl.LinkByName(siteTap)
@@ -161,7 +163,7 @@ func (l *Lab) addHost(site, index int, siteName string, p hostPlan, mtu int) err
 		if err := netlink.LinkAdd(cable); err != nil {
 			return fmt.Errorf("make cable: %w", err)
 		}
-		if err := disableOffloads(h.port); err != nil {
+		if err := machine.DisableOffloads(h.port); err != nil {
 			return err
 		}
 		bridge, err := netlink.LinkByName(siteBridge)
@@ -180,7 +182,7 @@ func (l *Lab) addHost(site, index int, siteName string, p hostPlan, mtu int) err
 		if err := loopbackUp(); err != nil {
 			return err
 		}
-		if err := disableOffloads(underlayDevice); err != nil {
+		if err := machine.DisableOffloads(underlayDevice); err != nil {
 			return err
 		}
 		link, err := netlink.LinkByName(underlayDevice)

@@ -20,6 +20,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"violin/internal/machine"
 )
 
 // A peer that doesn't answer is given up after so long; an answer never is.
@@ -329,8 +331,8 @@ func TestTap(t *testing.T) {
 	}
 	tap, isTap := link.(*netlink.Tuntap)
 	if a := link.Attrs(); !isTap || tap.Mode != netlink.TUNTAP_MODE_TAP || tap.NonPersist ||
-		a.MTU != 1600 || a.TxQLen != tapQueueLen || a.RawFlags&unix.IFF_UP == 0 {
-		t.Errorf("device is %+v, want a persistent TAP, up, with an MTU of 1600 and a queue of %d", link, tapQueueLen)
+		a.MTU != 1600 || a.TxQLen != machine.TapQueueLength || a.RawFlags&unix.IFF_UP == 0 {
+		t.Errorf("device is %+v, want a persistent TAP, up, with an MTU of 1600 and a queue of %d", link, machine.TapQueueLength)
 	}
 
 	// As QEMU would: attach to it, and send an ARP request for the host's own
@@ -338,7 +340,7 @@ func TestTap(t *testing.T) {
 	// during the write; a frame of ours from the other side marks the end.
 	var f *os.File
 	err = h.Do(func() (err error) {
-		f, err = openTap("n0")
+		f, err = machine.MakeTap("n0")
 		return err
 	})
 	if err != nil {

@@ -95,7 +95,7 @@ func (s *Server) loadNode(ctx context.Context, sl *slice, snap *catalog.Snapshot
 	return why, a.LoadNode(ctx, sl.topo.Slice, n.Name, &skeleton, pages)
 }
 
-func (s *Server) loadLazily(ctx context.Context, sl *slice, a *agent.Agent, snap *catalog.Snapshot, n catalog.Node, skeleton *stream.Skeleton) error {
+func (s *Server) loadLazily(ctx context.Context, sl *slice, a hostAgent, snap *catalog.Snapshot, n catalog.Node, skeleton *stream.Skeleton) error {
 	first := s.order(snap.Slice, n.Name)
 	s.following(snap, 1)
 	err := a.LoadNodeLazily(ctx, sl.topo.Slice, n.Name, skeleton, agent.Lazy{

@@ -10,6 +10,7 @@ import (
 
 	violinv1 "violin/api/violin/v1"
 	"violin/internal/catalog"
+	"violin/internal/machine"
 	"violin/internal/topology"
 )
 
@@ -167,7 +168,7 @@ func TestAdmit(t *testing.T) {
 	topo := func(memory uint64, cpus int) *topology.Topology {
 		return &topology.Topology{Slice: "pair", Nodes: []topology.Node{{Name: "rank0", Memory: memory, CPUs: cpus}}}
 	}
-	total, available, err := memory()
+	total, available, err := machine.Memory()
 	if err != nil || available == 0 || total < available {
 		t.Fatalf("%d of %d bytes, %v", available, total, err)
 	}

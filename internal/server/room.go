@@ -1,10 +1,7 @@
 package server
 
 import (
-	"bufio"
-	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"runtime"
@@ -14,6 +11,7 @@ import (
 	"connectrpc.com/connect"
 
 	"violin/internal/admission"
+	"violin/internal/machine"
 	"violin/internal/topology"
 )
 
@@ -26,23 +24,30 @@ const thisMachine = "this machine"
 func (s *Server) admit(ctx context.Context, topo *topology.Topology, replaces *slice, overcommit bool) (release func(), err error) {
 	s.admitting.Lock()
 	defer s.admitting.Unlock()
+	joined, err := s.placed(topo)
+	if err != nil {
+		return nil, err
+	}
 	if !overcommit {
-		m, err := s.machineNow(ctx, replaces)
+		machines, err := s.machinesNow(ctx, topo, joined, replaces)
 		if err != nil {
 			return nil, err
 		}
-		if err := admission.Check([]admission.Machine{m}, vmsOf(topo)); err != nil {
+		if err := admission.Check(machines, vmsOf(topo, joined)); err != nil {
 			return nil, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("slice %q: %w", topo.Slice, err))
 		}
 	}
-	for _, vm := range vmsOf(topo) {
+	if joined {
+		return func() {}, nil // a host that has joined runs one slice at a time
+	}
+	for _, vm := range vmsOf(topo, false) {
 		s.arriving.memory += vm.Memory + admission.Overhead
 		s.arriving.cpus += vm.CPUs
 	}
 	return func() {
 		s.admitting.Lock()
 		defer s.admitting.Unlock()
-		for _, vm := range vmsOf(topo) {
+		for _, vm := range vmsOf(topo, false) {
 			s.arriving.memory -= vm.Memory + admission.Overhead
 			s.arriving.cpus -= vm.CPUs
 		}
@@ -55,17 +60,30 @@ type demand struct {
 	cpus   int
 }
 
-func vmsOf(topo *topology.Topology) []admission.VM {
+func vmsOf(topo *topology.Topology, joined bool) []admission.VM {
 	var vms []admission.VM
 	for _, n := range topo.Nodes {
-		vms = append(vms, admission.VM{Name: n.Name, Machine: thisMachine, Memory: n.Memory, CPUs: n.CPUs})
+		machine := thisMachine
+		if joined {
+			machine = "host " + n.Host
+		}
+		vms = append(vms, admission.VM{Name: n.Name, Machine: machine, Memory: n.Memory, CPUs: n.CPUs})
 	}
 	return vms
 }
 
+// machinesNow measures the machines that a slice is to run on, as if one slice were gone.
+func (s *Server) machinesNow(ctx context.Context, topo *topology.Topology, joined bool, without *slice) ([]admission.Machine, error) {
+	if joined {
+		return s.joinedMachines(ctx, topo, without)
+	}
+	m, err := s.machineNow(ctx, without)
+	return []admission.Machine{m}, err
+}
+
 // machineNow measures this machine, as if one slice were gone.
 func (s *Server) machineNow(ctx context.Context, without *slice) (admission.Machine, error) {
-	total, free, err := memory()
+	total, free, err := machine.Memory()
 	if err != nil {
 		return admission.Machine{}, err
 	}
@@ -82,6 +100,9 @@ func (s *Server) machineNow(ctx context.Context, without *slice) (admission.Mach
 	}
 	s.mu.Unlock()
 	for _, sl := range running {
+		if sl.joined {
+			continue // it takes nothing here
+		}
 		for i := range sl.topo.Nodes {
 			n := &sl.topo.Nodes[i]
 			st, err := sl.agents[n.Host].Status(ctx, sl.topo.Slice, n.Name)
@@ -98,28 +119,6 @@ func (s *Server) machineNow(ctx context.Context, without *slice) (admission.Mach
 		}
 	}
 	return m, nil
-}
-
-// memory is what the machine has and what can be had of it now, in bytes.
-func memory() (total, available uint64, err error) {
-	b, err := os.ReadFile("/proc/meminfo")
-	if err != nil {
-		return 0, 0, fmt.Errorf("measure memory: %w", err)
-	}
-	for lines := bufio.NewScanner(bytes.NewReader(b)); lines.Scan(); {
-		name, rest, _ := strings.Cut(lines.Text(), ":")
-		kib, _ := strconv.ParseUint(strings.TrimSuffix(strings.TrimSpace(rest), " kB"), 10, 64)
-		switch name {
-		case "MemTotal":
-			total = kib << 10
-		case "MemAvailable":
-			available = kib << 10
-		}
-	}
-	if total == 0 || available == 0 {
-		return 0, 0, errors.New("measure memory: /proc/meminfo does not say what is available")
-	}
-	return total, available, nil
 }
 
 // resident is what a process has of the machine's memory, in bytes; 0 if it is gone.

@@ -25,8 +25,10 @@ import (
 	"violin/internal/events"
 	"violin/internal/priority"
 	"violin/internal/qmp"
+	"violin/internal/remote"
 	"violin/internal/store"
 	"violin/internal/topology"
+	"violin/internal/trust"
 )
 
 // Config says where a server keeps things and how it presents itself.
@@ -36,6 +38,9 @@ type Config struct {
 	RunDir   string // sockets of what runs
 	Logger   *slog.Logger
 	Version  string // told by the Version call
+	// Listen is the address and port where agents of other machines are taken in; empty
+	// for none.
+	Listen string
 }
 
 // Server implements the API. It holds the slices that run.
@@ -45,6 +50,9 @@ type Server struct {
 	store   *store.Store
 	catalog *catalog.Catalog
 	urgency *priority.Shared // of this process
+
+	authority *trust.Authority // of the machines that join; nil, like hub, without [Config.Listen]
+	hub       *remote.Hub
 
 	mu      sync.Mutex
 	slices  map[string]*slice          // a nil slice is a name taken by one that is coming up
@@ -90,9 +98,22 @@ func New(ctx context.Context, config Config) (*Server, error) {
 	if s.events, err = events.Open(filepath.Join(config.StateDir, "events.jsonl")); err != nil {
 		return nil, errors.Join(err, st.Close())
 	}
+	if config.Listen != "" {
+		if err := s.listen(ctx); err != nil {
+			return nil, errors.Join(err, s.events.Close(), st.Close())
+		}
+	}
 	s.life, s.end = context.WithCancel(context.WithoutCancel(ctx))
 	s.bringBack()
 	return s, nil
+}
+
+func (s *Server) listen(ctx context.Context) (err error) {
+	if s.authority, err = trust.OpenAuthority(filepath.Join(s.cfg.StateDir, "ca")); err != nil {
+		return err
+	}
+	s.hub, err = remote.Listen(ctx, remote.HubConfig{Address: s.cfg.Listen, Authority: s.authority, Images: s.images(), Logger: s.log})
+	return err
 }
 
 // Busy tells whether a slice runs: a busy server does not exit for being idle.
@@ -115,6 +136,9 @@ func (s *Server) Close() error {
 		if sl != nil {
 			errs = append(errs, sl.close())
 		}
+	}
+	if s.hub != nil {
+		errs = append(errs, s.hub.Close())
 	}
 	errs = append(errs, s.events.Close(), s.store.Close())
 	return errors.Join(errs...)

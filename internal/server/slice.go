@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -23,15 +24,17 @@ import (
 	"violin/internal/hypervisor/qemu"
 	"violin/internal/image"
 	"violin/internal/lab"
+	"violin/internal/store"
 	"violin/internal/topology"
 )
 
-// slice is a slice that runs, on a lab of its own.
+// slice is a slice that runs: on hosts that have joined, or on a lab of its own.
 type slice struct {
 	topo    *topology.Topology
 	created time.Time
-	lab     *lab.Lab
-	agents  map[string]*agent.Agent // by host
+	joined  bool
+	lab     *lab.Lab             // nil on hosts that have joined
+	agents  map[string]hostAgent // by host
 	coord   *coordinator.Coordinator
 
 	closing sync.Once
@@ -65,7 +68,7 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 	if err != nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
 	}
-	sl := &slice{topo: topo, created: time.Now(), agents: map[string]*agent.Agent{}, boot: boot, generation: generation,
+	sl := &slice{topo: topo, created: time.Now(), agents: map[string]hostAgent{}, boot: boot, generation: generation,
 		stopped: make(chan struct{}), broken: make(chan struct{}), changed: make(chan struct{}, 1)}
 	defer func() {
 		if err != nil {
@@ -76,11 +79,24 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 		}
 	}()
 
-	tell("hosts", "", fmt.Sprintf("%d sites, %d hosts", len(topo.Sites), countHosts(topo)))
-	if sl.lab, err = lab.New(ctx, labConfig(topo, s)); err != nil {
+	if sl.joined, err = s.placed(topo); err != nil {
 		return nil, err
 	}
-	if err := sl.startAgents(ctx, s); err != nil {
+	underlays := sl.startAgents
+	if sl.joined {
+		tell("hosts", "", "those that have joined; the network between them is as it is")
+		underlays = sl.beginAgents
+	} else {
+		tell("hosts", "", fmt.Sprintf("%d sites, %d hosts", len(topo.Sites), countHosts(topo)))
+		if sl.lab, err = lab.New(ctx, labConfig(topo, s)); err != nil {
+			return nil, err
+		}
+	}
+	at, err := underlays(ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	if err := sl.joinAgents(ctx, at); err != nil {
 		return nil, err
 	}
 	tell("switches", "", fmt.Sprintf("%d Open vSwitches joined by VXLAN", len(sl.agents)))
@@ -102,6 +118,10 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 		g.Go(func() error {
 			spec := agent.NodeSpec{Slice: topo.Slice, Name: n.Name, Epoch: epoch, Machine: machines[n.Name]}
 			spec.Machine.Generation = generation[n.Name]
+			spec.Boot = map[string]store.Hash{}
+			for _, f := range boot[n.Name] {
+				spec.Boot[f.Kind] = f.Hash
+			}
 			for _, ifc := range n.Interfaces {
 				spec.Interfaces = append(spec.Interfaces, agent.Interface{
 					Network: numbers[ifc.Network], Address: ifc.MAC, MTU: topo.Network(ifc.Network).MTU,
@@ -194,47 +214,79 @@ func labConfig(topo *topology.Topology, s *Server) lab.Config {
 	return cfg
 }
 
-// startAgents starts an agent on every host that has nodes, and joins them.
-func (sl *slice) startAgents(ctx context.Context, s *Server) error {
-	hosts := map[string]*lab.Host{}
-	ids := map[string]uint16{}
-	for i, h := range sl.lab.Hosts() {
-		hosts[h.Name] = h
-		ids[h.Name] = uint16(i + 1)
-	}
+// underlay is where a host is found by the others.
+type underlay struct {
+	id uint16
+	agent.Underlay
+}
+
+// startAgents starts an agent on every host of the lab that has nodes.
+func (sl *slice) startAgents(ctx context.Context, s *Server) (map[string]underlay, error) {
+	at := map[string]underlay{}
 	var mu sync.Mutex
 	g, gctx := errgroup.WithContext(ctx)
-	for name := range sl.nodesByHost() {
-		h := hosts[name]
+	nodes := sl.nodesByHost()
+	for i, h := range sl.lab.Hosts() {
+		if nodes[h.Name] == nil {
+			continue
+		}
+		u := agent.Underlay{Device: h.UnderlayDevice, Addr: h.UnderlayAddr, MAC: h.UnderlayMAC, MTU: h.MTU}
+		at[h.Name] = underlay{uint16(i + 1), u}
 		g.Go(func() error {
 			a, err := agent.Start(gctx, agent.Config{
-				Host: name, Dir: filepath.Join(s.cfg.RunDir, sl.topo.Slice, name), Platform: h,
-				Underlay: agent.Underlay{Device: h.UnderlayDevice, Addr: h.UnderlayAddr, MAC: h.UnderlayMAC, MTU: h.MTU},
-				Urgency:  s.urgency,
-				Logger:   s.log.With("slice", sl.topo.Slice),
+				Host: h.Name, Dir: filepath.Join(s.cfg.RunDir, sl.topo.Slice, h.Name), Platform: h, Underlay: u,
+				Urgency: s.urgency,
+				Logger:  s.log.With("slice", sl.topo.Slice),
 			})
 			if err != nil {
 				return err
 			}
 			mu.Lock()
-			sl.agents[name] = a
-			mu.Unlock()
+			defer mu.Unlock()
+			sl.agents[h.Name] = a
 			return nil
 		})
 	}
-	if err := g.Wait(); err != nil {
-		return err
-	}
-	g, gctx = errgroup.WithContext(ctx)
-	for name, a := range sl.agents {
-		a.SetRemotes(sl.remotes(name, ids))
+	return at, g.Wait()
+}
+
+// beginAgents has the agents of hosts that have joined begin with the slice.
+func (sl *slice) beginAgents(ctx context.Context, s *Server) (map[string]underlay, error) {
+	at := map[string]underlay{}
+	var mu sync.Mutex
+	g, gctx := errgroup.WithContext(ctx)
+	for i, host := range slices.Sorted(maps.Keys(sl.nodesByHost())) {
 		g.Go(func() error {
-			for peer := range sl.agents {
+			a, err := s.hub.Begin(gctx, host, sl.topo.Slice)
+			if err != nil {
+				return err
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			sl.agents[host], at[host] = a, underlay{uint16(i + 1), a.Underlay()}
+			return nil
+		})
+	}
+	return at, g.Wait()
+}
+
+// joinAgents joins the hosts with each other.
+func (sl *slice) joinAgents(ctx context.Context, at map[string]underlay) error {
+	ids := map[string]uint16{}
+	for name, u := range at {
+		ids[name] = u.id
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	for name, a := range sl.agents {
+		g.Go(func() error {
+			if err := a.SetRemotes(gctx, sl.remotes(name, ids)); err != nil {
+				return err
+			}
+			for peer, u := range at {
 				if peer == name {
 					continue
 				}
-				h := hosts[peer]
-				if err := a.AddPeer(gctx, fabric.Peer{ID: ids[peer], Host: peer, Addr: h.UnderlayAddr.Addr(), MAC: h.UnderlayMAC}); err != nil {
+				if err := a.AddPeer(gctx, fabric.Peer{ID: u.id, Host: peer, Addr: u.Addr.Addr(), MAC: u.MAC}); err != nil {
 					return err
 				}
 			}
@@ -315,7 +367,7 @@ func (sl *slice) hosts() map[string]coordinator.Host {
 	return m
 }
 
-func (sl *slice) agentOf(node string) (*agent.Agent, error) {
+func (sl *slice) agentOf(node string) (hostAgent, error) {
 	n := sl.topo.Node(node)
 	if n == nil {
 		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("slice %q has no node %q", sl.topo.Slice, node))

@@ -124,9 +124,12 @@ func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequ
 	}
 	snap.ParentSlice, snap.Parent = sl.getHead()
 	snap.Clock, snap.Checkpoint = clockName(req.GetClock()), how.checkpoint
-	release := sl.outputUntilNow()
+	release, err := s.outputUntilNow(ctx, sl)
+	if err != nil {
+		return nil, err
+	}
 	err = sl.coord.Take(ctx, coordinator.Cut{
-		ID: id, Mode: mode, Session: session, Progress: tell, Halt: how.halt,
+		ID: id, Mode: mode, Session: agent.InStore(session), Progress: tell, Halt: how.halt,
 		Newer: newerPolicy(req.GetNewer()), At: instant(req.GetAt()),
 		Limits: cut.Limits{Bytes: int(req.GetHoldBytes())}, Hold: req.GetHoldTime().AsDuration(),
 		Seal: func(ctx context.Context, hosts []agent.HostResult, lost []cut.ChannelLoss, drained coordinator.Drained) error {
@@ -136,7 +139,7 @@ func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequ
 	if err != nil {
 		return nil, err
 	}
-	release()
+	release(context.WithoutCancel(ctx))
 	sl.setHead(snap.Slice, id)
 	s.noteHead(context.WithoutCancel(ctx), sl)
 	return snap, nil
@@ -145,16 +148,23 @@ func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequ
 // outputUntilNow are the frames to the outside that gateways hold back now: no node has
 // been cut yet, so a snapshot that is begun covers that they were sent. They go when it is
 // sealed.
-func (sl *slice) outputUntilNow() (release func()) {
+func (s *Server) outputUntilNow(ctx context.Context, sl *slice) (release func(context.Context), err error) {
 	marks := map[string][]uint64{}
 	for host, a := range sl.agents {
-		marks[host] = a.MarkOutput()
-	}
-	return func() {
-		for host, a := range sl.agents {
-			a.ReleaseOutput(marks[host])
+		if marks[host], err = a.MarkOutput(ctx); err != nil {
+			return nil, err
 		}
 	}
+	return func(ctx context.Context) {
+		for host, a := range sl.agents {
+			if len(marks[host]) == 0 {
+				continue
+			}
+			if err := a.ReleaseOutput(ctx, marks[host]); err != nil {
+				s.log.Error("frames to the outside wait for the next snapshot", "slice", sl.topo.Slice, "err", err)
+			}
+		}
+	}, nil
 }
 
 // seal writes what belongs to the snapshot and, last, makes it visible.

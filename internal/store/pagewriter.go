@@ -223,6 +223,32 @@ func (w *PageWriter) leaf(block, page int) *liveLeaf {
 	return *l
 }
 
+// Reference takes a page by its hash. The session must have been given its content
+// by Put, or have said that it Has it. Unlike Page, it says so at once if not.
+func (w *PageWriter) Reference(block int, offset uint64, h Hash) error {
+	page, err := w.check(block, offset)
+	if err != nil {
+		return err
+	}
+	if h == zeroPage {
+		w.clear(block, page)
+		return nil
+	}
+	// One that another goroutine is about to place will do: if it is not placed, the
+	// session fails.
+	if _, own := w.se.own.get(h); !own && !w.se.known(h) {
+		return fmt.Errorf("capture page %d of region %q: the session was not given %s", page, w.regions[block].ID, h)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.stats.SentPages++
+	l, i := w.leaf(block, page), page%leafPages
+	l.stamps[i] = 0
+	l.bits[i/8] |= 1 << (i % 8)
+	l.hashes[i] = h
+	return nil
+}
+
 // clear makes a page zero.
 func (w *PageWriter) clear(block, page int) {
 	w.mu.Lock()

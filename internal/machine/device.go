@@ -1,4 +1,4 @@
-package lab
+package machine
 
 import (
 	"errors"
@@ -11,15 +11,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// tapQueueLen is the length of a TAP's queue towards its reader in frames: what
+// TapQueueLength is the length of a TAP's queue towards its reader in frames: what
 // a paused machine's device takes before it drops (as TCP's largest window of
 // 4 MiB is some 2,800 full frames).
-const tapQueueLen = 4096
+const TapQueueLength = 4096
 
-// openTap makes (or attaches to) the TAP device called name in the calling
+// MakeTap makes (or attaches to) the TAP device called name in the calling
 // thread's namespace. The device goes when the file is closed, unless it is
 // made persistent.
-func openTap(name string) (*os.File, error) {
+func MakeTap(name string) (*os.File, error) {
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
@@ -53,10 +53,10 @@ const (
 	ethtoolSetGRO        = 0x2c
 )
 
-// disableOffloads makes the device, in the calling thread's namespace, carry
+// DisableOffloads makes the device, in the calling thread's namespace, carry
 // frames as they would be on a cable. A switch in user space sees them before
 // any hardware would have filled in checksums or cut up segments.
-func disableOffloads(device string) error {
+func DisableOffloads(device string) error {
 	sock, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("switch off offloads of %q: %w", device, err)
@@ -96,6 +96,14 @@ func ethtoolSet(sock int, device string, request, value uint32) error {
 	runtime.KeepAlive(&arg)
 	if errno != 0 {
 		return errno
+	}
+	return nil
+}
+
+// persist lets a TAP device outlive its file.
+func persist(f *os.File, name string) error {
+	if err := unix.IoctlSetInt(int(f.Fd()), unix.TUNSETPERSIST, 1); err != nil {
+		return fmt.Errorf("make TAP %q persistent: %w", name, err)
 	}
 	return nil
 }

@@ -1,0 +1,291 @@
+package remote
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"time"
+
+	violinv1 "violin/api/violin/v1"
+	"violin/api/violin/v1/violinv1connect"
+	"violin/internal/agent"
+	"violin/internal/machine"
+	"violin/internal/priority"
+	"violin/internal/trust"
+)
+
+const (
+	// DefaultAbandon is how long an agent waits, in a cut, for a server whose
+	// connection was lost. It is longer than a coordinator waits for the answer to an
+	// abort, so that whoever of the two gives up first, it is not the agent.
+	DefaultAbandon = 45 * time.Second
+
+	dialBound             = 10 * time.Second
+	firstRetry, lastRetry = 250 * time.Millisecond, 10 * time.Second
+)
+
+// HostConfig describes the agent's end.
+type HostConfig struct {
+	Server   string // HOST:PORT
+	Token    *trust.Token
+	Identity *trust.Identity
+	Dir      string       // sockets and logs of what runs
+	Images   string       // directory
+	Device   string       // of the underlay; the switch takes it for as long as a slice runs
+	Address  netip.Prefix // of the host there
+	Version  string
+	Abandon  time.Duration // 0 for [DefaultAbandon]
+	Logger   *slog.Logger
+
+	// start starts a run's agent; nil for [agent.Start] on this machine, and then mac
+	// is that of Device.
+	start func(context.Context, agent.Config) (runner, error)
+	mac   net.HardwareAddr
+}
+
+// Host is one machine's agent. It serves one run after the other.
+type Host struct {
+	cfg  HostConfig
+	log  *slog.Logger
+	boot bootFiles
+
+	underlay agent.Underlay
+	device   *machine.Device // nil where a test has none
+
+	mu     sync.Mutex
+	run    *hostRun
+	ingest violinv1connect.IngestServiceClient // by the connection there is; nil for none
+}
+
+// ServeHost joins the server, if the host has not yet, and serves it until ctx ends,
+// over as many connections as it takes. Then it stops what runs.
+func ServeHost(ctx context.Context, cfg HostConfig) error {
+	if cfg.Abandon == 0 {
+		cfg.Abandon = DefaultAbandon
+	}
+	h := &Host{cfg: cfg, log: cfg.Logger, underlay: agent.Underlay{Device: cfg.Device, Addr: cfg.Address, MAC: cfg.mac}}
+	if cfg.start == nil {
+		if err := h.onThisMachine(); err != nil {
+			return err
+		}
+	}
+	if err := h.join(ctx); err != nil {
+		return err
+	}
+	config, err := cfg.Identity.Config()
+	if err != nil {
+		return err
+	}
+	retry := firstRetry
+	for ctx.Err() == nil {
+		began := time.Now()
+		err := h.connect(ctx, config)
+		if ctx.Err() != nil {
+			break
+		}
+		if time.Since(began) > lastRetry {
+			retry = firstRetry
+		}
+		h.log.Warn("not connected to the server; trying again", "server", cfg.Server, "in", retry, "err", err)
+		select {
+		case <-time.After(retry):
+		case <-ctx.Done():
+		}
+		retry = min(2*retry, lastRetry)
+	}
+	return h.end("")
+}
+
+// onThisMachine makes the runs' agents real ones.
+func (h *Host) onThisMachine() (err error) {
+	if h.device, err = machine.FindDevice(h.cfg.Device); err != nil {
+		return err
+	}
+	h.underlay.MAC, h.underlay.MTU = h.device.MAC, h.device.MTU
+	if len(h.underlay.MAC) != 6 {
+		return fmt.Errorf("network device %q is no Ethernet device", h.cfg.Device)
+	}
+	platform := machine.New()
+	urgency := &priority.Shared{PID: os.Getpid(), Keep: priority.Lowered, Log: h.log}
+	h.cfg.start = func(ctx context.Context, c agent.Config) (runner, error) {
+		c.Platform, c.Urgency = platform, urgency
+		a, err := agent.Start(ctx, c)
+		if err != nil {
+			return nil, errors.Join(err, h.device.Restore()) // and no nil *agent.Agent in a runner
+		}
+		return a, nil
+	}
+	return nil
+}
+
+// join gets the host its certificate, once.
+func (h *Host) join(ctx context.Context) error {
+	id, t := h.cfg.Identity, h.cfg.Token
+	done, err := id.Joined(t)
+	if err != nil || done {
+		return err
+	}
+	if t == nil {
+		return fmt.Errorf("host %s has not joined %s yet: --join needs TOKEN@SERVER:PORT; `violin token create`, on the server, makes a token", id.Host, h.cfg.Server)
+	}
+	conn, err := h.dial(ctx, trust.JoinConfig(t))
+	if err != nil {
+		return fmt.Errorf("join %s: %w", h.cfg.Server, err)
+	}
+	l, err := newLink(conn, true, http.NotFoundHandler(), h.log)
+	if err != nil {
+		return fmt.Errorf("join %s: %w", h.cfg.Server, err)
+	}
+	defer l.close()
+	ctx, cancel := context.WithTimeout(ctx, dialBound)
+	defer cancel()
+	client := violinv1connect.NewJoinServiceClient(l.client, "http://server", callOptions()...)
+	err = id.Join(ctx, t, conn.ConnectionState(), func(ctx context.Context, request []byte) ([]byte, error) {
+		r, err := client.Enroll(ctx, &violinv1.EnrollRequest{Token: t.String(), Host: id.Host, Request: request})
+		if err != nil {
+			return nil, said(err)
+		}
+		return r.GetCertificate(), nil
+	})
+	if err != nil {
+		return fmt.Errorf("join %s: %w", h.cfg.Server, err)
+	}
+	h.log.Info("joined", "server", h.cfg.Server, "host", id.Host)
+	return nil
+}
+
+func (h *Host) dial(ctx context.Context, config *tls.Config) (*tls.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, dialBound)
+	defer cancel()
+	d := tls.Dialer{NetDialer: &net.Dialer{KeepAlive: keepAlive}, Config: config}
+	c, err := d.DialContext(ctx, "tcp", h.cfg.Server)
+	if err != nil {
+		return nil, err
+	}
+	return c.(*tls.Conn), nil
+}
+
+// connect serves one connection to its end.
+func (h *Host) connect(ctx context.Context, config *tls.Config) error {
+	conn, err := h.dial(ctx, config)
+	if err != nil {
+		return err
+	}
+	mux := http.NewServeMux()
+	mux.Handle(violinv1connect.NewAgentServiceHandler(h, serveOptions(h.log)...))
+	l, err := newLink(conn, true, mux, h.log)
+	if err != nil {
+		return err
+	}
+	defer l.close()
+	h.mu.Lock()
+	h.ingest = violinv1connect.NewIngestServiceClient(l.client, "http://server", callOptions()...)
+	h.mu.Unlock()
+	h.log.Info("connected", "server", h.cfg.Server)
+	select {
+	case <-l.done():
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	return errors.New("the connection was lost")
+}
+
+// hostRun is what one Begin began.
+type hostRun struct {
+	id, slice string
+	agent     runner
+	box       mailbox
+}
+
+// running returns what a call is about.
+func (h *Host) running(id string) (*hostRun, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.run == nil || h.run.id != id || h.run.agent == nil {
+		return nil, gone(h.cfg.Identity.Host)
+	}
+	return h.run, nil
+}
+
+// end stops what runs, unless that is the run to be kept.
+func (h *Host) end(keep string) error {
+	h.mu.Lock()
+	r := h.run
+	if r == nil || r.id == keep || r.agent == nil {
+		h.mu.Unlock()
+		return nil
+	}
+	h.run = nil
+	h.mu.Unlock()
+	h.log.Info("stopping", "slice", r.slice)
+	r.box.close()
+	err := r.agent.Close()
+	if h.device != nil {
+		err = errors.Join(err, h.device.Restore())
+	}
+	return errors.Join(err, os.RemoveAll(filepath.Join(h.cfg.Dir, r.id)))
+}
+
+// Describe implements the agents' protocol.
+func (h *Host) Describe(_ context.Context, req *violinv1.DescribeRequest) (*violinv1.DescribeResponse, error) {
+	if err := h.end(req.GetRun()); err != nil {
+		h.log.Error("what ran for a server that is gone was not stopped cleanly", "err", err)
+	}
+	total, available, err := machine.Memory()
+	if err != nil {
+		return nil, err
+	}
+	u := h.underlay
+	return &violinv1.DescribeResponse{
+		Version: h.cfg.Version, Device: u.Device, Address: u.Addr.String(), Mac: u.MAC, Mtu: uint32(u.MTU),
+		MemoryBytes: total, AvailableBytes: available, Cpus: uint32(runtime.NumCPU()),
+	}, nil
+}
+
+// Begin implements the agents' protocol.
+func (h *Host) Begin(ctx context.Context, req *violinv1.BeginRequest) (*violinv1.BeginResponse, error) {
+	if len(req.GetRun()) < 16 || filepath.Base(req.GetRun()) != req.GetRun() {
+		return nil, refuse("%q is no name for a run", req.GetRun())
+	}
+	if err := h.end(""); err != nil {
+		h.log.Error("what ran before was not stopped cleanly", "err", err)
+	}
+	r := &hostRun{id: req.GetRun(), slice: req.GetSlice()}
+	h.mu.Lock()
+	if h.run != nil {
+		h.mu.Unlock()
+		return nil, refuse("host %s: another slice is being started there", h.cfg.Identity.Host)
+	}
+	h.run = r
+	h.mu.Unlock()
+	a, err := h.cfg.start(ctx, agent.Config{
+		Host: h.cfg.Identity.Host, Dir: filepath.Join(h.cfg.Dir, r.id), Underlay: h.underlay, Logger: h.log.With("slice", r.slice),
+	})
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if err != nil {
+		h.run = nil
+		return nil, err
+	}
+	r.agent = a
+	r.box.init(h.cfg.Abandon, func() { a.Abandon(r.slice) })
+	h.log.Info("started", "slice", r.slice)
+	return &violinv1.BeginResponse{}, nil
+}
+
+// End implements the agents' protocol.
+func (h *Host) End(_ context.Context, req *violinv1.EndRequest) (*violinv1.EndResponse, error) {
+	if _, err := h.running(req.GetRun()); err != nil {
+		return &violinv1.EndResponse{}, nil
+	}
+	return &violinv1.EndResponse{}, h.end("")
+}

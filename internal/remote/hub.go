@@ -1,0 +1,391 @@
+package remote
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+
+	violinv1 "violin/api/violin/v1"
+	"violin/api/violin/v1/violinv1connect"
+	"violin/internal/agent"
+	"violin/internal/store"
+	"violin/internal/trust"
+)
+
+// HubConfig is what [Listen] needs.
+type HubConfig struct {
+	Address   string // to listen on, HOST:PORT
+	Authority *trust.Authority
+	Images    string // the directory that hosts, too, have images in
+	Logger    *slog.Logger
+}
+
+// Hub is a server's end of its agents' connections.
+type Hub struct {
+	cfg      HubConfig
+	log      *slog.Logger
+	listener net.Listener
+	serving  sync.WaitGroup
+	lifetime context.Context
+	end      context.CancelFunc
+
+	mu    sync.Mutex
+	hosts map[string]*joined
+}
+
+// joined is a host that has joined, connected or not.
+type joined struct {
+	hub    *Hub
+	name   string
+	log    *slog.Logger
+	ingest *ingest
+
+	mu      sync.Mutex
+	link    *link // nil if it is not connected
+	client  violinv1connect.AgentServiceClient
+	since   time.Time // that it is connected, or is not; zero for never
+	address string
+	machine Machine
+	running *Agent
+	changed chan struct{} // closed, and replaced, when link changes
+}
+
+// Machine is what a host's agent tells of its machine.
+type Machine struct {
+	Version   string
+	Underlay  agent.Underlay
+	Memory    uint64 // bytes; what there is
+	Available uint64 // and what can be had of it
+	CPUs      int
+}
+
+// HostInfo is a host as the server sees it.
+type HostInfo struct {
+	Name      string
+	Address   string // of its connection
+	Connected bool
+	Since     time.Time // that it is, or is not; zero if it has not been since the server started
+	Slice     string    // that runs there; may be empty
+	Machine   Machine
+}
+
+// Listen begins to take agents' connections in.
+func Listen(ctx context.Context, cfg HubConfig) (*Hub, error) {
+	config, err := cfg.Authority.ServerConfig()
+	if err != nil {
+		return nil, err
+	}
+	h := &Hub{cfg: cfg, log: cfg.Logger, hosts: map[string]*joined{}}
+	var lc net.ListenConfig
+	if h.listener, err = lc.Listen(ctx, "tcp", cfg.Address); err != nil {
+		return nil, fmt.Errorf("listen for agents on %s: %w", cfg.Address, err)
+	}
+	h.lifetime, h.end = context.WithCancel(context.Background())
+	h.serving.Go(func() { h.accept(config) })
+	return h, nil
+}
+
+// Address is where the hub listens.
+func (h *Hub) Address() string { return h.listener.Addr().String() }
+
+// Close ends every connection. The agents go on by themselves.
+func (h *Hub) Close() error {
+	h.end()
+	err := h.listener.Close()
+	h.mu.Lock()
+	for _, j := range h.hosts {
+		j.mu.Lock()
+		if j.link != nil {
+			j.link.close()
+		}
+		j.mu.Unlock()
+	}
+	h.mu.Unlock()
+	h.serving.Wait()
+	return err
+}
+
+func (h *Hub) accept(config *tls.Config) {
+	for {
+		c, err := h.listener.Accept()
+		if h.lifetime.Err() != nil {
+			return
+		}
+		if err != nil {
+			h.log.Error("a connection was not accepted", "err", err)
+			select {
+			case <-time.After(time.Second): // such as for want of descriptors
+			case <-h.lifetime.Done():
+			}
+			continue
+		}
+		h.serving.Go(func() {
+			conn := tls.Server(c, config)
+			defer conn.Close()
+			ctx, cancel := context.WithTimeout(h.lifetime, handshakeBound)
+			err := conn.HandshakeContext(ctx)
+			cancel()
+			if err != nil {
+				h.log.Warn("a host was refused", "from", c.RemoteAddr().String(), "err", err)
+				return
+			}
+			if name := trust.Machine(conn.ConnectionState()); name != "" {
+				h.serve(conn, name)
+			} else {
+				h.serveJoin(conn)
+			}
+		})
+	}
+}
+
+// serveJoin serves a stranger, for a while.
+func (h *Hub) serveJoin(conn *tls.Conn) {
+	mux := http.NewServeMux()
+	mux.Handle(violinv1connect.NewJoinServiceHandler(enroll{h}, append(serveOptions(h.log), connect.WithReadMaxBytes(1<<16))...))
+	l, err := newLink(conn, false, mux, h.log)
+	if err != nil {
+		return
+	}
+	defer l.close()
+	select {
+	case <-l.done():
+	case <-time.After(handshakeBound):
+	case <-h.lifetime.Done():
+	}
+}
+
+type enroll struct{ h *Hub }
+
+// Enroll implements the agents' protocol.
+func (e enroll) Enroll(_ context.Context, req *violinv1.EnrollRequest) (*violinv1.EnrollResponse, error) {
+	der, err := e.h.cfg.Authority.Admit(req.GetToken(), req.GetHost(), req.GetRequest())
+	if err != nil {
+		e.h.log.Warn("a host did not join", "host", req.GetHost(), "err", err)
+		return nil, connect.NewError(connect.CodePermissionDenied, err)
+	}
+	e.h.log.Info("a host has joined", "host", req.GetHost())
+	return &violinv1.EnrollResponse{Certificate: der}, nil
+}
+
+func (h *Hub) host(name string) *joined {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	j := h.hosts[name]
+	if j == nil {
+		j = &joined{
+			hub: h, name: name, log: h.log.With("host", name), changed: make(chan struct{}),
+			ingest: &ingest{sessions: map[string]*store.Session{}},
+		}
+		h.hosts[name] = j
+	}
+	return j
+}
+
+// serve serves an agent until its connection ends.
+func (h *Hub) serve(conn *tls.Conn, name string) {
+	j := h.host(name)
+	mux := http.NewServeMux()
+	mux.Handle(violinv1connect.NewIngestServiceHandler(j.ingest, serveOptions(j.log)...))
+	l, err := newLink(conn, false, mux, j.log)
+	if err != nil {
+		return
+	}
+	defer l.close()
+	client := violinv1connect.NewAgentServiceClient(l.client, "http://agent", callOptions()...)
+	machine, err := j.describe(h.lifetime, client)
+	if err != nil {
+		j.log.Warn("an agent that connected does not answer", "err", err)
+		return
+	}
+	j.attach(l, client, machine, conn.RemoteAddr().String())
+	j.log.Info("connected", "from", conn.RemoteAddr().String(), "version", machine.Version)
+	select {
+	case <-l.done():
+	case <-h.lifetime.Done():
+	}
+	if j.detach(l) {
+		j.log.Warn("the connection to its agent was lost")
+	}
+}
+
+func (j *joined) describe(ctx context.Context, client violinv1connect.AgentServiceClient) (Machine, error) {
+	ctx, cancel := context.WithTimeout(ctx, handshakeBound)
+	defer cancel()
+	req := &violinv1.DescribeRequest{}
+	j.mu.Lock()
+	if j.running != nil {
+		req.Run = j.running.run
+	}
+	j.mu.Unlock()
+	d, err := client.Describe(ctx, req)
+	if err != nil {
+		return Machine{}, said(err)
+	}
+	m := Machine{Version: d.GetVersion(), Memory: d.GetMemoryBytes(), Available: d.GetAvailableBytes(), CPUs: int(d.GetCpus())}
+	addr, err := netip.ParsePrefix(d.GetAddress())
+	if err != nil {
+		return m, fmt.Errorf("its underlay address: %w", err)
+	}
+	mac, err := decodeMAC(d.GetMac())
+	if err != nil {
+		return m, err
+	}
+	m.Underlay = agent.Underlay{Device: d.GetDevice(), Addr: addr, MAC: mac, MTU: int(d.GetMtu())}
+	return m, nil
+}
+
+func (j *joined) attach(l *link, client violinv1connect.AgentServiceClient, m Machine, address string) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.link != nil {
+		// It connects again before we know that it was gone; or there are two.
+		j.link.close()
+	}
+	j.link, j.client, j.machine, j.address, j.since = l, client, m, address, time.Now()
+	close(j.changed)
+	j.changed = make(chan struct{})
+}
+
+func (j *joined) detach(l *link) bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.link != l {
+		return false
+	}
+	j.link, j.client, j.since = nil, nil, time.Now()
+	close(j.changed)
+	j.changed = make(chan struct{})
+	return true
+}
+
+// now returns the client to call the agent by.
+func (j *joined) now() (violinv1connect.AgentServiceClient, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.client == nil {
+		if j.since.IsZero() {
+			return nil, fmt.Errorf("host %s: its agent has not connected; is `violin agent` running there?", j.name)
+		}
+		return nil, fmt.Errorf("host %s: its agent is not connected, since %s", j.name, j.since.Format(time.TimeOnly))
+	}
+	return j.client, nil
+}
+
+// back waits until the agent is connected. It tells whether it is, in time.
+func (j *joined) back(ctx context.Context, bound time.Duration) bool {
+	late := time.NewTimer(bound)
+	defer late.Stop()
+	// A call may fail before it is known that its connection did.
+	select {
+	case <-time.After(firstRetry):
+	case <-ctx.Done():
+		return false
+	}
+	for {
+		j.mu.Lock()
+		connected, changed := j.client != nil, j.changed
+		j.mu.Unlock()
+		if connected {
+			return true
+		}
+		select {
+		case <-changed:
+		case <-late.C:
+			return false
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
+// Hosts are those that have joined, by name.
+func (h *Hub) Hosts() ([]HostInfo, error) {
+	names, err := h.cfg.Authority.Machines()
+	if err != nil {
+		return nil, err
+	}
+	var all []HostInfo
+	for _, name := range names {
+		j := h.host(name)
+		j.mu.Lock()
+		i := HostInfo{Name: name, Address: j.address, Connected: j.link != nil, Since: j.since, Machine: j.machine}
+		if j.running != nil {
+			i.Slice = j.running.slice
+		}
+		j.mu.Unlock()
+		all = append(all, i)
+	}
+	return all, nil
+}
+
+// Place tells whether a slice on these hosts runs on hosts that have joined: on all
+// or on none.
+func (h *Hub) Place(hosts []string) (bool, error) {
+	names, err := h.cfg.Authority.Machines()
+	if err != nil {
+		return false, err
+	}
+	var missing []string
+	for _, n := range hosts {
+		if !slices.Contains(names, n) {
+			missing = append(missing, n)
+		}
+	}
+	switch len(missing) {
+	case 0:
+		return len(hosts) > 0, nil
+	case len(hosts):
+		return false, nil
+	}
+	slices.Sort(missing)
+	return false, fmt.Errorf("some of its hosts have joined this server, but %s not: a slice runs on joined hosts, or on none of them", strings.Join(missing, ", "))
+}
+
+// Measure asks a host for what its machine has now.
+func (h *Hub) Measure(ctx context.Context, name string) (Machine, error) {
+	j := h.host(name)
+	client, err := j.now()
+	if err != nil {
+		return Machine{}, err
+	}
+	m, err := j.describe(ctx, client)
+	if err != nil {
+		return Machine{}, fmt.Errorf("host %s: %w", name, err)
+	}
+	return m, nil
+}
+
+// Begin starts a host's switch for a slice. One slice at a time runs on a host.
+func (h *Hub) Begin(ctx context.Context, name, slice string) (*Agent, error) {
+	j := h.host(name)
+	a := &Agent{host: j, slice: slice, run: rand.Text()}
+	a.life, a.end = context.WithCancel(context.Background())
+	j.mu.Lock()
+	if j.running != nil {
+		other := j.running.slice
+		j.mu.Unlock()
+		return nil, fmt.Errorf("host %s: slice %q runs there, and a host that has joined runs one at a time", name, other)
+	}
+	j.running = a
+	j.mu.Unlock()
+	err := a.call(ctx, func(ctx context.Context, c violinv1connect.AgentServiceClient) error {
+		_, err := c.Begin(ctx, &violinv1.BeginRequest{Run: a.run, Slice: slice})
+		return err
+	})
+	if err != nil {
+		return nil, errors.Join(err, a.Close())
+	}
+	return a, nil
+}

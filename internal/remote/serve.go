@@ -1,0 +1,492 @@
+package remote
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/klauspost/compress/zstd"
+	"github.com/zeebo/blake3"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	violinv1 "violin/api/violin/v1"
+	"violin/api/violin/v1/violinv1connect"
+	"violin/internal/agent"
+	"violin/internal/coloring"
+	"violin/internal/cut"
+	"violin/internal/fabric"
+	"violin/internal/frames"
+	"violin/internal/hypervisor/qemu"
+	"violin/internal/qga"
+	"violin/internal/store"
+)
+
+// runner is what a host runs of a slice: an [agent.Agent].
+type runner interface {
+	AddPeer(ctx context.Context, peer fabric.Peer) error
+	SetRemotes(ctx context.Context, remotes []coloring.Remote) error
+	AddGateway(ctx context.Context, spec agent.GatewaySpec) error
+	AddNode(ctx context.Context, spec agent.NodeSpec, incoming bool) error
+	LoadStream(ctx context.Context, slice, name string, write func(io.Writer) error) error
+	RunNode(ctx context.Context, slice, name string, channel []frames.Frame, receivers []frames.Receiver) (time.Time, error)
+	ContinueNode(ctx context.Context, slice, name string) error
+	SetClock(ctx context.Context, slice, name string) error
+	Status(ctx context.Context, slice, name string) (agent.NodeStatus, error)
+	Exec(ctx context.Context, slice, name string, command []string, stdin []byte) (qga.Result, error)
+	Console(ctx context.Context, slice, name string) (net.Conn, error)
+	Handle(o agent.Order, report func(cut.Event))
+	Results(slice, id string) (agent.HostResult, error)
+	MarkOutput(ctx context.Context) ([]uint64, error)
+	ReleaseOutput(ctx context.Context, marks []uint64) error
+	Gone(slice, name string) (<-chan struct{}, error)
+	SwitchGone() <-chan struct{}
+	Abandon(slice string)
+	Close() error
+}
+
+var (
+	_ runner                              = (*agent.Agent)(nil)
+	_ violinv1connect.AgentServiceHandler = (*Host)(nil)
+)
+
+func gone(host string) error {
+	return connect.NewError(connect.CodeFailedPrecondition,
+		fmt.Errorf("host %s: its agent was started anew, and what ran there is gone; restore the slice from its last snapshot", host))
+}
+
+// AddPeer implements the agents' protocol.
+func (h *Host) AddPeer(ctx context.Context, req *violinv1.AddPeerRequest) (*violinv1.AddPeerResponse, error) {
+	r, err := h.running(req.GetRun())
+	if err != nil {
+		return nil, err
+	}
+	p := fabric.Peer{Host: req.GetHost()}
+	if p.ID, err = number(req.GetId()); err != nil {
+		return nil, refuse("%w", err)
+	}
+	if p.Addr, err = netip.ParseAddr(req.GetAddress()); err != nil {
+		return nil, refuse("%w", err)
+	}
+	if p.MAC, err = decodeMAC(req.GetMac()); err != nil {
+		return nil, refuse("%w", err)
+	}
+	return &violinv1.AddPeerResponse{}, r.agent.AddPeer(ctx, p)
+}
+
+// SetRemotes implements the agents' protocol.
+func (h *Host) SetRemotes(ctx context.Context, req *violinv1.SetRemotesRequest) (*violinv1.SetRemotesResponse, error) {
+	r, err := h.running(req.GetRun())
+	if err != nil {
+		return nil, err
+	}
+	var all []coloring.Remote
+	for _, m := range req.GetRemotes() {
+		var c coloring.Remote
+		if c.Network, err = number(m.GetNetwork()); err != nil {
+			return nil, refuse("%w", err)
+		}
+		if c.Peer, err = number(m.GetPeer()); err != nil {
+			return nil, refuse("%w", err)
+		}
+		if c.Address, err = decodeMAC(m.GetMac()); err != nil {
+			return nil, refuse("%w", err)
+		}
+		c.Outside = m.GetOutside()
+		all = append(all, c)
+	}
+	return &violinv1.SetRemotesResponse{}, r.agent.SetRemotes(ctx, all)
+}
+
+// AddGateway implements the agents' protocol.
+func (h *Host) AddGateway(ctx context.Context, req *violinv1.AddGatewayRequest) (*violinv1.AddGatewayResponse, error) {
+	r, err := h.running(req.GetRun())
+	if err != nil {
+		return nil, err
+	}
+	g := agent.GatewaySpec{Slice: r.slice, MTU: int(req.GetMtu()), Hold: req.GetHold()}
+	if g.Network, err = number(req.GetNetwork()); err != nil {
+		return nil, refuse("%w", err)
+	}
+	if g.Address, err = netip.ParsePrefix(req.GetAddress()); err != nil {
+		return nil, refuse("%w", err)
+	}
+	if g.MAC, err = decodeMAC(req.GetMac()); err != nil {
+		return nil, refuse("%w", err)
+	}
+	return &violinv1.AddGatewayResponse{}, r.agent.AddGateway(ctx, g)
+}
+
+// AddNode implements the agents' protocol.
+func (h *Host) AddNode(ctx context.Context, req *violinv1.AddNodeRequest) (*violinv1.AddNodeResponse, error) {
+	r, err := h.running(req.GetRun())
+	if err != nil {
+		return nil, err
+	}
+	if req.GetNode() == "" || filepath.Base(req.GetNode()) != req.GetNode() {
+		return nil, refuse("%q is no node's name", req.GetNode())
+	}
+	spec := agent.NodeSpec{Slice: r.slice, Name: req.GetNode(), Machine: qemu.Spec{
+		Name: r.slice + "/" + req.GetNode(), Memory: req.GetMemoryBytes(), CPUs: int(req.GetCpus()), Append: req.GetAppend(),
+		GuestConfig: req.GetGuestConfig(), Generation: req.GetGeneration(),
+	}}
+	if spec.Epoch, err = epoch(req.GetEpoch()); err != nil {
+		return nil, refuse("%w", err)
+	}
+	if spec.Interfaces, err = decodePorts(req.GetPorts()); err != nil {
+		return nil, refuse("%w", err)
+	}
+	for _, f := range req.GetFiles() {
+		path, err := h.boot.find(h.cfg.Images, f)
+		if err != nil {
+			return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("node %q: %s: %w", req.GetNode(), f.GetKind(), err))
+		}
+		switch f.GetKind() {
+		case "kernel":
+			spec.Machine.Kernel = path
+		case "initrd":
+			spec.Machine.Initrd = path
+		case "rootfs":
+			spec.Machine.RootFS = path
+		default:
+			return nil, refuse("node %q: a boot file of kind %q", req.GetNode(), f.GetKind())
+		}
+	}
+	return &violinv1.AddNodeResponse{}, r.agent.AddNode(ctx, spec, req.GetIncoming())
+}
+
+// bootFiles finds the files that nodes boot from on this machine, and remembers the
+// hashes of those that have not changed.
+type bootFiles struct {
+	mu     sync.Mutex
+	hashes map[bootFile]store.Hash
+}
+
+type bootFile struct {
+	path    string
+	size    int64
+	changed time.Time
+}
+
+// find returns the path of a file that holds what the server's does.
+func (b *bootFiles) find(images string, m *violinv1.NodeFile) (string, error) {
+	path := m.GetPath()
+	switch {
+	case m.GetImage() && !filepath.IsLocal(path), !m.GetImage() && !filepath.IsAbs(path):
+		return "", fmt.Errorf("%q is no path of a boot file", path)
+	case m.GetImage():
+		path = filepath.Join(images, path)
+	}
+	h, err := b.hash(path)
+	if err != nil {
+		return "", fmt.Errorf("%w; nodes boot from the host's own files, which must be the server's: copy it there", err)
+	}
+	if string(h[:]) != string(m.GetHash()) {
+		return "", fmt.Errorf("%s is not the server's: it has hash %.16s, want %.16x; copy that file there", path, h, m.GetHash())
+	}
+	return path, nil
+}
+
+func (b *bootFiles) hash(path string) (store.Hash, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return store.Hash{}, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return store.Hash{}, err
+	}
+	key := bootFile{path, info.Size(), info.ModTime().UTC()}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if h, ok := b.hashes[key]; ok {
+		return h, nil
+	}
+	sum := blake3.New()
+	if _, err := io.Copy(sum, f); err != nil {
+		return store.Hash{}, fmt.Errorf("read %s: %w", path, err)
+	}
+	h := store.Hash(sum.Sum(nil))
+	if b.hashes == nil {
+		b.hashes = map[bootFile]store.Hash{}
+	}
+	b.hashes[key] = h
+	return h, nil
+}
+
+// Load implements the agents' protocol.
+func (h *Host) Load(ctx context.Context, in *connect.ClientStream[violinv1.LoadRequest]) (*violinv1.LoadResponse, error) {
+	if !in.Receive() {
+		return nil, errors.Join(refuse("a state of no node"), in.Err())
+	}
+	r, err := h.running(in.Msg().GetRun())
+	if err != nil {
+		return nil, err
+	}
+	z, err := zstd.NewReader(&messages{in: in}, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(8<<20))
+	if err != nil {
+		return nil, err
+	}
+	defer z.Close()
+	err = r.agent.LoadStream(ctx, r.slice, in.Msg().GetNode(), func(w io.Writer) error {
+		_, err := z.WriteTo(w)
+		return err
+	})
+	return &violinv1.LoadResponse{}, err
+}
+
+// messages reads what comes in messages. It is at its end only if the sender says so:
+// a connection that is lost is an error.
+type messages struct {
+	in   *connect.ClientStream[violinv1.LoadRequest]
+	rest []byte
+}
+
+// Read implements [io.Reader].
+func (m *messages) Read(b []byte) (int, error) {
+	for len(m.rest) == 0 {
+		if !m.in.Receive() {
+			if err := m.in.Err(); err != nil {
+				return 0, err
+			}
+			return 0, io.EOF
+		}
+		m.rest = m.in.Msg().GetData()
+	}
+	n := copy(b, m.rest)
+	m.rest = m.rest[n:]
+	return n, nil
+}
+
+// RunNode implements the agents' protocol.
+func (h *Host) RunNode(ctx context.Context, req *violinv1.RunNodeRequest) (*violinv1.RunNodeResponse, error) {
+	r, err := h.running(req.GetRun())
+	if err != nil {
+		return nil, err
+	}
+	var channel []frames.Frame
+	var receivers []frames.Receiver // one an interface
+	for _, f := range req.GetFrames() {
+		if f.GetInterface() > 1<<10 {
+			return nil, refuse("a frame for interface %d", f.GetInterface())
+		}
+		for n := len(receivers); n <= int(f.GetInterface()); n++ {
+			receivers = append(receivers, frames.Receiver{Node: req.GetNode(), Interface: n})
+		}
+		e, err := epoch(f.GetEpoch())
+		if err != nil {
+			return nil, refuse("%w", err)
+		}
+		channel = append(channel, frames.Frame{Receiver: int(f.GetInterface()), Epoch: e, At: f.GetAt().AsDuration(), Data: f.GetData()})
+	}
+	began, err := r.agent.RunNode(ctx, r.slice, req.GetNode(), channel, receivers)
+	if err != nil {
+		return nil, err
+	}
+	return &violinv1.RunNodeResponse{Began: timestamppb.New(began)}, nil
+}
+
+// ContinueNode implements the agents' protocol.
+func (h *Host) ContinueNode(ctx context.Context, req *violinv1.ContinueNodeRequest) (*violinv1.ContinueNodeResponse, error) {
+	r, err := h.running(req.GetRun())
+	if err != nil {
+		return nil, err
+	}
+	return &violinv1.ContinueNodeResponse{}, r.agent.ContinueNode(ctx, r.slice, req.GetNode())
+}
+
+// SetClock implements the agents' protocol.
+func (h *Host) SetClock(ctx context.Context, req *violinv1.SetClockRequest) (*violinv1.SetClockResponse, error) {
+	r, err := h.running(req.GetRun())
+	if err != nil {
+		return nil, err
+	}
+	return &violinv1.SetClockResponse{}, r.agent.SetClock(ctx, r.slice, req.GetNode())
+}
+
+// NodeStatus implements the agents' protocol.
+func (h *Host) NodeStatus(ctx context.Context, req *violinv1.NodeStatusRequest) (*violinv1.NodeStatusResponse, error) {
+	r, err := h.running(req.GetRun())
+	if err != nil {
+		return nil, err
+	}
+	s, err := r.agent.Status(ctx, r.slice, req.GetNode())
+	if err != nil {
+		return nil, err
+	}
+	return &violinv1.NodeStatusResponse{Epoch: uint32(s.Epoch), Pid: int64(s.PID), Status: s.Status, Problem: s.Problem}, nil
+}
+
+// ExecNode implements the agents' protocol.
+func (h *Host) ExecNode(ctx context.Context, req *violinv1.ExecNodeRequest) (*violinv1.ExecNodeResponse, error) {
+	r, err := h.running(req.GetRun())
+	if err != nil {
+		return nil, err
+	}
+	if len(req.GetCommand()) == 0 {
+		return nil, refuse("no command was given")
+	}
+	res, err := r.agent.Exec(ctx, r.slice, req.GetNode(), req.GetCommand(), req.GetStdin())
+	if err != nil {
+		return nil, err
+	}
+	return &violinv1.ExecNodeResponse{ExitCode: int32(res.ExitCode), Stdout: res.Stdout, Stderr: res.Stderr}, nil
+}
+
+// JoinConsole implements the agents' protocol.
+func (h *Host) JoinConsole(ctx context.Context, s *connect.BidiStream[violinv1.JoinConsoleRequest, violinv1.JoinConsoleResponse]) error {
+	first, err := s.Receive()
+	if err != nil {
+		return err
+	}
+	r, err := h.running(first.GetRun())
+	if err != nil {
+		return err
+	}
+	c, err := r.agent.Console(ctx, r.slice, first.GetNode())
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { c.Close() })()
+	if err := s.Send(&violinv1.JoinConsoleResponse{}); err != nil {
+		return err
+	}
+	go func() {
+		defer c.Close()
+		for {
+			m, err := s.Receive()
+			if err != nil {
+				return
+			}
+			if _, err := c.Write(m.GetData()); err != nil {
+				return
+			}
+		}
+	}()
+	buf := make([]byte, 4096)
+	for {
+		n, err := c.Read(buf)
+		if n > 0 {
+			if err := s.Send(&violinv1.JoinConsoleResponse{Data: buf[:n]}); err != nil {
+				return err
+			}
+		}
+		if err != nil {
+			return nil // the node has ended, or the caller
+		}
+	}
+}
+
+// AwaitGone implements the agents' protocol.
+func (h *Host) AwaitGone(ctx context.Context, req *violinv1.AwaitGoneRequest) (*violinv1.AwaitGoneResponse, error) {
+	r, err := h.running(req.GetRun())
+	if err != nil {
+		return nil, err
+	}
+	gone := r.agent.SwitchGone()
+	if req.GetNode() != "" {
+		if gone, err = r.agent.Gone(r.slice, req.GetNode()); err != nil {
+			return nil, connect.NewError(connect.CodeFailedPrecondition, err)
+		}
+	}
+	select {
+	case <-gone:
+		return &violinv1.AwaitGoneResponse{}, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// MarkOutput implements the agents' protocol.
+func (h *Host) MarkOutput(ctx context.Context, req *violinv1.MarkOutputRequest) (*violinv1.MarkOutputResponse, error) {
+	r, err := h.running(req.GetRun())
+	if err != nil {
+		return nil, err
+	}
+	marks, err := r.agent.MarkOutput(ctx)
+	return &violinv1.MarkOutputResponse{Marks: marks}, err
+}
+
+// ReleaseOutput implements the agents' protocol.
+func (h *Host) ReleaseOutput(ctx context.Context, req *violinv1.ReleaseOutputRequest) (*violinv1.ReleaseOutputResponse, error) {
+	r, err := h.running(req.GetRun())
+	if err != nil {
+		return nil, err
+	}
+	return &violinv1.ReleaseOutputResponse{}, r.agent.ReleaseOutput(ctx, req.GetMarks())
+}
+
+// Now implements the agents' protocol.
+func (h *Host) Now(context.Context, *violinv1.NowRequest) (*violinv1.NowResponse, error) {
+	return &violinv1.NowResponse{Now: timestamppb.Now()}, nil
+}
+
+// Results implements the agents' protocol.
+func (h *Host) Results(_ context.Context, req *violinv1.ResultsRequest, out *connect.ServerStream[violinv1.ResultsResponse]) error {
+	r, err := h.running(req.GetRun())
+	if err != nil {
+		return err
+	}
+	res, err := r.agent.Results(r.slice, req.GetCut())
+	if err != nil {
+		return err
+	}
+	return sendResults(res, out.Send)
+}
+
+// Cut implements the agents' protocol.
+func (h *Host) Cut(ctx context.Context, s *connect.BidiStream[violinv1.CutRequest, violinv1.CutResponse]) error {
+	m, err := s.Receive()
+	if err != nil {
+		return err
+	}
+	r, err := h.running(m.GetRun())
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var sending sync.WaitGroup
+	defer sending.Wait()
+	defer cancel()
+	turn := r.box.attach()
+	defer r.box.detach(turn)
+	sending.Go(func() {
+		defer cancel()
+		for {
+			ev, ok := r.box.next(ctx, turn)
+			if !ok || s.Send(ev) != nil {
+				return
+			}
+		}
+	})
+	for {
+		o, err := decodeOrder(m, r.slice, h.cfg.Identity.Host)
+		if err != nil {
+			return refuse("%w", err)
+		}
+		if p := m.GetPrepare(); p != nil {
+			h.mu.Lock()
+			ingest := h.ingest
+			h.mu.Unlock()
+			o.Session = newSession(p.GetSession(), ingest)
+			r.box.open()
+		}
+		r.agent.Handle(o, r.box.put)
+		if m, err = s.Receive(); err != nil {
+			return nil // the server has what it wanted, or is gone
+		}
+		if m.GetRun() != r.id {
+			return gone(h.cfg.Identity.Host)
+		}
+	}
+}

@@ -1,0 +1,135 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"slices"
+	"time"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	violinv1 "violin/api/violin/v1"
+	"violin/internal/admission"
+	"violin/internal/agent"
+	"violin/internal/coloring"
+	"violin/internal/coordinator"
+	"violin/internal/fabric"
+	"violin/internal/frames"
+	stream "violin/internal/migration/qemu"
+	"violin/internal/qga"
+	"violin/internal/remote"
+	"violin/internal/topology"
+)
+
+// hostAgent is a host's agent: in this process, or on a machine that has joined.
+type hostAgent interface {
+	coordinator.Host
+	AddPeer(ctx context.Context, peer fabric.Peer) error
+	SetRemotes(ctx context.Context, remotes []coloring.Remote) error
+	AddGateway(ctx context.Context, spec agent.GatewaySpec) error
+	AddNode(ctx context.Context, spec agent.NodeSpec, incoming bool) error
+	LoadNode(ctx context.Context, slice, name string, skeleton *stream.Skeleton, pages stream.PageSource) error
+	LoadNodeLazily(ctx context.Context, slice, name string, skeleton *stream.Skeleton, lazy agent.Lazy) error
+	FollowNode(slice, name string) error
+	AwaitMemory(ctx context.Context, slice, name string, waiting func()) error
+	RunNode(ctx context.Context, slice, name string, channel []frames.Frame, receivers []frames.Receiver) (time.Time, error)
+	ContinueNode(ctx context.Context, slice, name string) error
+	SetClock(ctx context.Context, slice, name string) error
+	Status(ctx context.Context, slice, name string) (agent.NodeStatus, error)
+	Exec(ctx context.Context, slice, name string, command []string, stdin []byte) (qga.Result, error)
+	Console(ctx context.Context, slice, name string) (net.Conn, error)
+	MarkOutput(ctx context.Context) ([]uint64, error)
+	ReleaseOutput(ctx context.Context, marks []uint64) error
+	Gone(slice, name string) (<-chan struct{}, error)
+	SwitchGone() <-chan struct{}
+	io.Closer
+}
+
+var (
+	_ hostAgent = (*agent.Agent)(nil)
+	_ hostAgent = (*remote.Agent)(nil)
+)
+
+// placed tells whether a slice runs on hosts that have joined; else it runs in a lab.
+func (s *Server) placed(topo *topology.Topology) (bool, error) {
+	if s.hub == nil {
+		return false, nil
+	}
+	hosts := map[string]bool{}
+	for _, n := range topo.Nodes {
+		hosts[n.Host] = true
+	}
+	joined, err := s.hub.Place(slices.Sorted(maps.Keys(hosts)))
+	if err != nil {
+		return false, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("slice %q: %w", topo.Slice, err))
+	}
+	return joined, nil
+}
+
+// joinedMachines measures the hosts that have joined and that VMs are to run on. As a host
+// runs one slice at a time, all that a slice which is replaced has there is free.
+func (s *Server) joinedMachines(ctx context.Context, topo *topology.Topology, replaces *slice) ([]admission.Machine, error) {
+	hosts := map[string]bool{}
+	for _, n := range topo.Nodes {
+		hosts[n.Host] = true
+	}
+	var all []admission.Machine
+	for _, name := range slices.Sorted(maps.Keys(hosts)) {
+		m, err := s.hub.Measure(ctx, name)
+		if err != nil {
+			return nil, connect.NewError(connect.CodeFailedPrecondition, err)
+		}
+		a := admission.Machine{Name: "host " + name, Free: m.Available, Reserve: min(m.Memory/20, 1<<30), CPUs: m.CPUs}
+		if replaces != nil && replaces.joined {
+			for _, n := range replaces.topo.Nodes {
+				if n.Host == name {
+					a.Free += n.Memory // of which it may have used less: QEMU says so if it does not fit
+				}
+			}
+			a.Free = min(a.Free, m.Memory)
+		}
+		all = append(all, a)
+	}
+	return all, nil
+}
+
+// CreateToken implements the API.
+func (s *Server) CreateToken(_ context.Context, req *violinv1.CreateTokenRequest) (*violinv1.CreateTokenResponse, error) {
+	if s.hub == nil {
+		return nil, notListening()
+	}
+	t, err := s.authority.NewToken(req.GetHost(), req.GetTtl().AsDuration())
+	if err != nil {
+		return nil, connect.NewError(connect.CodeInvalidArgument, err)
+	}
+	return &violinv1.CreateTokenResponse{Token: t.String(), Expires: timestamppb.New(t.Expires)}, nil
+}
+
+func notListening() error {
+	return connect.NewError(connect.CodeFailedPrecondition, errors.New("this server takes no hosts in; end it, and start `violin server --listen ADDRESS:PORT`"))
+}
+
+// ListHosts implements the API.
+func (s *Server) ListHosts(context.Context, *violinv1.ListHostsRequest) (*violinv1.ListHostsResponse, error) {
+	if s.hub == nil {
+		return nil, notListening()
+	}
+	hosts, err := s.hub.Hosts()
+	if err != nil {
+		return nil, apiError(err)
+	}
+	r := &violinv1.ListHostsResponse{}
+	for _, h := range hosts {
+		m := &violinv1.Host{Name: h.Name, Address: h.Address, Connected: h.Connected, Since: timestamp(h.Since), Slice: h.Slice, Version: h.Machine.Version}
+		if h.Machine.Underlay.Addr.IsValid() {
+			m.Underlay = h.Machine.Underlay.Addr.String()
+		}
+		r.Hosts = append(r.Hosts, m)
+	}
+	return r, nil
+}

@@ -1,0 +1,298 @@
+package e2e
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"violin/internal/lab"
+)
+
+// far is a slice on hosts that have joined.
+const far = `version: 1
+slice: far
+sites:
+  west: {hosts: [alpha, beta]}
+  east: {hosts: [gamma]}
+wan:
+  - {between: [west, east], delay: 10ms}
+networks:
+  lan: {subnet: 10.20.0.0/24}
+nodes:
+  n1: {host: alpha, image: mpi, memory: 96MiB, interfaces: [{network: lan, address: 10.20.0.1/24}]}
+  n2: {host: beta, image: mpi, memory: 96MiB, interfaces: [{network: lan, address: 10.20.0.2/24}]}
+  n3: {host: gamma, image: mpi, memory: 96MiB, interfaces: [{network: lan, address: 10.20.0.3/24}]}
+`
+
+// process is a violin in the foreground, in a namespace that stands for a machine.
+type process struct {
+	cmd  *exec.Cmd
+	done chan error
+
+	mu  sync.Mutex
+	log bytes.Buffer
+}
+
+// Write implements [io.Writer], for the log.
+func (p *process) Write(b []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.log.Write(b)
+}
+
+func (p *process) said() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.log.String()
+}
+
+// spawn starts a violin on a host. It is told to end with the test, and must.
+func spawn(t *testing.T, h *lab.Host, args ...string) *process {
+	t.Helper()
+	program, err := filepath.Abs(filepath.Join(root, "bin/violin"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &process{cmd: exec.Command(program, args...), done: make(chan error, 1)}
+	p.cmd.Stderr = p
+	if err := h.Start(p.cmd); err != nil {
+		t.Fatal(err)
+	}
+	go func() { p.done <- p.cmd.Wait() }()
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("violin %s: %s", strings.Join(args, " "), p.said())
+		}
+		p.stop(t)
+	})
+	return p
+}
+
+func (p *process) stop(t *testing.T) {
+	t.Helper()
+	if p.cmd.ProcessState != nil {
+		return
+	}
+	_ = p.cmd.Process.Signal(syscall.SIGTERM) // it may have ended
+	select {
+	case <-p.done:
+	case <-time.After(time.Minute):
+		t.Error("a violin does not end")
+		_ = p.cmd.Process.Kill()
+		<-p.done
+	}
+}
+
+// await waits for something to come true.
+func await(t *testing.T, what string, f func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(90 * time.Second); !f(); time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("in vain: %s", what)
+		}
+	}
+}
+
+// A slice on three machines at two sites, whose agents are processes of their own: cut,
+// restored, and cut while an agent's connection is lost.
+func TestJoined(t *testing.T) {
+	dirs, dir := begin(t)
+	l, err := lab.New(t.Context(), lab.Config{
+		Sites:  []lab.Site{{Name: "west", Hosts: []string{"alpha", "beta", "office"}}, {Name: "east", Hosts: []string{"gamma"}}},
+		Links:  []lab.LinkConfig{{A: "west", B: "east", Shape: lab.Shape{Delay: 10 * time.Millisecond}}},
+		Logger: slog.New(slog.DiscardHandler),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	office, machines := l.Host("office"), []string{"alpha", "beta", "gamma"}
+	for i, name := range machines {
+		cable(t, office, l.Host(name), i)
+	}
+	server := spawn(t, office, append([]string{"server", "--listen", ":7000"}, dirs...)...)
+	await(t, "the server serves", func() bool { return strings.Contains(server.said(), "msg=serving") })
+
+	// One that has no token, or another's, does not join.
+	bound := strings.TrimSpace(string(must(t, dirs, "token", "create", "--ttl", "5m", "--host", "alpha")))
+	token := strings.TrimSpace(string(must(t, dirs, "token", "create", "--ttl", "5m")))
+	args := func(i int, join string) []string {
+		h := l.Host(machines[i])
+		own := filepath.Join(dir, machines[i])
+		return []string{"agent", "--join", join, "--name", machines[i], "--underlay", h.UnderlayDevice, "--underlay-address", h.UnderlayAddr.String(),
+			"--run-dir", own, "--state-dir", filepath.Join(own, "state")}
+	}
+	for i, name := range machines {
+		state := filepath.Join(dir, name, "state")
+		if err := os.MkdirAll(state, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		images, err := filepath.EvalSymlinks(filepath.Join(dir, "state", "images"))
+		if err == nil {
+			err = os.Symlink(images, filepath.Join(state, "images"))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		address := fmt.Sprintf("10.99.%d.1:7000", i)
+		if i > 0 {
+			refused := spawn(t, l.Host(name), args(i, bound+"@"+address)...)
+			if err := <-refused.done; err == nil || !strings.Contains(refused.said(), "it is for host alpha") {
+				t.Errorf("%v: %s", err, refused.said())
+			}
+		}
+		spawn(t, l.Host(name), args(i, token+"@"+address)...)
+	}
+	connected := func(want int) func() bool {
+		return func() bool {
+			var list struct{ Hosts []struct{ Connected bool } }
+			if err := json.Unmarshal(must(t, dirs, "hosts", "--output", "json"), &list); err != nil {
+				t.Fatal(err)
+			}
+			n := 0
+			for _, h := range list.Hosts {
+				if h.Connected {
+					n++
+				}
+			}
+			return n == want
+		}
+	}
+	await(t, "all agents are connected", connected(3))
+
+	file := filepath.Join(dir, "far.yaml")
+	if err := os.WriteFile(file, []byte(far), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	must(t, dirs, "up", file)
+	for _, n := range []string{"far/n1", "far/n2", "far/n3"} {
+		booted(t, dirs, n)
+	}
+	// A count that goes on, and frames all the time.
+	sh(t, dirs, "far/n1", "cat /proc/sys/kernel/random/uuid > /run/mark; (ping -i 0.2 10.20.0.3 >/run/ping 2>&1 &)")
+	mark := sh(t, dirs, "far/n1", "cat /run/mark")
+
+	var snap struct{ ID string }
+	if err := json.Unmarshal(must(t, dirs, "snapshot", "far", "--output", "json"), &snap); err != nil {
+		t.Fatal(err)
+	}
+	verified(t, dirs, "far@"+snap.ID)
+	sh(t, dirs, "far/n1", "echo later > /run/mark")
+	for _, n := range slice(t, dirs, "far").Nodes {
+		kill(t, n.PID)
+	}
+	must(t, dirs, "restore", "far@"+snap.ID)
+	if got := sh(t, dirs, "far/n1", "cat /run/mark"); got != mark {
+		t.Errorf("the node remembers %q, and was restored to %q", got, mark)
+	}
+	await(t, "frames go from site to site", func() bool { return strings.Contains(sh(t, dirs, "far/n1", "tail -1 /run/ping"), "time=") })
+
+	// The connection of an agent is lost between a cut's preparation and its instant.
+	at := time.Now().Add(5 * time.Second)
+	aborted := make(chan error, 1)
+	go func() {
+		_, err := violin(t.Context(), t, dirs, "snapshot", "far", "--at", at.Format(time.RFC3339Nano))
+		aborted <- err
+	}()
+	time.Sleep(time.Until(at.Add(-time.Second)))
+	plug(t, office, 2, false)
+	await(t, "the loss is noticed", connected(2))
+	plug(t, office, 2, true)
+	status := (*exec.ExitError)(nil)
+	if err := <-aborted; err == nil || !asExit(err, &status) || status.ExitCode() != 4 {
+		t.Errorf("a snapshot without one of the hosts: %v, want exit status 4", err)
+	}
+	await(t, "the agent is back", connected(3))
+	for _, n := range slice(t, dirs, "far").Nodes {
+		if n.State != "NODE_STATE_RUNNING" {
+			t.Errorf("node %s is %s after the abort", n.Name, n.State)
+		}
+	}
+	lines := sh(t, dirs, "far/n1", "wc -l < /run/ping")
+	await(t, "frames go on", func() bool { return count(t, sh(t, dirs, "far/n1", "wc -l < /run/ping")) > count(t, lines)+3 })
+	if err := json.Unmarshal(must(t, dirs, "snapshot", "far", "--output", "json"), &snap); err != nil {
+		t.Fatal(err)
+	}
+	verified(t, dirs, "far@"+snap.ID)
+	must(t, dirs, "down", "far")
+}
+
+func count(t *testing.T, s string) int {
+	t.Helper()
+	n, err := strconv.Atoi(strings.TrimSpace(s))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func asExit(err error, to **exec.ExitError) bool {
+	e, ok := err.(*exec.ExitError)
+	*to = e
+	return ok
+}
+
+// cable joins a machine with the office, apart from the underlay.
+func cable(t *testing.T, office, machine *lab.Host, number int) {
+	t.Helper()
+	f, err := os.Open(machine.NamespacePath())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	address := func(name string, last byte) error {
+		link, err := netlink.LinkByName(name)
+		if err != nil {
+			return err
+		}
+		if err := netlink.AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(10, 99, byte(number), last), Mask: net.CIDRMask(24, 32)}}); err != nil {
+			return err
+		}
+		return netlink.LinkSetUp(link)
+	}
+	err = office.Do(func() error {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = fmt.Sprintf("to%d", number)
+		if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "office", PeerNamespace: netlink.NsFd(f.Fd())}); err != nil {
+			return err
+		}
+		return address(attrs.Name, 1)
+	})
+	if err == nil {
+		err = machine.Do(func() error { return address("office", 2) })
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// plug pulls the cable of a machine out of the office, or puts it in.
+func plug(t *testing.T, office *lab.Host, number int, in bool) {
+	t.Helper()
+	err := office.Do(func() error {
+		link, err := netlink.LinkByName(fmt.Sprintf("to%d", number))
+		if err != nil {
+			return err
+		}
+		if in {
+			return netlink.LinkSetUp(link)
+		}
+		return netlink.LinkSetDown(link)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
