@@ -94,6 +94,8 @@ type hostCut struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup // everything that ctx ends
 
+	prepared chan struct{} // closed when the preparation has ended, for good or ill
+
 	nodes     map[string]*nodeCut
 	ended     bool // commit or abort has begun
 	began     time.Time
@@ -114,6 +116,7 @@ type nodeCut struct {
 	decoded chan error  // one value: the stream has been read and stored
 	ordered atomic.Bool // the cut has begun, by whatever order
 	at      time.Time   // when its vCPUs are to stop; past for at once
+	turn    sync.Mutex  // held while its steps are done
 	begun   cut.Step
 	base    cut.GateStats
 	result  NodeResult
@@ -174,7 +177,7 @@ func (a *Agent) Handle(o Order, report func(cut.Event)) {
 
 func (a *Agent) newCut(o Order, e cut.SendPrepare, report func(cut.Event)) *hostCut {
 	hc := &hostCut{a: a, order: o, id: e.Cut, from: e.From, to: e.To, report: report, nodes: map[string]*nodeCut{},
-		began: time.Now(), reads: map[int]time.Time{}}
+		began: time.Now(), reads: map[int]time.Time{}, prepared: make(chan struct{})}
 	hc.ctx, hc.cancel = context.WithCancel(context.Background())
 	for key, n := range a.nodes {
 		if key.Slice == o.Slice {
@@ -214,6 +217,7 @@ func (hc *hostCut) count(ctx context.Context, epochs ...cut.Epoch) error {
 // prepare counts the new epoch's frames and sets the captures up: whatever takes
 // time is done while the nodes run.
 func (hc *hostCut) prepare() {
+	defer close(hc.prepared)
 	if err := hc.count(hc.ctx, hc.from, hc.to); err != nil {
 		hc.fail("", err)
 		return
@@ -398,6 +402,11 @@ func (hc *hostCut) cutNode(name string, at time.Time) {
 }
 
 func (hc *hostCut) steps(nc *nodeCut) error {
+	nc.turn.Lock()
+	defer nc.turn.Unlock()
+	if err := hc.ctx.Err(); err != nil {
+		return err // it is being given up
+	}
 	defer hc.a.cfg.Urgency.Raise()()
 	defer hc.a.fabric.Urgency().Raise()()
 	for _, step := range cut.Steps() {
@@ -699,18 +708,18 @@ func (hc *hostCut) giveUp(to cut.Epoch) bool {
 	hc.cancel()
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
+	<-hc.prepared // what is armed is known
 	var captures sync.WaitGroup
 	for name, nc := range hc.nodes {
 		if nc.capture == nil {
 			continue
 		}
-		captures.Add(1)
-		go func() {
-			defer captures.Done()
+		captures.Go(func() {
+			hc.quieten(ctx, nc)
 			if err := nc.capture.Abort(ctx); err != nil && nc.n.alive() {
 				hc.a.log.Error("capture was not given up cleanly", "cut", hc.id, "node", name, "err", err)
 			}
-		}()
+		})
 	}
 	captures.Wait()
 	hc.work.Wait()
@@ -721,10 +730,11 @@ func (hc *hostCut) giveUp(to cut.Epoch) bool {
 		n.gate.StopRecording()
 		n.recorded, n.overflow, n.newer, n.discard = nil, nil, nil, false
 		n.mu.Unlock()
+		abort := func() error { return hc.abortNode(ctx, nc, to) }
 		if to == hc.from {
-			continue
+			abort = func() error { return hc.a.open(ctx, n) } // it was closed for the end of its capture
 		}
-		if err := hc.abortNode(ctx, nc, to); err != nil {
+		if err := abort(); err != nil {
 			hc.a.log.Error("abort", "cut", hc.id, "node", name, "err", err)
 			ok = ok && !n.alive()
 		}
@@ -733,6 +743,24 @@ func (hc *hostCut) giveUp(to cut.Epoch) bool {
 		hc.a.log.Warn("counters of the old epoch stay", "cut", hc.id, "err", err)
 	}
 	return ok
+}
+
+// quieten closes the gate of a node that has not been stopped, and lets it settle:
+// QEMU stops the vCPUs by itself in order to end a background snapshot that it has
+// begun, and what it holds for the guest would be lost.
+func (hc *hostCut) quieten(ctx context.Context, nc *nodeCut) {
+	nc.turn.Lock() // the step that was under way has ended
+	defer nc.turn.Unlock()
+	if hc.order.Mode != qemu.Background || nc.begun >= cut.StepStop || !nc.n.alive() {
+		return
+	}
+	err := hc.close(ctx, nc.n)
+	if err == nil {
+		err = nc.n.eachPort(ctx, hc.a.fabric.Settle)
+	}
+	if err != nil && nc.n.alive() {
+		hc.a.log.Warn("a node's capture is given up while frames are on their way into it", "cut", hc.id, "node", nc.n.spec.Name, "err", err)
+	}
 }
 
 // abortNode brings a node into the new epoch. Whatever fails, the node does not stay

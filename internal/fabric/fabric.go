@@ -116,6 +116,7 @@ type Switch struct {
 	state     coloring.State
 	installed coloring.FlowSet
 	taps      map[string]uint32
+	behind    map[string]uint64 // by TAP device: how many frames it had been given with the last of [Switch.Settle]
 
 	counts  sync.Mutex
 	handed  uint64 // by entries that are gone
@@ -138,7 +139,7 @@ func Start(ctx context.Context, cfg Config) (_ *Switch, err error) {
 	s := &Switch{
 		cfg: cfg, log: cfg.Logger, run: binary.BigEndian.Uint16(run[:]) | 1,
 		state:     coloring.State{Nodes: map[coloring.NodeKey]coloring.Color{}, Counted: map[uint16][]cut.Epoch{}},
-		installed: coloring.FlowSet{}, taps: map[string]uint32{},
+		installed: coloring.FlowSet{}, taps: map[string]uint32{}, behind: map[string]uint64{},
 	}
 	s.lifetime, s.end = context.WithCancel(context.Background())
 	defer func() {
@@ -321,6 +322,7 @@ func (s *Switch) Detach(ctx context.Context, tap string) error {
 	s.mu.Lock()
 	number, ok := s.taps[tap]
 	delete(s.taps, tap)
+	delete(s.behind, tap)
 	s.sw.Ports = slices.DeleteFunc(s.sw.Ports, func(p coloring.Port) bool { return p.Number == number })
 	s.mu.Unlock()
 	if !ok {

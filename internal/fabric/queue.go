@@ -43,13 +43,21 @@ func (s *Switch) accountQueue(tap string) error {
 // are stopped before, it throws that frame away (net_vm_change_state_handler in
 // net/net.c). So a frame is sent behind the last one that no guest takes: once it has
 // been read, all before it are in, and it may be what is thrown away.
+//
+// One such frame is enough until others come: a guest whose device is not up yet
+// takes none, and they would wait for it.
 func (s *Switch) Settle(ctx context.Context, tap string) error {
-	if err := s.empty(ctx, tap); err != nil {
+	given, err := s.empty(ctx, tap)
+	if err != nil {
 		return err
 	}
 	s.mu.Lock()
 	port, ok := s.taps[tap]
+	behind := s.behind[tap] == given
 	s.mu.Unlock()
+	if behind {
+		return nil
+	}
 	if !ok {
 		return fmt.Errorf("device %s: it is not plugged into the switch", tap)
 	}
@@ -59,7 +67,11 @@ func (s *Switch) Settle(ctx context.Context, tap string) error {
 	if err := s.conn.Load().Barrier(ctx); err != nil {
 		return fmt.Errorf("device %s: send a frame behind the last: %w", tap, err)
 	}
-	return s.empty(ctx, tap)
+	s.mu.Lock()
+	s.behind[tap] = given + 1
+	s.mu.Unlock()
+	_, err = s.empty(ctx, tap)
+	return err
 }
 
 // lastFrame is no guest's: to the address of the nearest bridge (IEEE 802.1Q, table 8-1),
@@ -70,16 +82,17 @@ var lastFrame = slices.Concat(
 )
 
 // empty returns once the queue from the switch towards the guest is empty: every frame
-// that the device was given has been read by the hypervisor or was dropped.
-func (s *Switch) empty(ctx context.Context, tap string) error {
+// that the device was given, and it says how many, has been read by the hypervisor or
+// was dropped.
+func (s *Switch) empty(ctx context.Context, tap string) (given uint64, err error) {
 	for {
 		link, err := s.nl.LinkByName(tap)
 		if err != nil {
-			return fmt.Errorf("device %s: %w", tap, err)
+			return 0, fmt.Errorf("device %s: %w", tap, err)
 		}
 		queues, err := s.nl.QdiscList(link)
 		if err != nil {
-			return fmt.Errorf("device %s: read its queue: %w", tap, err)
+			return 0, fmt.Errorf("device %s: read its queue: %w", tap, err)
 		}
 		// The device's counters first: a frame that moves on meanwhile shows as
 		// still waiting, not as gone.
@@ -89,14 +102,15 @@ func (s *Switch) empty(ctx context.Context, tap string) error {
 		for _, q := range queues {
 			a := q.Attrs()
 			if a.Parent == netlink.HANDLE_ROOT && a.Statistics != nil && a.Statistics.Basic != nil && a.Statistics.Queue != nil {
-				waiting = a.Statistics.Queue.Qlen > 0 || uint64(a.Statistics.Basic.Packets) > done
+				given = uint64(a.Statistics.Basic.Packets)
+				waiting = a.Statistics.Queue.Qlen > 0 || given > done
 			}
 		}
 		if !waiting {
-			return nil
+			return given, nil
 		}
 		if err := pause(ctx); err != nil {
-			return fmt.Errorf("device %s: frames to the guest still wait; the guest does not read them: %w", tap, err)
+			return 0, fmt.Errorf("device %s: frames to the guest still wait; the guest does not read them: %w", tap, err)
 		}
 	}
 }

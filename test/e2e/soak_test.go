@@ -132,8 +132,14 @@ func newSoak(t *testing.T, rng *rand.Rand, wan string) *soak {
 	return s
 }
 
-// saveLog keeps the server's log of a run that failed.
+// saveLog keeps what tells why a run failed: what the guests themselves have dropped,
+// and the server's log.
 func (s *soak) saveLog() {
+	for _, n := range s.nodes {
+		if out, err := command(s.t, s.dirs, "exec", "ledger/"+n, "--", "grep", "-h", "Udp:\\|eth0", "/proc/net/snmp", "/proc/net/dev"); err == nil {
+			s.t.Logf("%s:\n%s", n, out)
+		}
+	}
 	b, err := os.ReadFile(filepath.Join(s.own, "server.log"))
 	if err != nil {
 		s.t.Log(err)
