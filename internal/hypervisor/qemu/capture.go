@@ -518,8 +518,8 @@ func (c *Capture) Abort(ctx context.Context) (err error) {
 	switch {
 	case c.mode != Precopy || completed:
 	case continued:
-		// It is about to end. Cancelled now, QEMU 7.2 may let the VM run with disks that
-		// it has put away, and ends with an assertion at the first write.
+		// It is about to end. Cancelled now, QEMU 7.2 died at the guest's next write to a
+		// disk: it seems to let the VM run with disks that it has put away.
 		go func() { _, _ = io.Copy(io.Discard, c.ours) }()
 	default:
 		if err := c.vm.qmp.Execute(ctx, "migrate_cancel", nil, nil); err != nil {
