@@ -178,7 +178,7 @@ func (s *soak) run(cuts int) {
 // underWay returns when each node sends to each.
 func (s *soak) underWay() {
 	s.t.Helper()
-	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(time.Second) {
+	for deadline := time.Now().Add(5 * time.Minute); ; time.Sleep(time.Second) {
 		if l, err := s.dump(); err == nil {
 			busy := 0
 			for _, f := range l.flows() {
