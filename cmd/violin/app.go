@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -220,36 +221,13 @@ func (a *app) connect(dirs daemon.Dirs) violinv1connect.SliceServiceClient {
 	return violinv1connect.NewSliceServiceClient(a.connection, daemon.BaseURL)
 }
 
-// startStoreServer is startServer for a verb about the store.
-func (a *app) startStoreServer(ctx context.Context, p *progress) (violinv1connect.StoreServiceClient, error) {
+// start connects to one of the server's services, and starts a server if none runs.
+func start[C any](ctx context.Context, a *app, p *progress, service func(connect.HTTPClient, string, ...connect.ClientOption) C) (C, error) {
 	if _, err := a.startServer(ctx, p); err != nil {
-		return nil, err
+		var none C
+		return none, err
 	}
-	return violinv1connect.NewStoreServiceClient(a.connection, daemon.BaseURL), nil
-}
-
-// startHistory is startServer for a verb about a slice's history.
-func (a *app) startHistory(ctx context.Context, p *progress) (violinv1connect.HistoryServiceClient, error) {
-	if _, err := a.startServer(ctx, p); err != nil {
-		return nil, err
-	}
-	return violinv1connect.NewHistoryServiceClient(a.connection, daemon.BaseURL), nil
-}
-
-// startLifecycle is startServer for a verb that starts and stops slices.
-func (a *app) startLifecycle(ctx context.Context, p *progress) (violinv1connect.LifecycleServiceClient, error) {
-	if _, err := a.startServer(ctx, p); err != nil {
-		return nil, err
-	}
-	return violinv1connect.NewLifecycleServiceClient(a.connection, daemon.BaseURL), nil
-}
-
-// startImages is startServer for a verb about images.
-func (a *app) startImages(ctx context.Context, p *progress) (violinv1connect.ImageServiceClient, error) {
-	if _, err := a.startServer(ctx, p); err != nil {
-		return nil, err
-	}
-	return violinv1connect.NewImageServiceClient(a.connection, daemon.BaseURL), nil
+	return service(a.connection, daemon.BaseURL), nil
 }
 
 // findHosts is findServer for a verb about the machines that have joined.

@@ -61,7 +61,7 @@ func (a *app) fork(ctx context.Context, request *violinv1.ForkRequest) error {
 	}
 	p := a.progress()
 	defer p.done()
-	c, err := a.startLifecycle(ctx, p)
+	c, err := start(ctx, a, p, violinv1connect.NewLifecycleServiceClient)
 	if err != nil {
 		return err
 	}
@@ -96,20 +96,7 @@ out.`,
 
 func (a *app) replay(ctx context.Context, request *violinv1.ForkRequest) error {
 	if a.output == "table" {
-		if err := checkSnapshotName(request.GetSnapshot()); err != nil {
-			return err
-		}
-		p := a.progress()
-		defer p.done()
-		if _, err := a.startServer(ctx, p); err != nil {
-			return err
-		}
-		cs, err := channelState(ctx, violinv1connect.NewSliceServiceClient(a.connection, daemon.BaseURL), request.GetSnapshot())
-		if err != nil {
-			return err
-		}
-		p.done()
-		if err := a.writeFlight(a.out, cs); err != nil {
+		if err := a.framesText(ctx, request.GetSnapshot()); err != nil {
 			return err
 		}
 		fmt.Fprintln(a.out)

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	violinv1 "violin/api/violin/v1"
+	"violin/api/violin/v1/violinv1connect"
 	"violin/internal/image"
 )
 
@@ -117,7 +118,7 @@ restored on just this build of it.`,
 func (a *app) imageList(ctx context.Context) error {
 	p := a.progress()
 	defer p.done()
-	c, err := a.startImages(ctx, p)
+	c, err := start(ctx, a, p, violinv1connect.NewImageServiceClient)
 	if err != nil {
 		return err
 	}
@@ -164,7 +165,7 @@ not be restored, until the very same files are put back.`,
 func (a *app) imageRemove(ctx context.Context, name string, force bool) error {
 	p := a.progress()
 	defer p.done()
-	c, err := a.startImages(ctx, p)
+	c, err := start(ctx, a, p, violinv1connect.NewImageServiceClient)
 	if err != nil {
 		return err
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	violinv1 "violin/api/violin/v1"
+	"violin/api/violin/v1/violinv1connect"
 )
 
 func (a *app) logCommand() *cobra.Command {
@@ -34,7 +35,7 @@ not run for this.`,
 func (a *app) log(ctx context.Context, slice string, graph bool) error {
 	p := a.progress()
 	defer p.done()
-	c, err := a.startHistory(ctx, p)
+	c, err := start(ctx, a, p, violinv1connect.NewHistoryServiceClient)
 	if err != nil {
 		return err
 	}

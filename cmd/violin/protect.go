@@ -16,13 +16,6 @@ import (
 	"violin/internal/daemon"
 )
 
-func (a *app) startProtection(ctx context.Context, p *progress) (violinv1connect.ProtectionServiceClient, error) {
-	if _, err := a.startServer(ctx, p); err != nil {
-		return nil, err
-	}
-	return violinv1connect.NewProtectionServiceClient(a.connection, daemon.BaseURL), nil
-}
-
 func (a *app) protectCommand() *cobra.Command {
 	var request violinv1.ProtectRequest
 	var every, window time.Duration
@@ -95,7 +88,7 @@ func (a *app) protect(ctx context.Context, request *violinv1.ProtectRequest) err
 func (a *app) protections(ctx context.Context) error {
 	p := a.progress()
 	defer p.done()
-	c, err := a.startProtection(ctx, p)
+	c, err := start(ctx, a, p, violinv1connect.NewProtectionServiceClient)
 	if err != nil {
 		return err
 	}
@@ -145,7 +138,7 @@ func (a *app) unprotectCommand() *cobra.Command {
 func (a *app) unprotect(ctx context.Context, slice string) error {
 	p := a.progress()
 	defer p.done()
-	c, err := a.startProtection(ctx, p)
+	c, err := start(ctx, a, p, violinv1connect.NewProtectionServiceClient)
 	if err != nil {
 		return err
 	}
@@ -182,7 +175,7 @@ goes on until Ctrl-C. With --output json, an event is a document on a line of it
 func (a *app) events(ctx context.Context, request *violinv1.EventsRequest) error {
 	p := a.progress()
 	defer p.done()
-	c, err := a.startProtection(ctx, p)
+	c, err := start(ctx, a, p, violinv1connect.NewProtectionServiceClient)
 	if err != nil {
 		return err
 	}

@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	violinv1 "violin/api/violin/v1"
+	"violin/api/violin/v1/violinv1connect"
 )
 
 func (a *app) storeCommand() *cobra.Command {
@@ -36,7 +37,7 @@ nothing were shared, and PAGES what is left of it once zeros and repeats are out
 func (a *app) storeStats(ctx context.Context) error {
 	p := a.progress()
 	defer p.done()
-	c, err := a.startStoreServer(ctx, p)
+	c, err := start(ctx, a, p, violinv1connect.NewStoreServiceClient)
 	if err != nil {
 		return err
 	}
@@ -85,7 +86,7 @@ Exit status: 0 no damage, 1 damage was found (or the check failed), and the gene
 func (a *app) storeCheck(ctx context.Context, readData bool) error {
 	p := a.progress()
 	defer p.done()
-	c, err := a.startStoreServer(ctx, p)
+	c, err := start(ctx, a, p, violinv1connect.NewStoreServiceClient)
 	if err != nil {
 		return err
 	}
@@ -148,7 +149,7 @@ snapshot cannot be read, nothing is deleted: 'violin store check' tells which.`,
 func (a *app) storeCollect(ctx context.Context) error {
 	p := a.progress()
 	defer p.done()
-	c, err := a.startStoreServer(ctx, p)
+	c, err := start(ctx, a, p, violinv1connect.NewStoreServiceClient)
 	if err != nil {
 		return err
 	}
@@ -219,7 +220,7 @@ func (a *app) forget(ctx context.Context, request *violinv1.ForgetRequest) error
 	}
 	p := a.progress()
 	defer p.done()
-	c, err := a.startStoreServer(ctx, p)
+	c, err := start(ctx, a, p, violinv1connect.NewStoreServiceClient)
 	if err != nil {
 		return err
 	}

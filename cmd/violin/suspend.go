@@ -112,7 +112,7 @@ guests' wall clocks catch up, unless --clock frozen is given.`,
 func (a *app) resume(ctx context.Context, request *violinv1.ResumeRequest) error {
 	p := a.progress()
 	defer p.done()
-	c, err := a.startLifecycle(ctx, p)
+	c, err := start(ctx, a, p, violinv1connect.NewLifecycleServiceClient)
 	if err != nil {
 		return err
 	}

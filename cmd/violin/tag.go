@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	violinv1 "violin/api/violin/v1"
+	"violin/api/violin/v1/violinv1connect"
 )
 
 func (a *app) tagCommand() *cobra.Command {
@@ -49,7 +50,7 @@ func (a *app) tag(ctx context.Context, request *violinv1.TagRequest) error {
 	}
 	p := a.progress()
 	defer p.done()
-	c, err := a.startHistory(ctx, p)
+	c, err := start(ctx, a, p, violinv1connect.NewHistoryServiceClient)
 	if err != nil {
 		return err
 	}

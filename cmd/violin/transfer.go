@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	violinv1 "violin/api/violin/v1"
+	"violin/api/violin/v1/violinv1connect"
 )
 
 const exportPassphraseVariable = "VIOLIN_EXPORT_PASSPHRASE"
@@ -62,7 +63,7 @@ func (a *app) export(ctx context.Context, snapshot, file, passphraseFile string)
 	}
 	p := a.progress()
 	defer p.done()
-	c, err := a.startStoreServer(ctx, p)
+	c, err := start(ctx, a, p, violinv1connect.NewStoreServiceClient)
 	if err != nil {
 		return err
 	}
@@ -154,7 +155,7 @@ func (a *app) importFile(ctx context.Context, file, passphraseFile string) error
 	defer f.Close()
 	p := a.progress()
 	defer p.done()
-	c, err := a.startStoreServer(ctx, p)
+	c, err := start(ctx, a, p, violinv1connect.NewStoreServiceClient)
 	if err != nil {
 		return err
 	}

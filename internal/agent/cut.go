@@ -340,12 +340,7 @@ func (hc *hostCut) storeDisks(nc *nodeCut) error {
 // await waits for the instant that the nodes are to be cut at. It tells whether they
 // still are to be.
 func (hc *hostCut) await(at time.Time) bool {
-	select {
-	case <-time.After(time.Until(at)):
-		return true
-	case <-hc.ctx.Done():
-		return false
-	}
+	return hc.sleep(time.Until(at)) == nil
 }
 
 // newer is what a gate does, beside holding, at a newer frame; nil for nothing.
@@ -448,7 +443,7 @@ func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {
 		resumed, err := nc.capture.Resumed(ctx)
 		nc.result.Pause = resumed.Sub(nc.result.CutAt)
 		if err == nil && hc.order.Halt {
-			err = n.vm.Halt(ctx)
+			err = n.vm.Stop(ctx)
 		}
 		return err
 	case cut.StepOpen:
@@ -624,7 +619,11 @@ func (hc *hostCut) collect() {
 			return
 		}
 	}
-	if err := hc.awaitSeen(); err != nil {
+	err := hc.awaitSeen()
+	if err == nil {
+		err = hc.overflowed()
+	}
+	if err != nil {
 		hc.fail("", err)
 		return
 	}
@@ -756,6 +755,7 @@ func (hc *hostCut) quieten(ctx context.Context, nc *nodeCut) {
 	}
 	err := hc.close(ctx, nc.n)
 	if err == nil {
+		nc.begun = cut.StepSettle // which need not be closed again
 		err = nc.n.eachPort(ctx, hc.a.fabric.Settle)
 	}
 	if err != nil && nc.n.alive() {

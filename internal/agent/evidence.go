@@ -84,10 +84,7 @@ func (hc *hostCut) awaitSeen() error {
 		if n := counters.Refused - hc.before.Refused; n > 0 {
 			return fmt.Errorf("the switch did not take %d frames that a gate gave out; its log and the agent's say why", n)
 		}
-		missing := hc.dropped(counters)
-		if done, err := judge(missing, time.Since(began)); done && err == nil {
-			return hc.overflowed(missing != 0)
-		} else if done {
+		if done, err := judge(hc.dropped(counters), time.Since(began)); done {
 			return err
 		}
 		if err := hc.sleep(openQuiet); err != nil {
@@ -98,11 +95,11 @@ func (hc *hostCut) awaitSeen() error {
 
 // overflowed fails if the switch has thrown frames for the gates away. Where the flow
 // entries' counters do not say that by themselves, it gives the switch the time to tell.
-func (hc *hostCut) overflowed(uncertain bool) error {
+func (hc *hostCut) overflowed() error {
 	hc.a.mu.Lock()
-	uncertain = uncertain || hc.guessed
+	exact := !hc.guessed && dropped(hc.before, hc.after) == hc.excused
 	hc.a.mu.Unlock()
-	if uncertain {
+	if !exact {
 		if err := hc.sleep(fabric.OverflowLag); err != nil {
 			return err
 		}

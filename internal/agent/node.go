@@ -292,15 +292,24 @@ func (a *Agent) Status(ctx context.Context, slice, name string) (NodeStatus, err
 	return s, nil
 }
 
-// Exec runs a program in a node through its guest agent.
-func (a *Agent) Exec(ctx context.Context, slice, name string, command []string, stdin []byte) (qga.Result, error) {
+// guest speaks to a node's guest agent. The caller closes it.
+func (a *Agent) guest(ctx context.Context, slice, name string) (*qga.Client, error) {
 	n, err := a.node(slice, name)
 	if err != nil {
-		return qga.Result{}, err
+		return nil, err
 	}
 	c, err := qga.Dial(ctx, n.vm.AgentPath())
 	if err != nil {
-		return qga.Result{}, fmt.Errorf("node %q: %w", name, err)
+		return nil, fmt.Errorf("node %q: %w", name, err)
+	}
+	return c, nil
+}
+
+// Exec runs a program in a node through its guest agent.
+func (a *Agent) Exec(ctx context.Context, slice, name string, command []string, stdin []byte) (qga.Result, error) {
+	c, err := a.guest(ctx, slice, name)
+	if err != nil {
+		return qga.Result{}, err
 	}
 	defer c.Close()
 	r, err := c.Exec(ctx, command[0], command[1:], stdin)
@@ -312,13 +321,9 @@ func (a *Agent) Exec(ctx context.Context, slice, name string, command []string, 
 
 // SetClock steps a node's wall clock to this host's, through its guest agent.
 func (a *Agent) SetClock(ctx context.Context, slice, name string) error {
-	n, err := a.node(slice, name)
+	c, err := a.guest(ctx, slice, name)
 	if err != nil {
 		return err
-	}
-	c, err := qga.Dial(ctx, n.vm.AgentPath())
-	if err != nil {
-		return fmt.Errorf("node %q: %w", name, err)
 	}
 	defer c.Close()
 	if err := c.SetClock(ctx, time.Now); err != nil {

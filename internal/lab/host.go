@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"syscall"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -48,15 +47,7 @@ func (h *Host) Do(fn func() error) error {
 // dies or the lab is closed. The kernel forgets that bond for a child's own
 // children, so don't let a daemon detach.
 func (h *Host) Start(cmd *exec.Cmd) error {
-	attr := new(syscall.SysProcAttr)
-	if cmd.SysProcAttr != nil {
-		*attr = *cmd.SysProcAttr
-	}
-	attr.Pdeathsig = syscall.SIGKILL
-	if !attr.Setsid { // a session leader leads a new group anyway
-		attr.Setpgid = true
-	}
-	cmd.SysProcAttr = attr
+	machine.Bind(cmd)
 	if err := h.ns.do(cmd.Start); err != nil {
 		return fmt.Errorf("start %s on host %q: %w", cmd.Path, h.Name, err)
 	}

@@ -46,9 +46,9 @@ func (m *Machine) thread() {
 	}
 }
 
-// Start starts cmd in a process group of its own; the caller waits for it. The kernel
-// kills it with SIGKILL when this process dies.
-func (m *Machine) Start(cmd *exec.Cmd) error {
+// Bind has a child started in a process group of its own, and killed by the kernel with
+// SIGKILL when the thread that starts it ends, with its process or by itself.
+func Bind(cmd *exec.Cmd) {
 	attr := new(syscall.SysProcAttr)
 	if cmd.SysProcAttr != nil {
 		*attr = *cmd.SysProcAttr
@@ -58,6 +58,12 @@ func (m *Machine) Start(cmd *exec.Cmd) error {
 		attr.Setpgid = true
 	}
 	cmd.SysProcAttr = attr
+}
+
+// Start starts cmd in a process group of its own; the caller waits for it. The kernel
+// kills it with SIGKILL when this process dies.
+func (m *Machine) Start(cmd *exec.Cmd) error {
+	Bind(cmd)
 	err := make(chan error, 1)
 	m.starts <- start{cmd, err}
 	if err := <-err; err != nil {

@@ -18,6 +18,7 @@ import (
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
 	"violin/internal/agent"
+	"violin/internal/image"
 	"violin/internal/machine"
 	"violin/internal/priority"
 	"violin/internal/trust"
@@ -56,7 +57,7 @@ type HostConfig struct {
 type Host struct {
 	cfg  HostConfig
 	log  *slog.Logger
-	boot bootFiles
+	boot image.Hashes
 
 	underlay agent.Underlay
 	device   *machine.Device // nil where a test has none

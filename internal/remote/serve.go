@@ -7,14 +7,12 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"sync"
 	"time"
 
 	"connectrpc.com/connect"
 	"github.com/klauspost/compress/zstd"
-	"github.com/zeebo/blake3"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	violinv1 "violin/api/violin/v1"
@@ -144,7 +142,7 @@ func (h *Host) AddNode(ctx context.Context, req *violinv1.AddNodeRequest) (*viol
 		return nil, refuse("%w", err)
 	}
 	for _, f := range req.GetFiles() {
-		path, err := h.boot.find(h.cfg.Images, f)
+		path, err := h.bootFile(f)
 		if err != nil {
 			return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("node %q: %s: %w", req.GetNode(), f.GetKind(), err))
 		}
@@ -162,64 +160,23 @@ func (h *Host) AddNode(ctx context.Context, req *violinv1.AddNodeRequest) (*viol
 	return &violinv1.AddNodeResponse{}, r.agent.AddNode(ctx, spec, req.GetIncoming())
 }
 
-// bootFiles finds the files that nodes boot from on this machine, and remembers the
-// hashes of those that have not changed.
-type bootFiles struct {
-	mu     sync.Mutex
-	hashes map[bootFile]store.Hash
-}
-
-type bootFile struct {
-	path    string
-	size    int64
-	changed time.Time
-}
-
-// find returns the path of a file that holds what the server's does.
-func (b *bootFiles) find(images string, m *violinv1.NodeFile) (string, error) {
+// bootFile returns the path of a file of this machine that holds what the server's does.
+func (h *Host) bootFile(m *violinv1.NodeFile) (string, error) {
 	path := m.GetPath()
 	switch {
 	case m.GetImage() && !filepath.IsLocal(path), !m.GetImage() && !filepath.IsAbs(path):
 		return "", fmt.Errorf("%q is no path of a boot file", path)
 	case m.GetImage():
-		path = filepath.Join(images, path)
+		path = filepath.Join(h.cfg.Images, path)
 	}
-	h, err := b.hash(path)
+	hash, _, err := h.boot.Of(path)
 	if err != nil {
 		return "", fmt.Errorf("%w; nodes boot from the host's own files, which must be the server's: copy it there", err)
 	}
-	if string(h[:]) != string(m.GetHash()) {
-		return "", fmt.Errorf("%s is not the server's: it has hash %.16s, want %.16x; copy that file there", path, h, m.GetHash())
+	if string(hash[:]) != string(m.GetHash()) {
+		return "", fmt.Errorf("%s is not the server's: it has hash %.16s, want %.16x; copy that file there", path, store.Hash(hash), m.GetHash())
 	}
 	return path, nil
-}
-
-func (b *bootFiles) hash(path string) (store.Hash, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return store.Hash{}, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return store.Hash{}, err
-	}
-	key := bootFile{path, info.Size(), info.ModTime().UTC()}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if h, ok := b.hashes[key]; ok {
-		return h, nil
-	}
-	sum := blake3.New()
-	if _, err := io.Copy(sum, f); err != nil {
-		return store.Hash{}, fmt.Errorf("read %s: %w", path, err)
-	}
-	h := store.Hash(sum.Sum(nil))
-	if b.hashes == nil {
-		b.hashes = map[bootFile]store.Hash{}
-	}
-	b.hashes[key] = h
-	return h, nil
 }
 
 // Load implements the agents' protocol.

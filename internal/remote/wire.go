@@ -345,7 +345,7 @@ func decodeNodeResult(m *violinv1.NodeResult) (agent.NodeResult, error) {
 	return n, nil
 }
 
-// local makes a time comparable with this machine's, as those of its own process are.
+// local is a time as the other end told it; the zero time if it told none.
 func local(t *timestamppb.Timestamp) time.Time {
 	if t == nil {
 		return time.Time{}

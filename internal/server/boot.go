@@ -3,61 +3,14 @@ package server
 import (
 	"errors"
 	"fmt"
-	"io"
 	"maps"
-	"os"
 	"slices"
-	"sync"
-	"time"
-
-	"github.com/zeebo/blake3"
 
 	"violin/internal/catalog"
 	"violin/internal/hypervisor/qemu"
 	"violin/internal/store"
 	"violin/internal/topology"
 )
-
-// bootCache remembers the hashes of files that nodes boot from, for as long as
-// path, size and time of change are the same.
-type bootCache struct {
-	mu     sync.Mutex
-	hashes map[bootKey]store.Hash
-}
-
-type bootKey struct {
-	path    string
-	size    int64
-	changed time.Time
-}
-
-func (c *bootCache) hash(path string) (h store.Hash, size int64, err error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return h, 0, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return h, 0, err
-	}
-	key := bootKey{path, info.Size(), info.ModTime().UTC()}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if h, ok := c.hashes[key]; ok {
-		return h, key.size, nil
-	}
-	sum := blake3.New()
-	if _, err := io.Copy(sum, f); err != nil {
-		return h, 0, fmt.Errorf("read %s: %w", path, err)
-	}
-	h = store.Hash(sum.Sum(nil))
-	if c.hashes == nil {
-		c.hashes = map[bootKey]store.Hash{}
-	}
-	c.hashes[key] = h
-	return h, key.size, nil
-}
 
 // bootPaths are the files that a VM boots from and that its disks are based on, by kind.
 func bootPaths(spec qemu.Spec) map[string]string {
@@ -77,7 +30,7 @@ func (s *Server) bootFiles(machines map[string]qemu.Spec) (map[string][]catalog.
 			if paths[kind] == "" {
 				continue
 			}
-			h, size, err := s.boot.hash(paths[kind])
+			h, size, err := s.boot.Of(paths[kind])
 			if err != nil {
 				return nil, fmt.Errorf("node %q: %w", name, err)
 			}
@@ -109,13 +62,13 @@ func (s *Server) checkBoot(topo *topology.Topology, snap *catalog.Snapshot) erro
 				errs = append(errs, fmt.Errorf("node %q: the snapshot was taken with a %s, and the topology has none", n.Name, f.Kind))
 				continue
 			}
-			h, _, err := s.boot.hash(path)
+			h, _, err := s.boot.Of(path)
 			switch {
 			case err != nil:
 				errs = append(errs, fmt.Errorf("node %q: %w", n.Name, err))
 			case h != f.Hash:
 				errs = append(errs, fmt.Errorf("node %q: %s %s is not the one that the snapshot was taken with: it has hash %.16s, want %.16s and %d bytes; put that file back",
-					n.Name, f.Kind, path, h, f.Hash, f.Size))
+					n.Name, f.Kind, path, store.Hash(h), f.Hash, f.Size))
 			}
 		}
 	}

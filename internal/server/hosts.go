@@ -60,26 +60,27 @@ func (s *Server) placed(topo *topology.Topology) (bool, error) {
 	if s.hub == nil {
 		return false, nil
 	}
-	hosts := map[string]bool{}
-	for _, n := range topo.Nodes {
-		hosts[n.Host] = true
-	}
-	joined, err := s.hub.Place(slices.Sorted(maps.Keys(hosts)))
+	joined, err := s.hub.Place(hostsOf(topo))
 	if err != nil {
 		return false, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("slice %q: %w", topo.Slice, err))
 	}
 	return joined, nil
 }
 
-// joinedMachines measures the hosts that have joined and that VMs are to run on. As a host
-// runs one slice at a time, all that a slice which is replaced has there is free.
-func (s *Server) joinedMachines(ctx context.Context, topo *topology.Topology, replaces *slice) ([]admission.Machine, error) {
+// hostsOf are the hosts that a slice has nodes on, by name.
+func hostsOf(topo *topology.Topology) []string {
 	hosts := map[string]bool{}
 	for _, n := range topo.Nodes {
 		hosts[n.Host] = true
 	}
+	return slices.Sorted(maps.Keys(hosts))
+}
+
+// joinedMachines measures the hosts that have joined and that VMs are to run on. As a host
+// runs one slice at a time, all that a slice which is replaced has there is free.
+func (s *Server) joinedMachines(ctx context.Context, topo *topology.Topology, replaces *slice) ([]admission.Machine, error) {
 	var all []admission.Machine
-	for _, name := range slices.Sorted(maps.Keys(hosts)) {
+	for _, name := range hostsOf(topo) {
 		m, err := s.hub.Measure(ctx, name)
 		if err != nil {
 			return nil, connect.NewError(connect.CodeFailedPrecondition, err)

@@ -99,7 +99,7 @@ func (s *Server) imageUsers(ctx context.Context) (func(name string) (running, sn
 		if _, err := image.Open(s.images(), name); err != nil {
 			return running, nil, err
 		}
-		root, _, err := s.boot.hash(filepath.Join(s.images(), name, image.RootFile))
+		root, _, err := s.boot.Of(filepath.Join(s.images(), name, image.RootFile))
 		if err != nil {
 			return running, nil, fmt.Errorf("image %q: %w", name, err)
 		}

@@ -38,7 +38,7 @@ func TestImages(t *testing.T) {
 		t.Fatal(err)
 	}
 	// A snapshot of nodes that booted from what is in old.
-	hash, size, err := s.boot.hash(filepath.Join(state, "images/old", image.RootFile))
+	hash, size, err := s.boot.Of(filepath.Join(state, "images/old", image.RootFile))
 	if err != nil {
 		t.Fatal(err)
 	}

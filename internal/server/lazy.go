@@ -98,7 +98,7 @@ func (s *Server) loadNode(ctx context.Context, sl *slice, snap *catalog.Snapshot
 func (s *Server) loadLazily(ctx context.Context, sl *slice, a hostAgent, snap *catalog.Snapshot, n catalog.Node, skeleton *stream.Skeleton) error {
 	first := s.order(snap.Slice, n.Name)
 	s.following(snap, 1)
-	err := a.LoadNodeLazily(ctx, sl.topo.Slice, n.Name, skeleton, agent.Lazy{
+	return a.LoadNodeLazily(ctx, sl.topo.Slice, n.Name, skeleton, agent.Lazy{
 		Open: func(ctx context.Context) (agent.Memory, error) {
 			pages, err := s.store.OpenMemory(ctx, n.Memory)
 			if err != nil {
@@ -120,7 +120,6 @@ func (s *Server) loadLazily(ctx context.Context, sl *slice, a hostAgent, snap *c
 			}
 		},
 	})
-	return err
 }
 
 // following counts the nodes that memory of a snapshot follows to.

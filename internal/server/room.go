@@ -28,26 +28,27 @@ func (s *Server) admit(ctx context.Context, topo *topology.Topology, replaces *s
 	if err != nil {
 		return nil, err
 	}
+	vms := vmsOf(topo, joined)
 	if !overcommit {
 		machines, err := s.machinesNow(ctx, topo, joined, replaces)
 		if err != nil {
 			return nil, err
 		}
-		if err := admission.Check(machines, vmsOf(topo, joined)); err != nil {
+		if err := admission.Check(machines, vms); err != nil {
 			return nil, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("slice %q: %w", topo.Slice, err))
 		}
 	}
 	if joined {
 		return func() {}, nil // a host that has joined runs one slice at a time
 	}
-	for _, vm := range vmsOf(topo, false) {
+	for _, vm := range vms {
 		s.arriving.memory += vm.Memory + admission.Overhead
 		s.arriving.cpus += vm.CPUs
 	}
 	return func() {
 		s.admitting.Lock()
 		defer s.admitting.Unlock()
-		for _, vm := range vmsOf(topo, false) {
+		for _, vm := range vms {
 			s.arriving.memory -= vm.Memory + admission.Overhead
 			s.arriving.cpus -= vm.CPUs
 		}

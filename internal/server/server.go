@@ -23,6 +23,7 @@ import (
 	"violin/internal/coordinator"
 	"violin/internal/cut"
 	"violin/internal/events"
+	"violin/internal/image"
 	"violin/internal/priority"
 	"violin/internal/qmp"
 	"violin/internal/remote"
@@ -75,7 +76,7 @@ type Server struct {
 	admitting sync.Mutex // held from measuring until the room is taken
 	arriving  demand
 
-	boot bootCache
+	boot image.Hashes
 }
 
 var _ violinv1connect.SliceServiceHandler = (*Server)(nil)

@@ -15,7 +15,6 @@ import (
 	"violin/api/violin/v1/violinv1connect"
 	"violin/internal/catalog"
 	"violin/internal/events"
-	"violin/internal/topology"
 )
 
 var _ violinv1connect.LifecycleServiceHandler = (*Server)(nil)
@@ -88,7 +87,7 @@ func (s *Server) suspendedMessage(ctx context.Context, name string) *violinv1.Sl
 		s.log.Error("what a suspended slice would go on from cannot be read", "slice", name, "err", err)
 		return m
 	}
-	topo, err := topology.Parse("snapshot "+snap.Ref(), snap.Topology)
+	topo, err := s.topologyOf(snap, name)
 	if err != nil {
 		s.log.Error("what a suspended slice would go on from cannot be read", "slice", name, "err", err)
 		return m

@@ -33,7 +33,7 @@ var imports = map[string][]string{
 	"internal/trust":   {},
 	"internal/remote": {
 		"api", "internal/agent", "internal/certificate", "internal/coloring", "internal/cut", "internal/fabric", "internal/frames",
-		"internal/hypervisor/qemu", "internal/machine", "internal/migration/qemu", "internal/priority", "internal/qga", "internal/store", "internal/trust",
+		"internal/hypervisor/qemu", "internal/image", "internal/machine", "internal/migration/qemu", "internal/priority", "internal/qga", "internal/store", "internal/trust",
 	},
 	"internal/gateway":         {},
 	"internal/fabric":          {"internal/coloring", "internal/cut", "internal/openflow", "internal/priority"},

@@ -91,22 +91,12 @@ func (vm *VM) beginLazily(ctx context.Context) (io.ReadWriteCloser, *qmp.Subscri
 	if err := vm.setCapabilities(ctx, []string{"postcopy-ram"}); err != nil {
 		return nil, nil, fmt.Errorf("%w: %w", ErrNoPostcopy, err)
 	}
-	ours, theirs, err := socketpair()
+	ours, events, err := vm.incoming(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
-	defer theirs.Close()
 	if err := shrink(ours, lazyBuffer); err != nil {
 		vm.log.Debug("the stream's buffer is not as it should be", "err", err)
-	}
-	events := vm.qmp.Subscribe(64, "MIGRATION")
-	err = vm.qmp.ExecuteWithFD(ctx, "getfd", map[string]string{"fdname": "incoming"}, nil, theirs)
-	if err == nil {
-		err = vm.qmp.Execute(ctx, "migrate-incoming", map[string]string{"uri": "fd:incoming"}, nil)
-	}
-	if err != nil {
-		events.Close()
-		return nil, nil, errors.Join(err, ours.Close())
 	}
 	return ours, events, nil
 }

@@ -313,8 +313,8 @@ func (vm *VM) Status(ctx context.Context) (string, error) {
 	return s.Status, err
 }
 
-// Stop stops the vCPUs, outside a capture, and returns once they stand still. Stopped
-// ones may be stopped again.
+// Stop stops the vCPUs, outside a capture. Running or not, they stand still when it
+// returns.
 func (vm *VM) Stop(ctx context.Context) error {
 	if err := vm.qmp.Execute(ctx, "stop", nil, nil); err != nil {
 		return fmt.Errorf("stop the vCPUs: %w", err)
@@ -340,34 +340,17 @@ func (vm *VM) Resume(ctx context.Context) (time.Time, error) {
 	return e.Timestamp, err
 }
 
-// Halt stops the vCPUs. Running or not, they stand still when it returns.
-func (vm *VM) Halt(ctx context.Context) error {
-	if err := vm.qmp.Execute(ctx, "stop", nil, nil); err != nil {
-		return fmt.Errorf("stop the vCPUs: %w", err)
-	}
-	return nil
-}
-
 // Load gives an incoming VM its state: write writes a migration stream. The
 // vCPUs stay stopped.
 func (vm *VM) Load(ctx context.Context, write func(io.Writer) error) error {
-	ours, theirs, err := socketpair()
+	ours, events, err := vm.incoming(ctx)
 	if err != nil {
 		return fmt.Errorf("load: %w", err)
 	}
 	defer ours.Close()
+	defer events.Close()
 	stop := context.AfterFunc(ctx, func() { ours.Close() })
 	defer stop()
-	events := vm.qmp.Subscribe(64, "MIGRATION")
-	defer events.Close()
-	err = vm.qmp.ExecuteWithFD(ctx, "getfd", map[string]string{"fdname": "incoming"}, nil, theirs)
-	theirs.Close()
-	if err != nil {
-		return fmt.Errorf("load: %w", err)
-	}
-	if err := vm.qmp.Execute(ctx, "migrate-incoming", map[string]string{"uri": "fd:incoming"}, nil); err != nil {
-		return fmt.Errorf("load: %w", err)
-	}
 	if err := write(ours); err != nil {
 		return fmt.Errorf("load: send the state to QEMU: %w%s", err, vm.logTail())
 	}
@@ -376,6 +359,26 @@ func (vm *VM) Load(ctx context.Context, write func(io.Writer) error) error {
 		return fmt.Errorf("load: %w%s", err, vm.logTail())
 	}
 	return nil
+}
+
+// incoming has an incoming VM take a migration in, which comes over the connection. The
+// events are those of the migration. The caller closes both.
+func (vm *VM) incoming(ctx context.Context) (*os.File, *qmp.Subscription, error) {
+	ours, theirs, err := socketpair()
+	if err != nil {
+		return nil, nil, err
+	}
+	defer theirs.Close()
+	events := vm.qmp.Subscribe(64, "MIGRATION")
+	err = vm.qmp.ExecuteWithFD(ctx, "getfd", map[string]string{"fdname": "incoming"}, nil, theirs)
+	if err == nil {
+		err = vm.qmp.Execute(ctx, "migrate-incoming", map[string]string{"uri": "fd:incoming"}, nil)
+	}
+	if err != nil {
+		events.Close()
+		return nil, nil, errors.Join(err, ours.Close())
+	}
+	return ours, events, nil
 }
 
 // migrated waits until a migration has completed.
