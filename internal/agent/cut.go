@@ -20,11 +20,9 @@ import (
 	"violin/internal/store"
 )
 
-// The bounds of the steps that wait for a queue to run empty, of the silence after
-// which no frame is under way from the switch's closed gate, and of the looks for a
-// moment in which no copy comes.
+// The bounds of the silence after which no frame is under way from the switch's closed
+// gate, and of the looks for a moment in which no copy comes.
 const (
-	queueBound = 2 * time.Second
 	openQuiet  = 10 * time.Millisecond
 	levelTries = 20
 )
@@ -417,7 +415,7 @@ func (hc *hostCut) steps(nc *nodeCut) error {
 }
 
 func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {
-	a, n, ctx := hc.a, nc.n, hc.ctx
+	n, ctx := nc.n, hc.ctx
 	var err error
 	switch step {
 	case cut.StepClose:
@@ -426,7 +424,7 @@ func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {
 		}
 		return hc.excuse(ctx)
 	case cut.StepSettle:
-		return n.eachPort(ctx, a.fabric.Settle)
+		return hc.settle(ctx, n)
 	case cut.StepStop:
 		if !hc.await(nc.at) {
 			return ctx.Err()
@@ -434,7 +432,7 @@ func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {
 		nc.result.CutAt, err = nc.capture.Stop(ctx)
 		return err
 	case cut.StepFlush:
-		return n.eachPort(ctx, a.fabric.Flush)
+		return hc.flush(ctx, n)
 	case cut.StepFlip:
 		return hc.flip(ctx, n, hc.to, hc.order.Newer != Drop)
 	case cut.StepCapture:
@@ -542,17 +540,6 @@ func (hc *hostCut) open(ctx context.Context, n *node) error {
 			return ctx.Err()
 		}
 	}
-}
-
-func (n *node) eachPort(ctx context.Context, wait func(context.Context, string) error) error {
-	ctx, cancel := context.WithTimeout(ctx, queueBound)
-	defer cancel()
-	for _, p := range n.ports {
-		if err := wait(ctx, p.tap); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // poll reports Mattern's counters, and beside them the way of the copies from
@@ -756,7 +743,7 @@ func (hc *hostCut) quieten(ctx context.Context, nc *nodeCut) {
 	err := hc.close(ctx, nc.n)
 	if err == nil {
 		nc.begun = cut.StepSettle // which need not be closed again
-		err = nc.n.eachPort(ctx, hc.a.fabric.Settle)
+		err = hc.settle(ctx, nc.n)
 	}
 	if err != nil && nc.n.alive() {
 		hc.a.log.Warn("a node's capture is given up while frames are on their way into it", "cut", hc.id, "node", nc.n.spec.Name, "err", err)
@@ -795,11 +782,11 @@ func (hc *hostCut) abortStep(ctx context.Context, nc *nodeCut, step cut.Step, to
 	case cut.StepClose:
 		return hc.close(ctx, nc.n)
 	case cut.StepSettle:
-		return nc.n.eachPort(ctx, hc.a.fabric.Settle)
+		return hc.settle(ctx, nc.n)
 	case cut.StepStop:
 		return nc.n.vm.Stop(ctx)
 	case cut.StepFlush:
-		return nc.n.eachPort(ctx, hc.a.fabric.Flush)
+		return hc.flush(ctx, nc.n)
 	case cut.StepFlip:
 		return hc.flip(ctx, nc.n, to, false)
 	case cut.StepResume:

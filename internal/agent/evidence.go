@@ -22,6 +22,7 @@ type tally struct {
 	flipped                    bool // and recording
 	handed, delivered, failed  uint64
 	newer, older, copies, late uint64
+	taken                      uint64 // out of the device of a node that does not read
 	discarded                  uint64 // by the policy [Drop], instead of being held
 }
 
@@ -51,7 +52,7 @@ func (t *tally) deliver(epoch, node cut.Epoch, outside bool) {
 
 func (t *tally) gate(base, now cut.GateStats, waiting int) certificate.Gate {
 	return certificate.Gate{
-		Handed: t.handed, Held: now.Held - base.Held, Delivered: t.delivered - t.failed, Waiting: uint64(waiting), Failed: t.failed + t.discarded,
+		Handed: t.handed, Taken: t.taken, Held: now.Held - base.Held, Delivered: t.delivered - t.failed, Waiting: uint64(waiting), Failed: t.failed + t.discarded,
 		Newer: t.newer, Copies: t.copies, Older: t.older, Recorded: now.Recorded - base.Recorded, Late: t.late,
 	}
 }

@@ -86,11 +86,14 @@ type Step struct {
 // Gate counts frames for a node from its host's preparation to the end of
 // recording.
 type Gate struct {
-	Handed    uint64 `json:"handed"`    // came from the switch, which had not delivered them
-	Held      uint64 `json:"held"`      // of these, waited
-	Delivered uint64 `json:"delivered"` // of these, were given to the node
-	Waiting   uint64 `json:"waiting"`   // of these, still waited at the end
-	Failed    uint64 `json:"failed"`    // of these, the switch did not take back
+	Handed uint64 `json:"handed"` // came from the switch, which had not delivered them
+	// Taken were taken back out of the device of a node that did not read them: the switch
+	// had delivered them, or the gate.
+	Taken     uint64 `json:"taken,omitempty"`
+	Held      uint64 `json:"held"`      // of both, waited
+	Delivered uint64 `json:"delivered"` // of both, were given to the node
+	Waiting   uint64 `json:"waiting"`   // of both, still waited at the end
+	Failed    uint64 `json:"failed"`    // of both, the switch did not take
 	Newer     uint64 `json:"newer"`     // were delivered though of a newer epoch than the node's
 	Copies    uint64 `json:"copies"`    // came as copies of frames of the epoch that the node had just left
 	Older     uint64 `json:"older"`     // were delivered after the flip, and of an older epoch

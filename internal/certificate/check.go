@@ -238,11 +238,11 @@ func (k *checker) node(n *Node) {
 	if g.Failed != 0 {
 		k.bad("node %s: %d frames were lost on their way from its gate to it", n.Name, g.Failed)
 	}
-	if g.Handed != g.Delivered+g.Waiting+g.Failed {
-		k.bad("node %s: its gate was given %d frames, and accounts for %d", n.Name, g.Handed, g.Delivered+g.Waiting+g.Failed)
+	if given := g.Handed + g.Taken; given != g.Delivered+g.Waiting+g.Failed {
+		k.bad("node %s: its gate was given %d frames, and accounts for %d", n.Name, given, g.Delivered+g.Waiting+g.Failed)
 	}
-	if g.Held > g.Handed {
-		k.bad("node %s: its gate held %d frames of %d", n.Name, g.Held, g.Handed)
+	if g.Held > g.Handed+g.Taken || g.Held < g.Taken {
+		k.bad("node %s: its gate held %d frames of %d, %d of them taken back", n.Name, g.Held, g.Handed+g.Taken, g.Taken)
 	}
 	if g.Newer != 0 {
 		k.bad("node %s: it was given %d frames from the future: newer than itself", n.Name, g.Newer)
@@ -253,6 +253,12 @@ func (k *checker) node(n *Node) {
 	if want := g.Copies + g.Older; g.Recorded != want || uint64(len(n.Recorded)) != want {
 		k.bad("node %s: %d frames were in flight to it at its cut, %d were recorded as its gate counts, and %d are in the record",
 			n.Name, want, g.Recorded, len(n.Recorded))
+	}
+	if g.Taken != 0 {
+		k.note("node %s did not read what came to it: %d frames were taken back out of its devices into the channel state, and each device may have dropped one more when the node stood still", n.Name, g.Taken)
+		if g.Older < g.Taken {
+			k.bad("node %s: %d frames were taken back out of its devices, and its gate delivered %d older ones after the flip", n.Name, g.Taken, g.Older)
+		}
 	}
 	if g.Late != 0 {
 		k.note("node %s got %d frames of an earlier epoch before its cut: they are in its memory, and were lost to an earlier snapshot", n.Name, g.Late)

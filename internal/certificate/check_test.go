@@ -26,7 +26,7 @@ func TestASoundCutHolds(t *testing.T) {
 			t.Fatal(err)
 		}
 		// The cut that the others are mutants of has all kinds of frames.
-		if a, b := c.Nodes[0], c.Nodes[1]; len(a.Recorded) != 1 || a.Gate.Copies != 1 || len(b.Recorded) != 1 || b.Gate.Held != 2 || b.Gate.Older != 1 {
+		if a, b := c.Nodes[0], c.Nodes[1]; len(a.Recorded) != 1 || a.Gate.Copies != 1 || len(b.Recorded) != 2 || b.Gate.Held != 3 || b.Gate.Taken != 1 || b.Gate.Older != 2 {
 			t.Errorf("recorded and held: a %+v, b %+v", a.Gate, b.Gate)
 		}
 		if got := strings.Contains(strings.Join(r.Notes, " "), "lost 1 frames"); got != loses {
@@ -54,10 +54,11 @@ func TestMutantsFail(t *testing.T) {
 		{"never opened", false, "held frames were not given to it"},
 		{"abort back", false, "step flip took it from epoch 255 to 255"},
 		{"deliver newer", false, "frames from the future"},
-		{"drop newer", false, "its gate was given 2 frames, and accounts for 1"},
-		{"drop a held frame", false, "accounts for 1"},
+		{"drop newer", false, "its gate was given 3 frames, and accounts for 2"},
+		{"drop a held frame", false, "accounts for 2"},
+		{"drop what was taken back", false, "accounts for 2"},
 		{"forget a record", false, "1 frames were in flight to it at its cut"},
-		{"forget a held record", false, "1 frames were in flight to it at its cut"},
+		{"forget a held record", false, "2 frames were in flight to it at its cut"},
 		{"record twice", false, "and 2 are in the record"},
 		{"record newer", false, "which is not older than the node's"},
 		{"lose a frame of the file", false, "that it recorded are not in the channel state"},

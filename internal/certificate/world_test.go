@@ -60,7 +60,8 @@ type node struct {
 	cutAt   time.Time
 	cut     time.Duration
 	data    [][]byte
-	seen    uint64 // copies
+	seen    uint64   // copies
+	unread  [][]byte // in its device
 }
 
 func take(t *testing.T, mutant string, loses bool) *certificate.Subject {
@@ -124,13 +125,15 @@ func (w *world) step(ev cut.Event) {
 func (w *world) run() {
 	a, b := w.nodes["a"], w.nodes["b"]
 	frame := func(id byte) []byte { return append(make([]byte, 13), id) }
-	w.sent["ha"], w.sent["hb"] = 1, 1 // frames 1 and 3
+	w.sent["ha"], w.sent["hb"] = 2, 1 // frames 1 and 4, and 3
 	if w.loses {
 		w.sent["hb"]++
 	}
 	w.cutNode(a, func() {})
 	w.hand(b, to, frame(2)) // from the future
 	w.copy(a, from, frame(3))
+	w.got["hb"]++
+	b.unread = [][]byte{frame(4)}
 	w.cutNode(b, func() {
 		w.got["hb"]++
 		w.hand(b, from, frame(1))
@@ -185,6 +188,13 @@ func (w *world) cutNode(n *node, closed func()) {
 		case cut.StepClose:
 			n.gate.Close()
 			closed()
+		case cut.StepSettle:
+			for _, data := range n.unread {
+				n.Gate.Taken++
+				if w.mutant != "drop what was taken back" {
+					n.gate.TakeBack([]cut.Frame[[]byte]{{Size: len(data), Ref: data}})
+				}
+			}
 		case cut.StepStop:
 			n.cut = w.now
 			n.cutAt = time.Unix(1_700_000_000, 0).Add(w.now)

@@ -110,6 +110,7 @@ func TestExplore(t *testing.T) {
 		{false, rules{name: "two nodes", hostOf: apart, frames: 2, cuts: 1}},
 		{false, rules{name: "a network that loses and reorders", hostOf: apart, frames: 2, cuts: 1, reorder: true, losses: 1}},
 		{false, rules{name: "newer frames trigger", hostOf: apart, frames: 1, cuts: 1, trigger: true}},
+		{false, rules{name: "a node that need not read", hostOf: apart, frames: 2, cuts: 1, unread: true}},
 		{false, rules{name: "one host", hostOf: []int{0, 0}, frames: 1, cuts: 1}},
 		{false, rules{name: "three nodes", hostOf: three, frames: 1, cuts: 1}},
 		{false, rules{name: "two cuts", hostOf: apart, frames: 1, cuts: 2}},
@@ -124,6 +125,8 @@ func TestExplore(t *testing.T) {
 		{true, rules{name: "three nodes on two hosts", hostOf: []int{0, 0, 1}, frames: 1, cuts: 1}},
 		{true, rules{name: "two cuts, two frames", hostOf: apart, frames: 2, cuts: 2}},
 		{true, rules{name: "a cancel", hostOf: apart, frames: 1, cuts: 1, cancels: 1}},
+		{true, rules{name: "a node that need not read, and a cancel", hostOf: apart, frames: 2, cuts: 1, cancels: 1, unread: true}},
+		{true, rules{name: "a node that need not read, two cuts", hostOf: apart, frames: 1, cuts: 2, unread: true}},
 		{true, rules{name: "a cancel, two frames", hostOf: apart, frames: 2, cuts: 1, cancels: 1}},
 		{true, rules{name: "a cancel, then another cut", hostOf: apart, frames: 1, cuts: 2, cancels: 1}},
 		{true, rules{name: "a host dies, two frames", hostOf: apart, frames: 2, cuts: 1, deaths: 1}},
@@ -174,6 +177,7 @@ func TestRandomWalks(t *testing.T) {
 		{name: "calm", hostOf: []int{0, 1, 2}, frames: 8, cuts: 3},
 		{name: "one host of two nodes", hostOf: []int{0, 0, 1}, frames: 8, cuts: 3, trigger: true},
 		{name: "trouble", hostOf: []int{0, 1, 2}, frames: 8, cuts: 4, reorder: true, losses: 2, deaths: 1, cancels: 1, failures: 1},
+		{name: "trouble, and nodes that need not read", hostOf: []int{0, 1, 2}, frames: 8, cuts: 4, reorder: true, losses: 2, deaths: 1, cancels: 1, failures: 1, unread: true},
 	} {
 		t.Run(r.name, func(t *testing.T) {
 			for seed := range walks {

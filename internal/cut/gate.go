@@ -1,6 +1,9 @@
 package cut
 
-import "fmt"
+import (
+	"fmt"
+	"slices"
+)
 
 // Gate decides what becomes of the frames that a node's switch hands to its
 // controller. There is one for each node, over all of its interfaces.
@@ -78,7 +81,7 @@ type Released[T any] struct {
 // GateStats count frames since the gate was made.
 type GateStats struct {
 	Arrived  uint64 // given to Arrive
-	Held     uint64 // of these, waited in the gate
+	Held     uint64 // of these, and of those that were taken back, waited in the gate
 	Recorded uint64 // of these, were channel state
 	Late     uint64 // of these, were older but came while nothing was recorded: delivered, in no record
 	Peak     int    // most frames held at one time
@@ -144,6 +147,21 @@ func (g *Gate[T]) Arrive(f Frame[T]) (Verdict, error) {
 // the switch's gate is closed, so that nothing the switch then hands over is
 // delivered: what has passed by then can settle in the node's memory.
 func (g *Gate[T]) Close() { g.closed = true }
+
+// TakeBack gives the gate, which must be closed, frames that had passed it and that the
+// node has not received: they were taken out of the queue of its device, which the node
+// does not read. They came before all that is held, so they go first. To the node they
+// are of its own epoch, whatever their sender's was; no bound counts them.
+func (g *Gate[T]) TakeBack(frames []Frame[T]) {
+	taken := slices.Clone(frames)
+	for i := range taken {
+		taken[i].Epoch = g.epoch
+		g.bytes += taken[i].Size
+	}
+	g.held = append(taken, g.held...)
+	g.stats.Held += uint64(len(taken))
+	g.stats.Peak = max(g.stats.Peak, len(g.held))
+}
 
 // Flip puts the node into the epoch. With record, older frames are channel state
 // from here on, until StopRecording. The gate is closed by it if it was open:

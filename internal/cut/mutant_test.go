@@ -19,6 +19,8 @@ const (
 	flawDropHeld
 	flawBelieveSwitch
 	flawReverseRelease
+	flawDropTaken
+	flawTakeLast
 
 	// A node's steps.
 	flawFlipBeforeStop
@@ -51,6 +53,7 @@ const (
 func TestMutants(t *testing.T) {
 	var (
 		calm     = rules{hostOf: []int{0, 1}, frames: 2, cuts: 1}
+		unread   = rules{hostOf: []int{0, 1}, frames: 2, cuts: 1, unread: true}
 		cancel   = rules{hostOf: []int{0, 1}, frames: 2, cuts: 1, cancels: 1}
 		twice    = rules{hostOf: []int{0, 1}, frames: 1, cuts: 2}
 		again    = rules{hostOf: []int{0, 1}, frames: 1, cuts: 2, cancels: 1}
@@ -79,6 +82,8 @@ func TestMutants(t *testing.T) {
 		{flawDropHeld, "an abort forgets a held frame", cancel, gone},
 		{flawBelieveSwitch, "a frame is judged by why the switch sent it, not by what the node is", calm, missing},
 		{flawReverseRelease, "held frames are released last first", calm, order},
+		{flawDropTaken, "what the node does not read is thrown away", unread, missing},
+		{flawTakeLast, "what the node does not read is given to it after what came later", unread, order},
 
 		{flawFlipBeforeStop, "the epoch flips while the node still runs", calm, missing},
 		{flawFlipAfterResume, "the epoch flips when the node runs again", calm, orphan},

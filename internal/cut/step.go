@@ -15,6 +15,7 @@ const (
 	// StepSettle: frames that had passed the gate are in the node's memory; none
 	// waits in the queue towards it, nor in the hypervisor, which may throw away what
 	// the node has not taken when it stops. The node still runs: a stopped one reads nothing.
+	// Frames to a node that reads nothing while it runs go back: Gate.TakeBack.
 	StepSettle
 	// StepStop: the node's vCPUs are stopped.
 	StepStop
@@ -63,8 +64,7 @@ func Steps() []Step {
 // for StepFlip here, too. Not for the frames' sake, since without a snapshot there is
 // nothing for one to be on the wrong side of, but for the counters': they are exact
 // over a change of the switch's tables only if no frame passes during it, and the
-// next cut is drained by them. A node that does not settle, because it reads nothing,
-// is flipped as it is.
+// next cut is drained by them. A node that does not settle is flipped as it is.
 func AbortSteps(begun Step) []Step {
 	switch {
 	case begun < StepSettle:

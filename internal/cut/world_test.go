@@ -96,7 +96,8 @@ type rules struct {
 	frames   int   // that guests may send
 	cuts     int
 	reorder, // the network does not keep the order
-	trigger bool // a newer frame makes an uncut node cut at once (Lai-Yang)
+	trigger, // a newer frame makes an uncut node cut at once (Lai-Yang)
+	unread bool // a node need not read what has passed its gate: it is taken back
 	limits   Limits
 	losses   int // frames the network may lose
 	deaths   int // hosts that may die
@@ -449,7 +450,7 @@ func (w *world) ready(i int) bool {
 	case StepClose:
 		return (n.micro == 0) != (w.r.flaw == flawSwitchClosesFirst) || barrier
 	case StepSettle:
-		return len(n.rx) == 0 || w.r.flaw == flawNoSettle
+		return len(n.rx) == 0 || w.r.unread || w.r.flaw == flawNoSettle
 	case StepFlush:
 		return len(n.tx) == 0 || w.r.flaw == flawNoFlush
 	case StepFlip:
@@ -850,6 +851,8 @@ func (w *world) part(i int) {
 		w.ownGate(i).Close()
 	case s == StepClose:
 		n.color.closed = true
+	case s == StepSettle && w.r.unread:
+		w.takeBack(i)
 	case s == StepStop:
 		n.running = false
 	case s == StepFlip && n.micro == 0:
@@ -892,6 +895,29 @@ func (w *world) part(i int) {
 		}
 	}
 	w.step(Aborted{Cut: w.cut(), Host: hostName(w.r.hostOf[i])})
+}
+
+// takeBack empties the queue to a node that does not read it.
+func (w *world) takeBack(i int) {
+	n := &w.nodes[i]
+	var taken []Frame[frame]
+	for _, f := range n.rx {
+		w.placed &^= 1 << f.id
+		s := w.src[f.id] // its frames begin anew with the first that was taken
+		n.inOrder[s], n.viaGate[s] = min(n.inOrder[s], int8(f.id)), min(n.viaGate[s], int8(f.id))
+		taken = append(taken, Frame[frame]{Size: 2, Ref: f})
+	}
+	n.rx = nil
+	switch g := w.ownGate(i); w.r.flaw {
+	case flawDropTaken:
+	case flawTakeLast:
+		for _, f := range taken {
+			f.Epoch = g.epoch
+			g.held = append(g.held, f)
+		}
+	default:
+		g.TakeBack(taken)
+	}
 }
 
 func (w *world) flipTo(n *node) Epoch {

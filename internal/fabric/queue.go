@@ -4,18 +4,26 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+	"unsafe"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // queuePoll is the time between two looks at a queue.
 const queuePoll = 100 * time.Microsecond
+
+// ErrUnread says that frames wait in a device's queue for a guest that does not read them.
+var ErrUnread = errors.New("frames to the guest wait, and it does not read them")
 
 // accountQueue gives a TAP device a queueing discipline that counts what it
 // passes on, which [Switch.Settle] needs.
@@ -46,6 +54,8 @@ func (s *Switch) accountQueue(tap string) error {
 //
 // One such frame is enough until others come: a guest whose device is not up yet
 // takes none, and they would wait for it.
+//
+// When ctx ends first, the error is [ErrUnread].
 func (s *Switch) Settle(ctx context.Context, tap string) error {
 	given, err := s.empty(ctx, tap)
 	if err != nil {
@@ -110,9 +120,112 @@ func (s *Switch) empty(ctx context.Context, tap string) (given uint64, err error
 			return given, nil
 		}
 		if err := pause(ctx); err != nil {
-			return 0, fmt.Errorf("device %s: frames to the guest still wait; the guest does not read them: %w", tap, err)
+			return 0, fmt.Errorf("device %s: %w: %w", tap, ErrUnread, err)
 		}
 	}
+}
+
+// TakeBack takes the frames that wait in the device's queue out of it, in their order, by
+// reading the device in place of the hypervisor, which is the process pid. It is for when
+// Settle has failed with [ErrUnread]; afterwards the device has settled. The guest must
+// run, since QEMU reads one frame more when a guest is stopped that it holds one for.
+//
+// That one, which QEMU read before and has no room for, is not had: it is lost when the
+// guest stops. Should the guest read again in the midst of this, what it reads may
+// have come later than what is taken.
+func (s *Switch) TakeBack(ctx context.Context, tap string, pid int) ([][]byte, error) {
+	fail := func(err error) error {
+		return fmt.Errorf("device %s: take back the frames that the guest does not read: %w", tap, err)
+	}
+	f, header, err := openReader(pid, tap)
+	if err != nil {
+		return nil, fail(err)
+	}
+	defer unix.Close(f)
+	var taken [][]byte
+	buf := make([]byte, 1<<16)
+	for {
+		n, err := unix.Read(f, buf)
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case errors.Is(err, unix.EAGAIN):
+			s.mu.Lock()
+			delete(s.behind, tap) // the last of Settle's may be among what was taken
+			s.mu.Unlock()
+			if _, err := s.empty(ctx, tap); err != nil {
+				return taken, fail(err)
+			}
+			return taken, nil
+		case err != nil:
+			return taken, fail(err)
+		case n <= header:
+			return taken, fail(fmt.Errorf("read %d bytes, where a frame comes behind a header of %d", n, header))
+		}
+		if frame := buf[header:n]; !bytes.Equal(frame, lastFrame) {
+			taken = append(taken, bytes.Clone(frame))
+		}
+	}
+}
+
+// openReader duplicates the file by which process pid reads a TAP device, and says how many
+// bytes come before each frame (tuntap.rst in the kernel's documentation, TUNSETVNETHDRSZ).
+// The caller closes it.
+func openReader(pid int, tap string) (fd, header int, err error) {
+	dir := fmt.Sprintf("/proc/%d/fdinfo", pid)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return 0, 0, err
+	}
+	theirs := -1
+	for _, e := range entries {
+		b, err := os.ReadFile(filepath.Join(dir, e.Name()))
+		if errors.Is(err, os.ErrNotExist) {
+			continue // closed meanwhile
+		}
+		if err != nil {
+			return 0, 0, err
+		}
+		if slices.Contains(strings.Split(string(b), "\n"), "iff:\t"+tap) {
+			if theirs, err = strconv.Atoi(e.Name()); err != nil {
+				return 0, 0, err
+			}
+		}
+	}
+	if theirs < 0 {
+		return 0, 0, fmt.Errorf("process %d does not have it open", pid)
+	}
+	process, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return 0, 0, fmt.Errorf("open process %d: %w", pid, err)
+	}
+	defer unix.Close(process)
+	fd, err = unix.PidfdGetfd(process, theirs, 0)
+	if err != nil {
+		return 0, 0, fmt.Errorf("share file %d of process %d: %w", theirs, pid, err)
+	}
+	defer func() {
+		if err != nil {
+			unix.Close(fd)
+		}
+	}()
+	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
+	if err != nil {
+		return 0, 0, err
+	}
+	if flags&unix.O_NONBLOCK == 0 {
+		return 0, 0, fmt.Errorf("process %d reads it blocking", pid)
+	}
+	var ifr [40]byte // struct ifreq: the name, then the flags
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.TUNGETIFF, uintptr(unsafe.Pointer(&ifr))); errno != 0 {
+		return 0, 0, fmt.Errorf("TUNGETIFF: %w", errno)
+	}
+	if binary.NativeEndian.Uint16(ifr[unix.IFNAMSIZ:])&unix.IFF_VNET_HDR != 0 {
+		if header, err = unix.IoctlGetInt(fd, unix.TUNGETVNETHDRSZ); err != nil {
+			return 0, 0, fmt.Errorf("TUNGETVNETHDRSZ: %w", err)
+		}
+	}
+	return fd, header, nil
 }
 
 // Flush returns once the switch has read every frame that the guest sent: the
