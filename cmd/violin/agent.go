@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -18,6 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	violinv1 "violin/api/violin/v1"
+	"violin/api/violin/v1/violinv1connect"
 	"violin/internal/remote"
 	"violin/internal/trust"
 )
@@ -67,7 +67,7 @@ func (a *app) agent(ctx context.Context, o agentOptions) error {
 	usage := func(err error) error { return &failure{code: exitUsage, err: err} }
 	token, address, err := parseJoin(o.join)
 	if err != nil {
-		return usage(err)
+		return usage(fmt.Errorf("--join: %w", err))
 	}
 	if o.device == "" {
 		return usage(errors.New("--underlay is missing: the network device that joins the hosts"))
@@ -97,43 +97,64 @@ func (a *app) agent(ctx context.Context, o agentOptions) error {
 	return nil
 }
 
-// parseJoin takes --join apart. The token is nil if there is none.
+// parseJoin takes TOKEN@SERVER:PORT apart. The token is nil if there is none.
 func parseJoin(s string) (*trust.Token, string, error) {
 	address, token := s, (*trust.Token)(nil)
 	if i := strings.LastIndexByte(s, '@'); i >= 0 {
 		var err error
 		if token, err = trust.ParseToken(s[:i]); err != nil {
-			return nil, "", fmt.Errorf("--join: %w", err)
+			return nil, "", err
 		}
 		address = s[i+1:]
 	}
-	host, port, err := net.SplitHostPort(address)
-	if err != nil || host == "" || port == "" {
-		return nil, "", fmt.Errorf("--join: %q is no SERVER:PORT; it takes TOKEN@SERVER:PORT, as 'violin token create' prints it", address)
+	if checkAddress(address) != nil {
+		return nil, "", fmt.Errorf("%q is no SERVER:PORT; it takes TOKEN@SERVER:PORT", address)
 	}
 	return token, address, nil
 }
 
 func (a *app) tokenCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "token", Short: "Let machines join the server", Args: cobra.NoArgs}
+	cmd := &cobra.Command{Use: "token", Short: "Let machines join the server, and users log in", Args: cobra.NoArgs}
 	var ttl time.Duration
-	var host string
+	var host, user, role string
 	create := &cobra.Command{
 		Use:   "create",
-		Short: "Make a token that a machine joins with",
-		Long: `Make a token that a machine joins with, and print it. It proves the server to the
-machine as well as the machine to the server, and is good until it expires, also more
-than once. Who has it can join under any name, and take the place of a host of that
-name, unless it is bound to one.`,
+		Short: "Make a token that a machine joins or a user logs in with",
+		Long: `Make a token that a machine joins or a user logs in with, and print it. It proves the
+server to them as well as them to the server, and is good until it expires, also more
+than once.
+
+Without --user it is for a machine: who has it can join under any name, and take the
+place of a host of that name, unless it is bound to one.
+
+With --user it is for a person or a program, to log in from elsewhere. An operator may
+do everything. An experimenter sees and does what concerns slices of their own: nothing
+shows of others' but that a name is taken. Experimenters' nodes boot from images; what
+concerns the server as a whole (hosts, tokens, users, images, the store's upkeep, import,
+overcommitment) takes an operator.`,
 		Example: `  violin token create --ttl 10m --host alpha
-  violin agent --join TOKEN@SERVER:PORT --name alpha --underlay eth1 --underlay-address 10.0.0.1/24`,
+  violin agent --join TOKEN@SERVER:PORT --name alpha --underlay eth1 --underlay-address 10.0.0.1/24
+  violin token create --ttl 24h --user alice --role experimenter
+  violin login TOKEN@SERVER:PORT`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := a.findHosts(cmd.Context())
+			request := &violinv1.CreateTokenRequest{Ttl: durationpb.New(ttl), Host: host, User: user}
+			switch {
+			case user == "" && cmd.Flags().Changed("role"):
+				return &failure{code: exitUsage, err: errors.New("--role goes with --user")}
+			case user != "" && host != "":
+				return &failure{code: exitUsage, err: errors.New("--host and --user: a token is for a host or for a user")}
+			case user != "":
+				if err := trust.CheckRole(trust.Role(role)); err != nil {
+					return &failure{code: exitUsage, err: fmt.Errorf("--role: %w", err)}
+				}
+				request.Role = roleOf(role)
+			}
+			c, err := find(cmd.Context(), a, violinv1connect.NewHostServiceClient)
 			if err != nil {
 				return err
 			}
-			r, err := c.CreateToken(cmd.Context(), &violinv1.CreateTokenRequest{Ttl: durationpb.New(ttl), Host: host})
+			r, err := c.CreateToken(cmd.Context(), request)
 			if err != nil {
 				return err
 			}
@@ -143,18 +164,21 @@ name, unless it is bound to one.`,
 	}
 	create.Flags().DurationVar(&ttl, "ttl", time.Hour, "how long it is good for, as a `time` of up to 720h")
 	create.Flags().StringVar(&host, "host", "", "the `name` that alone may join with it; any, if not given")
+	create.Flags().StringVar(&user, "user", "", "the `name` of the user who logs in with it")
+	create.Flags().StringVar(&role, "role", string(trust.Experimenter), "of the user: `role` experimenter or operator")
+	_ = create.RegisterFlagCompletionFunc("role", cobra.FixedCompletions([]string{string(trust.Experimenter), string(trust.Operator)}, cobra.ShellCompDirectiveNoFileComp))
 	cmd.AddCommand(create)
 	return cmd
 }
 
 func (a *app) hostsCommand() *cobra.Command {
-	return &cobra.Command{
+	cmd := &cobra.Command{
 		Use:   "hosts",
 		Short: "List the machines that have joined",
 		Long:  `List the machines that have joined this server, and whether their agents are connected.`,
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := a.findHosts(cmd.Context())
+			c, err := find(cmd.Context(), a, violinv1connect.NewHostServiceClient)
 			if err != nil {
 				return err
 			}
@@ -175,4 +199,31 @@ func (a *app) hostsCommand() *cobra.Command {
 			})
 		},
 	}
+	cmd.AddCommand(a.hostsRemoveCommand())
+	return cmd
+}
+
+func (a *app) hostsRemoveCommand() *cobra.Command {
+	var force bool
+	cmd := &cobra.Command{
+		Use:   "rm HOST",
+		Short: "Put a machine out",
+		Long: `Put a machine out, at once: its connection is cut, and its certificate and tokens that
+were made before are good for it no more. One that a slice runs on is refused (exit
+status 5), unless --force is given: the slice loses the host then.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := find(cmd.Context(), a, violinv1connect.NewHostServiceClient)
+			if err != nil {
+				return err
+			}
+			r, err := c.RemoveHost(cmd.Context(), &violinv1.RemoveHostRequest{Name: args[0], Force: force})
+			if err != nil {
+				return err
+			}
+			return a.print(r, func(w io.Writer) { fmt.Fprintf(w, "%s put out\n", args[0]) })
+		},
+	}
+	cmd.Flags().BoolVar(&force, "force", false, "although a slice runs there")
+	return cmd
 }

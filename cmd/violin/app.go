@@ -14,6 +14,7 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/term"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
@@ -45,7 +46,11 @@ type app struct {
 	quiet            bool
 	storage          storage
 
+	serverAddress string // as the user gave it; see [app.remote]
+	flags         *pflag.FlagSet
+
 	connection *http.Client // to the server, once there is one
+	base       string       // what the API's paths are appended to
 
 	// started is set once arguments and flags are accepted: an error before is one of usage.
 	started bool
@@ -58,7 +63,8 @@ everything in the middle of what it did.
 
 A slice is one running experiment: nodes (VMs) and the networks between them,
 described by a topology file. 'violin up' starts one; what runs them is a server
-in the background of this machine, started when needed and gone with the last slice.
+in the background of this machine, started when needed and gone with the last slice,
+or a server elsewhere that 'violin login' gives access to.
 
 Results go to stdout, progress and errors to stderr.
 
@@ -70,6 +76,7 @@ Exit status:
     4  the cut was aborted: the nodes run on, and there is no new snapshot
     5  the state forbids it now (a cut runs already, a name is taken, it does not fit)
     6  the server could not be started or reached, or went away
+    7  not logged in, or it takes an operator
   130  interrupted (Ctrl-C)
 'violin exec' ends with the status of the program it ran, and with 125 if none ran.`
 
@@ -95,8 +102,10 @@ func (a *app) root() *cobra.Command {
 	root.SetOut(a.out)
 	root.SetErr(a.err)
 	flags := root.PersistentFlags()
+	a.flags = flags
 	flags.StringVarP(&a.output, "output", "o", "table", "what to print: `table`, or json (the API's messages, one document)")
 	flags.BoolVarP(&a.quiet, "quiet", "q", false, "no progress and no notes on stderr")
+	flags.StringVar(&a.serverAddress, "server", os.Getenv("VIOLIN_SERVER"), "the `server` to speak to, HOST:PORT, or local for this machine's (env VIOLIN_SERVER; otherwise that of the last login)")
 	flags.StringVar(&a.runDir, "run-dir", envOr("VIOLIN_RUN_DIR", daemon.DefaultRunDir), "`directory` of the server's socket (env VIOLIN_RUN_DIR)")
 	flags.StringVar(&a.stateDir, "state-dir", envOr("VIOLIN_STATE_DIR", daemon.DefaultStateDir), "`directory` of snapshots, images and the server's log (env VIOLIN_STATE_DIR)")
 	a.storage.flags(flags)
@@ -109,7 +118,8 @@ func (a *app) root() *cobra.Command {
 		a.protectCommand(), a.unprotectCommand(), a.eventsCommand(),
 		a.exportCommand(), a.importCommand(), a.storeCommand(), a.imageCommand(), a.benchCommand(),
 		a.consoleCommand(), a.execCommand(),
-		a.serverCommand(), a.agentCommand(), a.tokenCommand(), a.hostsCommand(), a.versionCommand(),
+		a.serverCommand(), a.agentCommand(), a.tokenCommand(), a.hostsCommand(),
+		a.loginCommand(), a.logoutCommand(), a.whoamiCommand(), a.usersCommand(), a.giveCommand(), a.versionCommand(),
 	)
 	return root
 }
@@ -149,6 +159,9 @@ func (a *app) dirs() (daemon.Dirs, error) {
 
 // startServer connects to the server and starts one if none runs.
 func (a *app) startServer(ctx context.Context, p *progress) (violinv1connect.SliceServiceClient, error) {
+	if c, err := a.dialRemote(ctx); c != nil || err != nil {
+		return c, err
+	}
 	dirs, err := a.dirs()
 	if err != nil {
 		return nil, err
@@ -172,6 +185,9 @@ func (a *app) startServer(ctx context.Context, p *progress) (violinv1connect.Sli
 
 // findServer connects to the server if one runs; otherwise the error is [daemon.ErrNotRunning].
 func (a *app) findServer(ctx context.Context) (violinv1connect.SliceServiceClient, error) {
+	if c, err := a.dialRemote(ctx); c != nil || err != nil {
+		return c, err
+	}
 	dirs, err := a.dirs()
 	if err != nil {
 		return nil, err
@@ -216,9 +232,9 @@ func (a *app) findSliceServer(ctx context.Context, slice string) (violinv1connec
 
 func (a *app) connect(dirs daemon.Dirs) violinv1connect.SliceServiceClient {
 	if a.connection == nil {
-		a.connection = daemon.Client(dirs)
+		a.connection, a.base = daemon.Client(dirs), daemon.BaseURL
 	}
-	return violinv1connect.NewSliceServiceClient(a.connection, daemon.BaseURL)
+	return violinv1connect.NewSliceServiceClient(a.connection, a.base)
 }
 
 // start connects to one of the server's services, and starts a server if none runs.
@@ -227,18 +243,20 @@ func start[C any](ctx context.Context, a *app, p *progress, service func(connect
 		var none C
 		return none, err
 	}
-	return service(a.connection, daemon.BaseURL), nil
+	return service(a.connection, a.base), nil
 }
 
-// findHosts is findServer for a verb about the machines that have joined.
-func (a *app) findHosts(ctx context.Context) (violinv1connect.HostServiceClient, error) {
+// find connects to one of the services of a server that others can reach, and starts
+// none.
+func find[C any](ctx context.Context, a *app, service func(connect.HTTPClient, string, ...connect.ClientOption) C) (C, error) {
 	if _, err := a.findServer(ctx); err != nil {
+		var none C
 		if errors.Is(err, daemon.ErrNotRunning) {
-			return nil, unreachable(fmt.Errorf("%w; 'violin server --listen ADDRESS:PORT' starts one that takes hosts in", err))
+			return none, unreachable(fmt.Errorf("%w; 'violin server --listen ADDRESS:PORT' starts one that takes hosts and users in", err))
 		}
-		return nil, err
+		return none, err
 	}
-	return violinv1connect.NewHostServiceClient(a.connection, daemon.BaseURL), nil
+	return service(a.connection, a.base), nil
 }
 
 func (a *app) disconnect() {

@@ -59,6 +59,11 @@ type cutFigures struct {
 }
 
 func (a *app) benchCut(ctx context.Context, runs int, coordination bool) error {
+	if !coordination {
+		if err := a.here("bench cut", "measures this machine"); err != nil {
+			return err
+		}
+	}
 	p := a.progress()
 	defer p.done()
 	f := cutFigures{Machine: bench.ThisMachine()}

@@ -22,6 +22,7 @@ const (
 	exitAborted     = 4
 	exitState       = 5
 	exitUnreachable = 6
+	exitDenied      = 7
 	exitNotExecuted = 125 // as other tools that run programs elsewhere have it
 	exitInterrupted = 130 // 128 + SIGINT
 )
@@ -81,6 +82,9 @@ func (a *app) explain(ctx context.Context, verb *cobra.Command, err error) *fail
 		return &failure{code: exitFailure, err: err}
 	}
 	log := "The server's log may tell more: " + daemon.Dirs{State: a.stateDir}.Log()
+	if address, err := a.remote(); err == nil && address != "" {
+		log = "The log of server " + address + " may tell more."
+	}
 	// A code that the server did not send was made up by the client library, because the connection broke.
 	if !connect.IsWireError(c) {
 		return &failure{code: exitUnreachable, err: fmt.Errorf("the server went away during the call: %s", c.Message()), hint: log}
@@ -93,6 +97,9 @@ func (a *app) explain(ctx context.Context, verb *cobra.Command, err error) *fail
 		hint := "'violin ps' lists what runs."
 		if verb.HasParent() && verb.Parent().Name() == "image" {
 			hint = "'violin image ls' lists the images."
+		}
+		if verb.HasParent() && slices.Contains([]string{"users", "hosts"}, verb.Parent().Name()) {
+			hint = fmt.Sprintf("'violin %s' lists the %s.", map[string]string{"users": "users ls", "hosts": "hosts"}[verb.Parent().Name()], verb.Parent().Name())
 		}
 		if slices.Contains([]string{"restore", "snapshots", "verify", "frames", "forget", "export", "log", "tag", "fork", "replay"}, verb.Name()) {
 			hint = "'violin snapshots' lists the snapshots."
@@ -108,6 +115,8 @@ func (a *app) explain(ctx context.Context, verb *cobra.Command, err error) *fail
 		return &failure{code: exitState, err: message, hint: hint}
 	case connect.CodeResourceExhausted:
 		return &failure{code: exitState, err: message, hint: "'violin suspend' frees what other slices take; --overcommit starts it all the same."}
+	case connect.CodePermissionDenied, connect.CodeUnauthenticated:
+		return &failure{code: exitDenied, err: message, hint: "'violin whoami' tells who you are to which server."}
 	case connect.CodeAlreadyExists:
 		return &failure{code: exitState, err: message}
 	case connect.CodeUnimplemented:

@@ -9,7 +9,6 @@ import (
 
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
-	"violin/internal/daemon"
 )
 
 func (a *app) forkCommand() *cobra.Command {
@@ -124,7 +123,7 @@ func (a *app) continues(ctx context.Context, slice string) error {
 	if _, err := a.findSliceServer(ctx, slice); err != nil {
 		return err
 	}
-	r, err := violinv1connect.NewLifecycleServiceClient(a.connection, daemon.BaseURL).Continue(ctx, &violinv1.ContinueRequest{Slice: slice})
+	r, err := violinv1connect.NewLifecycleServiceClient(a.connection, a.base).Continue(ctx, &violinv1.ContinueRequest{Slice: slice})
 	if err != nil {
 		return err
 	}

@@ -74,6 +74,9 @@ func (a *app) imageBuild(ctx context.Context, name, recipe string, verbose bool)
 	if err := image.CheckName(name); err != nil {
 		return &failure{code: exitUsage, err: err}
 	}
+	if err := a.here("image build", "writes to the state directory of the server's machine"); err != nil {
+		return err
+	}
 	dirs, err := a.dirs()
 	if err != nil {
 		return err

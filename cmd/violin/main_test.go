@@ -28,7 +28,9 @@ import (
 
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
+	"violin/internal/access"
 	"violin/internal/daemon"
+	"violin/internal/trust"
 )
 
 var update = flag.Bool("update", false, "rewrite the transcripts in testdata")
@@ -52,6 +54,7 @@ type fakeServer struct {
 	violinv1connect.UnimplementedImageServiceHandler
 	violinv1connect.UnimplementedProtectionServiceHandler
 	violinv1connect.UnimplementedHostServiceHandler
+	violinv1connect.UnimplementedUserServiceHandler
 
 	slices []*violinv1.Slice
 
@@ -399,7 +402,9 @@ func newFixture(t *testing.T, version string) *fixture {
 	logger := slog.New(slog.DiscardHandler)
 	go func() {
 		ended <- daemon.Serve(ctx, daemon.Config{Dirs: f.dirs, Ready: theirs, Version: version, Logger: logger,
-			Start: func(context.Context) (daemon.Service, error) { return fakeService{apiHandler(f, logger)}, nil }})
+			Start: func(context.Context) (daemon.Service, error) {
+				return fakeService{access.As(access.Caller{Role: trust.Operator}, access.Handler(f, nil, logger))}, nil
+			}})
 	}()
 	t.Cleanup(func() {
 		cancel()
@@ -734,7 +739,7 @@ func TestVersion(t *testing.T) {
 	for _, test := range []struct {
 		dirs       daemon.Dirs
 		wantServer any
-	}{{f.dirs, map[string]any{"version": "v9.9.9", "go": "go1.99 linux/amd64", "pid": "4242"}}, {shortDirs(t), nil}} {
+	}{{f.dirs, map[string]any{"version": "v9.9.9", "go": "go1.99 linux/amd64", "pid": "4242", "api": "", "formats": map[string]any{}}}, {shortDirs(t), nil}} {
 		r := violin(t.Context(), test.dirs, nil, "version", "-o", "json")
 		var got struct{ Client, Server any }
 		if err := json.Unmarshal([]byte(r.stdout), &got); err != nil {

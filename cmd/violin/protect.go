@@ -13,7 +13,6 @@ import (
 
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
-	"violin/internal/daemon"
 )
 
 func (a *app) protectCommand() *cobra.Command {
@@ -78,7 +77,7 @@ func (a *app) protect(ctx context.Context, request *violinv1.ProtectRequest) err
 	if _, err := a.findSliceServer(ctx, request.GetSlice()); err != nil {
 		return err
 	}
-	r, err := violinv1connect.NewProtectionServiceClient(a.connection, daemon.BaseURL).Protect(ctx, request)
+	r, err := violinv1connect.NewProtectionServiceClient(a.connection, a.base).Protect(ctx, request)
 	if err != nil {
 		return err
 	}

@@ -83,15 +83,24 @@ func (a *app) runningSlices(ctx context.Context) (*violinv1.ListSlicesResponse, 
 }
 
 func (a *app) writeSlices(w io.Writer, list []*violinv1.Slice) {
-	t := newTable("SLICE", ">RUNNING", "STATE", "CREATED", "HEAD")
+	headings := []string{"SLICE", ">RUNNING", "STATE", "CREATED", "HEAD"}
+	owners := slices.ContainsFunc(list, func(s *violinv1.Slice) bool { return s.GetOwner() != "" })
+	if owners {
+		headings = append(headings, "OWNER")
+	}
+	t := newTable(headings...)
 	for _, s := range list {
 		counts := make(map[violinv1.NodeState]int)
 		for _, n := range s.GetNodes() {
 			counts[n.GetState()]++
 		}
-		t.row(s.GetName(),
+		cells := []string{s.GetName(),
 			fmt.Sprintf("%d of %d", counts[violinv1.NodeState_NODE_STATE_RUNNING], len(s.GetNodes())),
-			protectedState(s, sliceState(s, counts)), a.formatTime(s.GetCreated()), headOf(s.GetOrigin(), s.GetHead()))
+			protectedState(s, sliceState(s, counts)), a.formatTime(s.GetCreated()), headOf(s.GetOrigin(), s.GetHead())}
+		if owners {
+			cells = append(cells, s.GetOwner())
+		}
+		t.row(cells...)
 	}
 	t.write(w)
 }

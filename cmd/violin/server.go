@@ -9,21 +9,17 @@ import (
 	"net/http"
 	"os"
 	"runtime"
-	"runtime/debug"
 	"strconv"
 	"time"
 
-	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"violin/api/violin/v1/violinv1connect"
+	"violin/internal/access"
 	"violin/internal/daemon"
 	"violin/internal/server"
+	"violin/internal/trust"
 )
-
-// requestLimit bounds one message from a client: the largest are topologies and exec's input.
-const requestLimit = 16 << 20
 
 func (a *app) serverCommand() *cobra.Command {
 	var idleExit time.Duration
@@ -39,7 +35,10 @@ SIGTERM or Ctrl-C, and every slice ends with it.
 The API is HTTP (Connect, gRPC, JSON) on the unix socket server.sock in the run
 directory, for its user only:
   curl --unix-socket /run/violin/server.sock http://violin/violin.v1.SliceService/ListSlices \
-       -H 'Content-Type: application/json' -d '{}'`,
+       -H 'Content-Type: application/json' -d '{}'
+
+With --listen, the agents of other machines are taken in, and users: the same API over
+TLS, to those who have logged in. See 'violin agent --help' and 'violin login --help'.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := a.tableOnly(cmd); err != nil {
@@ -48,7 +47,7 @@ directory, for its user only:
 			return a.serve(cmd.Context(), listen, idleExit, level)
 		},
 	}
-	cmd.Flags().StringVar(&listen, "listen", "", "take the agents of other machines in at this `address:port`; see 'violin agent --help'")
+	cmd.Flags().StringVar(&listen, "listen", "", "take agents of other machines, and users, in at this `address:port`")
 	cmd.Flags().DurationVar(&idleExit, "idle-exit", 0, "end after this `time` with no slice and no call (0: never; a server started in the background has "+daemon.DefaultIdleExit.String()+")")
 	cmd.Flags().TextVar(&level, "log-level", slog.LevelInfo, "log from this `level` on: debug, info, warn or error")
 	return cmd
@@ -57,8 +56,14 @@ directory, for its user only:
 // service is what the daemon serves: the API in front of the server.
 type service struct {
 	http.Handler
-	*server.Server
+	server *server.Server
 }
+
+// Busy implements [daemon.Service].
+func (s service) Busy() bool { return s.server.Busy() }
+
+// Close implements [daemon.Service].
+func (s service) Close() error { return s.server.Close() }
 
 func (a *app) serve(ctx context.Context, listen string, idleExit time.Duration, level slog.Level) error {
 	ready := daemon.ReadyFile()
@@ -87,7 +92,8 @@ func (a *app) serve(ctx context.Context, listen string, idleExit time.Duration, 
 			if err != nil {
 				return nil, err
 			}
-			return service{Handler: apiHandler(s, logger), Server: s}, nil
+			// The socket is for its user only, who could do all of it without a server, too.
+			return service{Handler: access.As(access.Caller{Role: trust.Operator}, s.Handler()), server: s}, nil
 		},
 	})
 	if err != nil {
@@ -95,40 +101,6 @@ func (a *app) serve(ctx context.Context, listen string, idleExit time.Duration, 
 		return &failure{code: exitFailure, err: err}
 	}
 	return nil
-}
-
-// api is all of the API.
-type api interface {
-	violinv1connect.SliceServiceHandler
-	violinv1connect.StoreServiceHandler
-	violinv1connect.HistoryServiceHandler
-	violinv1connect.LifecycleServiceHandler
-	violinv1connect.ImageServiceHandler
-	violinv1connect.ProtectionServiceHandler
-	violinv1connect.HostServiceHandler
-}
-
-// apiHandler serves the API over HTTP.
-func apiHandler(s api, logger *slog.Logger) http.Handler {
-	mux := http.NewServeMux()
-	options := []connect.HandlerOption{
-		connect.WithReadMaxBytes(requestLimit),
-		// The socket is local: compressing costs more than it saves, below the size of a large listing.
-		connect.WithCompressMinBytes(1 << 20),
-		// One call's mistake must not end everybody's VMs.
-		connect.WithRecover(func(ctx context.Context, spec connect.Spec, _ http.Header, r any) error {
-			logger.ErrorContext(ctx, "panic in a call", "procedure", spec.Procedure, "panic", r, "stack", string(debug.Stack()))
-			return connect.NewError(connect.CodeInternal, fmt.Errorf("the server's own mistake in %s: %v", spec.Procedure, r))
-		}),
-	}
-	mux.Handle(violinv1connect.NewSliceServiceHandler(s, options...))
-	mux.Handle(violinv1connect.NewStoreServiceHandler(s, options...))
-	mux.Handle(violinv1connect.NewHistoryServiceHandler(s, options...))
-	mux.Handle(violinv1connect.NewLifecycleServiceHandler(s, options...))
-	mux.Handle(violinv1connect.NewHostServiceHandler(s, options...))
-	mux.Handle(violinv1connect.NewImageServiceHandler(s, options...))
-	mux.Handle(violinv1connect.NewProtectionServiceHandler(s, options...))
-	return mux
 }
 
 // serverNice is the niceness of the server, the switches and QEMU's own threads:

@@ -47,6 +47,12 @@ func (a *app) storeStats(ctx context.Context) error {
 	}
 	p.done()
 	return a.print(s, func(w io.Writer) {
+		if s.GetLocation() == "" { // which experimenters are not told
+			t := newTable("snapshots", fmt.Sprintf("%d of %d slices", s.GetSnapshots(), s.GetSlices()))
+			t.row("memory", formatBytes(s.GetMemoryBytes()))
+			t.write(w)
+			return
+		}
 		t := newTable("store", printable(s.GetLocation()))
 		t.row("id", s.GetId())
 		t.row("encrypted", map[bool]string{true: "yes", false: "NO"}[s.GetEncrypted()])

@@ -67,7 +67,7 @@ func (a *app) suspend(ctx context.Context, request *violinv1.SuspendRequest) err
 	if err == nil {
 		p := a.progress()
 		defer p.done()
-		stream, err := violinv1connect.NewLifecycleServiceClient(a.connection, daemon.BaseURL).Suspend(ctx, request)
+		stream, err := violinv1connect.NewLifecycleServiceClient(a.connection, a.base).Suspend(ctx, request)
 		if err != nil {
 			return err
 		}

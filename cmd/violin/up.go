@@ -27,7 +27,10 @@ nothing is started. If a node does not start, or on Ctrl-C, what was started of
 the slice is stopped again.
 
 A slice that does not fit the machine's free memory and its processors (16 virtual CPUs
-may share one) is refused with what is missing, unless --overcommit is given.`,
+may share one) is refused with what is missing, unless --overcommit is given.
+
+On a server elsewhere, nodes boot from its images; paths in the topology are those of
+its files, in full, and take an operator.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error { return a.up(cmd.Context(), args[0], overcommit) },
 	}
@@ -40,10 +43,14 @@ func (a *app) up(ctx context.Context, file string, overcommit bool) error {
 	if err != nil {
 		return err
 	}
-	// The server works elsewhere; Dir of "-" is ".", as it should be.
-	directory, err := filepath.Abs(filepath.Dir(file))
-	if err != nil {
-		return fmt.Errorf("find the topology's directory: %w", err)
+	directory := ""
+	if elsewhere, err := a.remote(); err != nil {
+		return err
+	} else if elsewhere == "" {
+		// The server works in another directory; Dir of "-" is ".", as it should be.
+		if directory, err = filepath.Abs(filepath.Dir(file)); err != nil {
+			return fmt.Errorf("find the topology's directory: %w", err)
+		}
 	}
 	p := a.progress()
 	defer p.done()

@@ -218,6 +218,15 @@ func (c *Catalog) Exists(ctx context.Context, slice, id string) (bool, error) {
 	return slices.Contains(keys, key{slice, id}), err
 }
 
+// Has tells whether a slice has snapshots.
+func (c *Catalog) Has(ctx context.Context, slice string) (bool, error) {
+	keys, err := c.keys(ctx, slice)
+	if err != nil {
+		return false, fmt.Errorf("look for snapshots of slice %q: %w", slice, err)
+	}
+	return len(keys) > 0, nil
+}
+
 // List returns the snapshots of a slice, or of all slices for "", by slice and
 // oldest first. A document that cannot be read is an error that names it.
 func (c *Catalog) List(ctx context.Context, slice string) ([]*Snapshot, error) {

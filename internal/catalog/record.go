@@ -15,13 +15,16 @@ import (
 const (
 	recordDir     = "slices"
 	recordFormat  = "violin-slice"
-	recordVersion = 1
+	recordVersion = 2 // 2: with an owner
 )
 
 // A Record is what is kept of a slice, beside its snapshots, for when its server is
 // gone. A slice that needs none has none.
 type Record struct {
 	Slice string `json:"slice"`
+	// Owner is the user whose the slice's name is, and with it what runs by it and its
+	// snapshots; empty: the operators'.
+	Owner string `json:"owner,omitempty"`
 	// Suspended is set while the slice is suspended.
 	Suspended *Suspension `json:"suspended,omitempty"`
 	// Protection is set while the slice is protected.
@@ -50,7 +53,7 @@ type Suspension struct {
 }
 
 // Empty tells whether the record says nothing.
-func (r *Record) Empty() bool { return r.Suspended == nil && r.Protection == nil }
+func (r *Record) Empty() bool { return r.Suspended == nil && r.Protection == nil && r.Owner == "" }
 
 type recordDocument struct {
 	Format  string  `json:"format"`

@@ -53,6 +53,7 @@ type Event struct {
 	Host     string    `json:"host,omitempty"`
 	Snapshot string    `json:"snapshot,omitempty"` // SLICE@ID
 	Text     string    `json:"text,omitempty"`     // for people
+	Owner    string    `json:"owner,omitempty"`    // of the slice, then
 }
 
 // limit is the size at which a file is set aside, in bytes.

@@ -192,6 +192,9 @@ func (h *Host) connect(ctx context.Context, config *tls.Config) error {
 	h.ingest = violinv1connect.NewIngestServiceClient(l.client, "http://server", callOptions()...)
 	h.mu.Unlock()
 	h.log.Info("connected", "server", h.cfg.Server)
+	renewing, stop := context.WithCancel(ctx)
+	defer stop()
+	go h.renew(renewing, violinv1connect.NewRenewalServiceClient(l.client, "http://server", callOptions()...))
 	select {
 	case <-l.done():
 	case <-ctx.Done():

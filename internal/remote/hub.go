@@ -29,7 +29,9 @@ type HubConfig struct {
 	Address   string // to listen on, HOST:PORT
 	Authority *trust.Authority
 	Images    string // the directory that hosts, too, have images in
-	Logger    *slog.Logger
+	// Users takes connections that are no agents'. It is not to wait for their ends.
+	Users  func(*tls.Conn)
+	Logger *slog.Logger
 }
 
 // Hub is a server's end of its agents' connections.
@@ -133,18 +135,28 @@ func (h *Hub) accept(config *tls.Config) {
 		}
 		h.serving.Go(func() {
 			conn := tls.Server(c, config)
-			defer conn.Close()
+			taken := false
+			defer func() {
+				if !taken {
+					conn.Close()
+				}
+			}()
 			ctx, cancel := context.WithTimeout(h.lifetime, handshakeBound)
 			err := conn.HandshakeContext(ctx)
 			cancel()
 			if err != nil {
-				h.log.Warn("a host was refused", "from", c.RemoteAddr().String(), "err", err)
+				h.log.Warn("a connection was refused", "from", c.RemoteAddr().String(), "err", err)
 				return
 			}
-			if name := trust.Machine(conn.ConnectionState()); name != "" {
-				h.serve(conn, name)
-			} else {
+			switch state := conn.ConnectionState(); state.NegotiatedProtocol {
+			case trust.AgentProtocol:
+				h.serve(conn, trust.Machine(state))
+			case trust.JoinProtocol:
 				h.serveJoin(conn)
+			default:
+				if taken = h.cfg.Users != nil; taken {
+					h.cfg.Users(conn)
+				}
 			}
 		})
 	}
@@ -198,6 +210,7 @@ func (h *Hub) serve(conn *tls.Conn, name string) {
 	j := h.host(name)
 	mux := http.NewServeMux()
 	mux.Handle(violinv1connect.NewIngestServiceHandler(j.ingest, serveOptions(j.log)...))
+	mux.Handle(violinv1connect.NewRenewalServiceHandler(&renewal{h: h, cert: conn.ConnectionState().VerifiedChains[0][0]}, serveOptions(j.log)...))
 	l, err := newLink(conn, false, mux, j.log)
 	if err != nil {
 		return
@@ -210,6 +223,12 @@ func (h *Hub) serve(conn *tls.Conn, name string) {
 		return
 	}
 	j.attach(l, client, machine, conn.RemoteAddr().String())
+	// Who is put out from now on is cut off; it may have been since the handshake.
+	if err := h.cfg.Authority.CheckMachine(conn.ConnectionState()); err != nil {
+		j.detach(l)
+		j.log.Warn("a connection was refused", "err", err)
+		return
+	}
 	j.log.Info("connected", "from", conn.RemoteAddr().String(), "version", machine.Version)
 	select {
 	case <-l.done():

@@ -92,6 +92,12 @@ func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.
 	if err := s.claim(b.as); err != nil {
 		return nil, err
 	}
+	if fork {
+		if err := s.takeName(ctx, b.as); err != nil {
+			s.settle(b.as, nil)
+			return nil, err
+		}
+	}
 	lazily := b.lazy == nil || *b.lazy
 	var skew time.Duration
 	var notes []string
@@ -113,6 +119,7 @@ func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.
 	})
 	s.settle(b.as, sl)
 	if err != nil {
+		s.freeName(context.WithoutCancel(ctx), b.as)
 		return nil, err
 	}
 	if err := s.record(context.WithoutCancel(ctx), b.as, func(r *catalog.Record) {
@@ -135,7 +142,7 @@ func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.
 	}
 	r := &violinv1.Restored{
 		Notes: notes, Lazy: lazily,
-		Slice: sl.message(ctx), Snapshot: snapshotMessage(b.snap), Duration: durationpb.New(time.Since(began)), Skew: durationpb.New(skew),
+		Slice: s.message(ctx, sl), Snapshot: snapshotMessage(b.snap), Duration: durationpb.New(time.Since(began)), Skew: durationpb.New(skew),
 	}
 	if !b.paused {
 		r.FramesInjected = uint64(len(channel.Frames))
@@ -188,6 +195,9 @@ func (s *Server) Fork(ctx context.Context, req *violinv1.ForkRequest, out *conne
 	if req.GetAs() == snap.Slice {
 		return connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("a fork of %s cannot have the name of its slice; `violin restore` brings the slice itself back", snap.Ref()))
 	}
+	if err := s.mayTake(ctx, req.GetAs()); err != nil {
+		return err
+	}
 	if err := s.notSuspended(req.GetAs()); err != nil {
 		return err
 	}
@@ -229,5 +239,5 @@ func (s *Server) Continue(ctx context.Context, req *violinv1.ContinueRequest) (*
 		return nil, apiError(fmt.Errorf("continue slice %q, which is stopped now: %w", req.GetSlice(), err))
 	}
 	notes := sl.setClocks(ctx, w.clock, func(_, _, _ string) {})
-	return &violinv1.ContinueResponse{Slice: sl.message(ctx), FramesInjected: uint64(len(w.channel.Frames)), Notes: notes}, nil
+	return &violinv1.ContinueResponse{Slice: s.message(ctx, sl), FramesInjected: uint64(len(w.channel.Frames)), Notes: notes}, nil
 }

@@ -24,6 +24,7 @@ import (
 	"violin/internal/qga"
 	"violin/internal/remote"
 	"violin/internal/topology"
+	"violin/internal/trust"
 )
 
 // hostAgent is a host's agent: in this process, or on a machine that has joined.
@@ -104,7 +105,16 @@ func (s *Server) CreateToken(_ context.Context, req *violinv1.CreateTokenRequest
 	if s.hub == nil {
 		return nil, notListening()
 	}
-	t, err := s.authority.NewToken(req.GetHost(), req.GetTtl().AsDuration())
+	var t *trust.Token
+	var err error
+	switch ttl := req.GetTtl().AsDuration(); {
+	case req.GetUser() == "" && req.GetRole() == violinv1.Role_ROLE_UNSPECIFIED:
+		t, err = s.authority.NewToken(req.GetHost(), ttl)
+	case req.GetHost() != "":
+		err = errors.New("a token is for a host or for a user, not for both")
+	default:
+		t, err = s.authority.NewUserToken(trust.User{Name: req.GetUser(), Role: roles[req.GetRole()]}, ttl)
+	}
 	if err != nil {
 		return nil, connect.NewError(connect.CodeInvalidArgument, err)
 	}
@@ -112,7 +122,7 @@ func (s *Server) CreateToken(_ context.Context, req *violinv1.CreateTokenRequest
 }
 
 func notListening() error {
-	return connect.NewError(connect.CodeFailedPrecondition, errors.New("this server takes no hosts in; end it, and start `violin server --listen ADDRESS:PORT`"))
+	return connect.NewError(connect.CodeFailedPrecondition, errors.New("this server takes no hosts and no users in; end it, and start `violin server --listen ADDRESS:PORT`"))
 }
 
 // ListHosts implements the API.

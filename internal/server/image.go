@@ -12,6 +12,7 @@ import (
 
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
+	"violin/internal/access"
 	"violin/internal/catalog"
 	"violin/internal/image"
 	"violin/internal/store"
@@ -30,15 +31,18 @@ func (s *Server) ListImages(ctx context.Context, _ *violinv1.ListImagesRequest) 
 	}
 	resp := &violinv1.ListImagesResponse{}
 	if broken != nil {
-		resp.Broken = strings.Split(broken.Error(), "\n")
+		if access.From(ctx).Operator() { // it has paths in it
+			resp.Broken = strings.Split(broken.Error(), "\n")
+		}
 	}
 	for _, i := range all {
-		slices, snapshots, err := users(i.Name)
+		running, snapshots, err := users(i.Name)
 		if err != nil {
 			return nil, apiError(err)
 		}
+		running, snapshots = s.ownedNames(ctx, running), s.ownedNames(ctx, snapshots)
 		resp.Images = append(resp.Images, &violinv1.Image{
-			Name: i.Name, Kernel: i.Kernel, Bytes: uint64(i.Bytes), Built: timestamp(i.Built), Slices: slices, Snapshots: snapshots,
+			Name: i.Name, Kernel: i.Kernel, Bytes: uint64(i.Bytes), Built: timestamp(i.Built), Slices: running, Snapshots: snapshots,
 		})
 	}
 	return resp, nil

@@ -51,7 +51,7 @@ func TestImages(t *testing.T) {
 	s.slices["coming"] = nil
 	defer clear(s.slices) // there is nothing to stop
 
-	list, err := s.ListImages(t.Context(), &violinv1.ListImagesRequest{})
+	list, err := s.ListImages(operator(t), &violinv1.ListImagesRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -80,7 +80,7 @@ func TestImages(t *testing.T) {
 		{"torn", false, connect.CodeFailedPrecondition, "is not whole"},
 		{"torn", true, 0, ""},
 	} {
-		_, err := s.RemoveImage(t.Context(), &violinv1.RemoveImageRequest{Name: test.name, Force: test.force})
+		_, err := s.RemoveImage(operator(t), &violinv1.RemoveImageRequest{Name: test.name, Force: test.force})
 		if test.code == 0 && err != nil || test.code != 0 && (connect.CodeOf(err) != test.code || !strings.Contains(err.Error(), test.want)) {
 			t.Errorf("%+v: %v", test, err)
 		}

@@ -16,6 +16,7 @@ import (
 
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
+	"violin/internal/access"
 	"violin/internal/catalog"
 	"violin/internal/coordinator"
 	"violin/internal/cut"
@@ -307,7 +308,7 @@ func (s *Server) forsake(ctx context.Context) error {
 	s.mu.Lock()
 	var names []string
 	for name, r := range s.records {
-		if r.Protection != nil && r.Suspended == nil && s.slices[name] == nil {
+		if r.Protection != nil && r.Suspended == nil && s.slices[name] == nil && s.ownsLocked(ctx, name) {
 			names = append(names, name)
 			if _, coming := s.slices[name]; coming {
 				s.forsaken[name] = true
@@ -376,7 +377,7 @@ const maxPosting = 100
 
 // tell logs an event, and posts it where the slice's protection says.
 func (s *Server) tell(e events.Event) {
-	e.At = time.Now().UTC()
+	e.At, e.Owner = time.Now().UTC(), s.Owner(e.Slice)
 	e, err := s.events.Append(e)
 	if err != nil {
 		s.log.Error("event", "err", err)
@@ -388,7 +389,7 @@ func (s *Server) tell(e events.Event) {
 	}
 	failed := func(err error) {
 		s.log.Warn("event was not posted", "err", err)
-		if _, err := s.events.Append(events.Event{At: time.Now().UTC(), Slice: e.Slice, Kind: events.WebhookFailed, Text: fmt.Sprintf("event %d: %v", e.Number, err)}); err != nil {
+		if _, err := s.events.Append(events.Event{At: time.Now().UTC(), Slice: e.Slice, Owner: e.Owner, Kind: events.WebhookFailed, Text: fmt.Sprintf("event %d: %v", e.Number, err)}); err != nil {
 			s.log.Error("event", "err", err)
 		}
 	}
@@ -454,13 +455,13 @@ func (s *Server) Unprotect(ctx context.Context, req *violinv1.UnprotectRequest) 
 }
 
 // ListProtections implements the API.
-func (s *Server) ListProtections(_ context.Context, req *violinv1.ListProtectionsRequest) (*violinv1.ListProtectionsResponse, error) {
+func (s *Server) ListProtections(ctx context.Context, req *violinv1.ListProtectionsRequest) (*violinv1.ListProtectionsResponse, error) {
 	s.mu.Lock()
 	names := slices.Sorted(maps.Keys(s.records))
 	s.mu.Unlock()
 	resp := &violinv1.ListProtectionsResponse{}
 	for _, name := range names {
-		if req.GetSlice() != "" && name != req.GetSlice() {
+		if req.GetSlice() != "" && name != req.GetSlice() || !s.owns(ctx, name) {
 			continue
 		}
 		if m := s.protectionMessage(name); m != nil {
@@ -495,12 +496,14 @@ func (s *Server) Events(ctx context.Context, req *violinv1.EventsRequest, out *c
 	after := req.GetAfter()
 	for first := true; ; first = false {
 		found, more := s.events.After(after, req.GetSlice())
+		// Whose a slice was when it happened: its name may be another's by now.
+		found = slices.DeleteFunc(found, func(e events.Event) bool { return !access.From(ctx).Owns(e.Owner) })
 		if n := int(req.GetLast()); first && n > 0 && len(found) > n {
 			found = found[len(found)-n:]
 		}
 		for _, e := range found {
 			if err := out.Send(&violinv1.Event{
-				Number: e.Number, At: timestamp(e.At), Slice: e.Slice, Kind: string(e.Kind), Node: e.Node, Host: e.Host, Snapshot: e.Snapshot, Text: e.Text,
+				Number: e.Number, At: timestamp(e.At), Slice: e.Slice, Kind: string(e.Kind), Node: e.Node, Host: e.Host, Snapshot: e.Snapshot, Text: e.Text, Owner: e.Owner,
 			}); err != nil {
 				return err
 			}

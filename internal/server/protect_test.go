@@ -83,7 +83,7 @@ func TestServerReturns(t *testing.T) {
 			t.Errorf("%s after another start: %v, want %q", name, got, want)
 		}
 	}
-	list, err := s.ListProtections(t.Context(), &violinv1.ListProtectionsRequest{})
+	list, err := s.ListProtections(operator(t), &violinv1.ListProtectionsRequest{})
 	if err != nil || len(list.GetProtections()) != 4 {
 		t.Fatalf("%v, %v", list, err)
 	}

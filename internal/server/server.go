@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -19,7 +20,9 @@ import (
 
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
+	"violin/internal/access"
 	"violin/internal/catalog"
+	"violin/internal/certificate"
 	"violin/internal/coordinator"
 	"violin/internal/cut"
 	"violin/internal/events"
@@ -39,8 +42,8 @@ type Config struct {
 	RunDir   string // sockets of what runs
 	Logger   *slog.Logger
 	Version  string // told by the Version call
-	// Listen is the address and port where agents of other machines are taken in; empty
-	// for none.
+	// Listen is the address and port where agents of other machines, and users, are taken
+	// in; empty for none.
 	Listen string
 }
 
@@ -52,8 +55,10 @@ type Server struct {
 	catalog *catalog.Catalog
 	urgency *priority.Shared // of this process
 
-	authority *trust.Authority // of the machines that join; nil, like hub, without [Config.Listen]
+	authority *trust.Authority // of the machines that join and of users; nil, like hub and door, without [Config.Listen]
 	hub       *remote.Hub
+	door      *access.Door
+	api       http.Handler
 
 	mu      sync.Mutex
 	slices  map[string]*slice          // a nil slice is a name taken by one that is coming up
@@ -62,6 +67,7 @@ type Server struct {
 	followed map[string]int
 
 	recording sync.Mutex // held while a record is changed
+	naming    sync.Mutex // held while it is settled whose a slice's name is
 
 	forsaken map[string]bool // slices that are to be taken down when they have been rolled back
 
@@ -99,6 +105,7 @@ func New(ctx context.Context, config Config) (*Server, error) {
 	if s.events, err = events.Open(filepath.Join(config.StateDir, "events.jsonl")); err != nil {
 		return nil, errors.Join(err, st.Close())
 	}
+	s.api = access.Handler(s, s, s.log)
 	if config.Listen != "" {
 		if err := s.listen(ctx); err != nil {
 			return nil, errors.Join(err, s.events.Close(), st.Close())
@@ -113,19 +120,30 @@ func (s *Server) listen(ctx context.Context) (err error) {
 	if s.authority, err = trust.OpenAuthority(filepath.Join(s.cfg.StateDir, "ca")); err != nil {
 		return err
 	}
-	s.hub, err = remote.Listen(ctx, remote.HubConfig{Address: s.cfg.Listen, Authority: s.authority, Images: s.images(), Logger: s.log})
+	s.door = access.NewDoor(s.authority, s.api, s.log)
+	s.hub, err = remote.Listen(ctx, remote.HubConfig{Address: s.cfg.Listen, Authority: s.authority, Images: s.images(), Users: s.door.Take, Logger: s.log})
+	if err != nil {
+		s.door.Close()
+	}
 	return err
 }
 
-// Busy tells whether a slice runs: a busy server does not exit for being idle.
+// Handler serves the API, to callers that the requests' contexts tell: see [access.As].
+func (s *Server) Handler() http.Handler { return s.api }
+
+// Busy tells whether a slice runs, or a user is connected: a busy server does not exit
+// for being idle.
 func (s *Server) Busy() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.slices) > 0 || s.rolling.Load() > 0
+	return len(s.slices) > 0 || s.rolling.Load() > 0 || s.door != nil && len(s.door.Connections()) > 0
 }
 
 // Close stops every slice and releases what the server holds.
 func (s *Server) Close() error {
+	if s.door != nil {
+		s.door.Close()
+	}
 	s.end()
 	s.guards.Wait()
 	s.mu.Lock()
@@ -192,7 +210,17 @@ func (s *Server) Up(ctx context.Context, req *violinv1.UpRequest, stream *connec
 	if err != nil {
 		return connect.NewError(connect.CodeInvalidArgument, err)
 	}
-	resolvePaths(topo, req.GetDirectory())
+	if !access.From(ctx).Operator() {
+		if err := harmless(topo); err != nil {
+			return connect.NewError(connect.CodePermissionDenied, err)
+		}
+	}
+	if err := resolvePaths(topo, req.GetDirectory()); err != nil {
+		return connect.NewError(connect.CodeInvalidArgument, err)
+	}
+	if err := s.mayTake(ctx, topo.Slice); err != nil {
+		return err
+	}
 	tell := serialize(func(p *violinv1.Progress) error {
 		return stream.Send(&violinv1.UpResponse{Event: &violinv1.UpResponse_Progress{Progress: p}})
 	})
@@ -202,13 +230,18 @@ func (s *Server) Up(ctx context.Context, req *violinv1.UpRequest, stream *connec
 	if err := s.claim(topo.Slice); err != nil {
 		return err
 	}
-	sl, err := s.start(ctx, topo, req.GetOvercommit(), tell)
+	err = s.takeName(ctx, topo.Slice)
+	var sl *slice
+	if err == nil {
+		sl, err = s.start(ctx, topo, req.GetOvercommit(), tell)
+	}
 	s.settle(topo.Slice, sl)
 	if err != nil {
+		s.freeName(context.WithoutCancel(ctx), topo.Slice)
 		return err
 	}
 	s.tell(events.Event{Slice: topo.Slice, Kind: events.Up, Text: req.GetFile()})
-	return stream.Send(&violinv1.UpResponse{Event: &violinv1.UpResponse_Slice{Slice: sl.message(ctx)}})
+	return stream.Send(&violinv1.UpResponse{Event: &violinv1.UpResponse_Slice{Slice: s.message(ctx, sl)}})
 }
 
 // start boots a slice.
@@ -235,7 +268,7 @@ func (s *Server) Down(ctx context.Context, req *violinv1.DownRequest) (*violinv1
 	if req.GetAll() {
 		names = nil
 		for name, sl := range s.slices {
-			if sl != nil {
+			if sl != nil && s.ownsLocked(ctx, name) {
 				names = append(names, name)
 			}
 		}
@@ -249,10 +282,11 @@ func (s *Server) Down(ctx context.Context, req *violinv1.DownRequest) (*violinv1
 	slices.Sort(names)
 	for _, name := range names {
 		if s.suspension(name) != nil {
-			if err := s.record(ctx, name, func(r *catalog.Record) { *r = catalog.Record{Slice: name} }); err != nil {
+			if err := s.record(ctx, name, func(r *catalog.Record) { *r = catalog.Record{Slice: name, Owner: r.Owner} }); err != nil {
 				return nil, apiError(err)
 			}
 			s.tell(events.Event{Slice: name, Kind: events.Down, Text: "it was suspended"})
+			s.freeName(ctx, name)
 			continue
 		}
 		sl, err := s.slice(name)
@@ -260,7 +294,7 @@ func (s *Server) Down(ctx context.Context, req *violinv1.DownRequest) (*violinv1
 			return nil, err
 		}
 		// The guard must not take it for a failure, nor bring it back.
-		if err := s.record(ctx, name, func(r *catalog.Record) { *r = catalog.Record{Slice: name} }); err != nil {
+		if err := s.record(ctx, name, func(r *catalog.Record) { *r = catalog.Record{Slice: name, Owner: r.Owner} }); err != nil {
 			return nil, apiError(err)
 		}
 		if err := sl.close(); err != nil {
@@ -268,6 +302,7 @@ func (s *Server) Down(ctx context.Context, req *violinv1.DownRequest) (*violinv1
 		}
 		s.settle(name, nil)
 		s.tell(events.Event{Slice: name, Kind: events.Down})
+		s.freeName(ctx, name)
 	}
 	return &violinv1.DownResponse{Slices: names}, nil
 }
@@ -288,8 +323,8 @@ func (s *Server) ListSlices(ctx context.Context, req *violinv1.ListSlicesRequest
 		found = append(found, sl)
 	} else {
 		s.mu.Lock()
-		for _, sl := range s.slices {
-			if sl != nil {
+		for name, sl := range s.slices {
+			if sl != nil && s.ownsLocked(ctx, name) {
 				found = append(found, sl)
 			}
 		}
@@ -297,12 +332,15 @@ func (s *Server) ListSlices(ctx context.Context, req *violinv1.ListSlicesRequest
 	}
 	slices.SortFunc(found, func(a, b *slice) int { return a.created.Compare(b.created) })
 	for _, sl := range found {
-		m := sl.message(ctx)
+		m := s.message(ctx, sl)
 		m.Protected = s.protection(m.GetName()) != nil
 		resp.Slices = append(resp.Slices, m)
 	}
 	if req.GetSlice() == "" {
 		for _, name := range s.suspended() {
+			if !s.owns(ctx, name) {
+				continue
+			}
 			resp.Slices = append(resp.Slices, s.suspendedMessage(ctx, name))
 		}
 	}
@@ -390,11 +428,20 @@ func (s *Server) Console(ctx context.Context, stream *connect.BidiStream[violinv
 
 // Version implements the API.
 func (s *Server) Version(context.Context, *violinv1.VersionRequest) (*violinv1.VersionResponse, error) {
-	return &violinv1.VersionResponse{Version: s.cfg.Version, Go: runtime.Version(), Pid: int64(os.Getpid())}, nil
+	return &violinv1.VersionResponse{
+		Version: s.cfg.Version, Go: runtime.Version(), Pid: int64(os.Getpid()), Api: string(violinv1.File_violin_v1_violin_proto.Package()),
+		Formats: map[string]uint32{
+			"topology": topology.Version, "store": store.FormatVersion, "snapshot": catalog.FormatVersion, "certificate": certificate.Format,
+		},
+	}, nil
 }
 
-// resolvePaths makes the topology's paths independent of where it was read.
-func resolvePaths(t *topology.Topology, dir string) {
+// resolvePaths makes the topology's paths independent of where it was read. Without a
+// directory they are so already.
+func resolvePaths(t *topology.Topology, dir string) error {
+	if dir == "" {
+		return absolute(t)
+	}
 	for i := range t.Nodes {
 		n := &t.Nodes[i]
 		for _, p := range []*string{&n.Kernel, &n.Initrd, &n.RootFS} {
@@ -408,6 +455,24 @@ func resolvePaths(t *topology.Topology, dir string) {
 			}
 		}
 	}
+	return nil
+}
+
+// absolute refuses a topology with a path that means a file of its reader's.
+func absolute(t *topology.Topology) error {
+	for i := range t.Nodes {
+		n := &t.Nodes[i]
+		paths := []string{n.Kernel, n.Initrd, n.RootFS}
+		for _, d := range n.Disks {
+			paths = append(paths, d.Base)
+		}
+		for _, p := range paths {
+			if p != "" && !filepath.IsAbs(p) {
+				return fmt.Errorf("node %q: %s is to be a file of the server's, with its whole path there; or boot from an image", n.Name, p)
+			}
+		}
+	}
+	return nil
 }
 
 // teller tells a long call's progress to its caller.

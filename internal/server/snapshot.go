@@ -254,7 +254,7 @@ func (s *Server) ListSnapshots(ctx context.Context, req *violinv1.ListSnapshotsR
 		return nil, apiError(err)
 	}
 	resp := &violinv1.ListSnapshotsResponse{}
-	for _, snap := range all {
+	for _, snap := range s.owned(ctx, all) {
 		resp.Snapshots = append(resp.Snapshots, snapshotMessage(snap))
 	}
 	return resp, nil

@@ -16,6 +16,7 @@ import (
 
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
+	"violin/internal/access"
 	"violin/internal/catalog"
 	"violin/internal/priority"
 	"violin/internal/store"
@@ -103,11 +104,13 @@ func (s *Server) Stats(ctx context.Context, _ *violinv1.StatsRequest) (*violinv1
 	if err != nil {
 		return nil, apiError(err)
 	}
-	st := s.store.Stats()
-	resp := &violinv1.StatsResponse{
-		Location: s.cfg.location(), Id: s.store.ID(), Encrypted: s.store.Encrypted(), Snapshots: uint64(len(all)),
-		Packs: uint64(st.Packs), PackBytes: uint64(st.PackBytes), Pages: uint64(st.Pages), PageBytes: uint64(st.PageBytes),
-		Chunks: uint64(st.Chunks), IndexBytes: uint64(st.IndexBytes), UnreadPacks: uint64(st.UnreadPacks),
+	all = s.owned(ctx, all)
+	resp := &violinv1.StatsResponse{Id: s.store.ID(), Encrypted: s.store.Encrypted(), Snapshots: uint64(len(all))}
+	if access.From(ctx).Operator() {
+		st := s.store.Stats()
+		resp.Location = s.cfg.location()
+		resp.Packs, resp.PackBytes, resp.Pages, resp.PageBytes = uint64(st.Packs), uint64(st.PackBytes), uint64(st.Pages), uint64(st.PageBytes)
+		resp.Chunks, resp.IndexBytes, resp.UnreadPacks = uint64(st.Chunks), uint64(st.IndexBytes), uint64(st.UnreadPacks)
 	}
 	named := map[string]bool{}
 	for _, snap := range all {
@@ -206,6 +209,11 @@ func (s *Server) Forget(ctx context.Context, req *violinv1.ForgetRequest) (*viol
 			m.Reasons = []string{"no rule keeps it"}
 		}
 		resp.Verdicts = append(resp.Verdicts, m)
+	}
+	if !req.GetDryRun() {
+		for _, v := range verdicts {
+			s.freeName(ctx, v.Snapshot.Slice)
+		}
 	}
 	return resp, nil
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
@@ -19,8 +18,10 @@ import (
 
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
+	"violin/internal/access"
 	"violin/internal/catalog"
 	"violin/internal/store"
+	"violin/internal/trust"
 )
 
 func newServer(t *testing.T, state string, storage Storage) *Server {
@@ -36,9 +37,7 @@ func newServer(t *testing.T, state string, storage Storage) *Server {
 // dial speaks to a server over the wire.
 func dial(t *testing.T, s *Server) violinv1connect.StoreServiceClient {
 	t.Helper()
-	mux := http.NewServeMux()
-	mux.Handle(violinv1connect.NewStoreServiceHandler(s))
-	h := httptest.NewServer(mux)
+	h := httptest.NewServer(access.As(access.Caller{Role: trust.Operator}, s.Handler()))
 	t.Cleanup(h.Close)
 	return violinv1connect.NewStoreServiceClient(h.Client(), h.URL)
 }

@@ -76,7 +76,7 @@ func (s *Server) notSuspended(name string) error {
 
 // suspendedMessage is a suspended slice as the API tells it.
 func (s *Server) suspendedMessage(ctx context.Context, name string) *violinv1.Slice {
-	m := &violinv1.Slice{Name: name, Suspended: true}
+	m := &violinv1.Slice{Name: name, Suspended: true, Owner: s.Owner(name)}
 	at := s.suspension(name)
 	if at == nil {
 		return m // resumed meanwhile
@@ -121,7 +121,7 @@ func (s *Server) Suspend(ctx context.Context, req *violinv1.SuspendRequest, out 
 	})
 	done := &violinv1.Suspended{}
 	var errs []error
-	for _, name := range s.toSuspend(req) {
+	for _, name := range s.toSuspend(ctx, req) {
 		sl, err := s.slice(name)
 		if err != nil {
 			errs = append(errs, err)
@@ -141,7 +141,7 @@ func (s *Server) Suspend(ctx context.Context, req *violinv1.SuspendRequest, out 
 }
 
 // toSuspend are the names of the slices that a request is about.
-func (s *Server) toSuspend(req *violinv1.SuspendRequest) []string {
+func (s *Server) toSuspend(ctx context.Context, req *violinv1.SuspendRequest) []string {
 	if !req.GetAll() {
 		return []string{req.GetSlice()}
 	}
@@ -149,7 +149,7 @@ func (s *Server) toSuspend(req *violinv1.SuspendRequest) []string {
 	defer s.mu.Unlock()
 	var names []string
 	for name, sl := range s.slices {
-		if sl != nil && (req.GetHost() == "" || len(sl.topo.NodesOn(req.GetHost())) > 0) {
+		if sl != nil && s.ownsLocked(ctx, name) && (req.GetHost() == "" || len(sl.topo.NodesOn(req.GetHost())) > 0) {
 			names = append(names, name)
 		}
 	}

@@ -1,7 +1,11 @@
-// Package trust is who may be what between the machines of one server: the server's
-// certificate authority, the tokens that machines join with, and the TLS settings of
-// both ends. There is no secret of it on the wire but a token, once, to a server that
+// Package trust is who may be what to a server over the network: its certificate
+// authority, the tokens that machines join and users log in with, and the TLS settings
+// of all ends. There is no secret of it on the wire but a token, once, to a server that
 // has proved to be the one that the token was made by.
+//
+// A host's certificate has the host's name as its common name. A user's has the user's
+// name there, and the URI violin:user:NAME:ROLE as a subject alternative name, which a
+// host's has not. What the authority remembers of a host or user is a file; see member.
 package trust
 
 import (
@@ -13,14 +17,16 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"math/big"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
+	"sync"
 	"time"
 )
 
@@ -28,22 +34,27 @@ import (
 // authority, whatever address it found the server at.
 const ServerName = "server.violin"
 
-// Lifetimes of certificates. A server makes itself a new one each time it starts. A
-// machine whose certificate has expired joins anew.
+// Lifetimes of certificates. All but the authority's are renewed when a third of it is
+// left; see [RenewalDue]. Whose certificate has expired joins, or logs in, anew.
 const (
 	authorityLife = 20 * 365 * 24 * time.Hour
 	serverLife    = 365 * 24 * time.Hour
 	machineLife   = 365 * 24 * time.Hour
+	userLife      = 90 * 24 * time.Hour
 	// skew is how far another machine's clock may be behind.
 	skew = time.Hour
 )
 
-// The protocols of a connection (ALPN): one is for whoever has a token, the other for
-// whoever has a certificate.
+// The protocols of a connection (ALPN). Any other, or none, is HTTP: the API's.
 const (
-	JoinProtocol  = "violin-join/1"
-	AgentProtocol = "violin-agent/1"
+	JoinProtocol  = "violin-join/1"  // of a machine that has a token
+	AgentProtocol = "violin-agent/1" // and of one that has a certificate
 )
+
+// RenewalDue is when a certificate is to be renewed.
+func RenewalDue(cert *x509.Certificate) time.Time {
+	return cert.NotAfter.Add(-cert.NotAfter.Sub(cert.NotBefore) / 3)
+}
 
 var machineName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$`)
 
@@ -61,6 +72,8 @@ type Authority struct {
 	key   *ecdsa.PrivateKey
 	cert  *x509.Certificate
 	token []byte // the key of tokens' seals
+
+	members sync.Mutex // held while what is remembered of a host or user is read or changed
 }
 
 // OpenAuthority reads the authority that is kept in a directory, or makes it.
@@ -127,29 +140,21 @@ func certificate(name string, life time.Duration) (*x509.Certificate, error) {
 	}
 	now := time.Now()
 	return &x509.Certificate{
-		SerialNumber: serial, Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
+		SerialNumber: serial, Subject: pkix.Name{CommonName: name},
 		NotBefore: now.Add(-skew), NotAfter: now.Add(life), KeyUsage: x509.KeyUsageDigitalSignature,
 	}, nil
 }
 
 // writePair writes a key, and then its certificates.
 func writePair(certFile, keyFile string, key *ecdsa.PrivateKey, certs ...[]byte) error {
-	der, err := x509.MarshalPKCS8PrivateKey(key)
+	text, err := encodeKey(key)
 	if err != nil {
 		return err
 	}
-	if err := writeFile(keyFile, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})); err != nil {
+	if err := writeFile(keyFile, text); err != nil {
 		return err
 	}
 	return writeFile(certFile, encodeCertificates(certs...))
-}
-
-func encodeCertificates(certs ...[]byte) []byte {
-	var out []byte
-	for _, der := range certs {
-		out = append(out, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
-	}
-	return out
 }
 
 // writeFile makes a file appear whole, for its owner only.
@@ -167,8 +172,44 @@ func writeFile(path string, b []byte) error {
 }
 
 // ServerConfig is TLS as the server speaks it. A client that has a certificate has
-// one of this authority.
+// one of this authority. An agent has one that is good; of others, [Authority.User] tells.
 func (a *Authority) ServerConfig() (*tls.Config, error) {
+	own := &ownCertificate{authority: a}
+	if _, err := own.get(nil); err != nil {
+		return nil, err
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(a.cert)
+	return &tls.Config{
+		MinVersion:     tls.VersionTLS13,
+		GetCertificate: own.get,
+		ClientAuth:     tls.VerifyClientCertIfGiven, ClientCAs: roots,
+		NextProtos: []string{AgentProtocol, JoinProtocol, "h2", "http/1.1"},
+		// A resumed session would not be asked for its certificate's validity again.
+		SessionTicketsDisabled: true,
+		VerifyConnection: func(cs tls.ConnectionState) error {
+			if cs.NegotiatedProtocol != AgentProtocol {
+				return nil
+			}
+			return a.CheckMachine(cs)
+		},
+	}, nil
+}
+
+// ownCertificate is the server's. It makes itself anew in time.
+type ownCertificate struct {
+	authority *Authority
+
+	mu   sync.Mutex
+	made *tls.Certificate
+}
+
+func (o *ownCertificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.made != nil && time.Now().Before(RenewalDue(o.made.Leaf)) {
+		return o.made, nil
+	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, err
@@ -177,36 +218,25 @@ func (a *Authority) ServerConfig() (*tls.Config, error) {
 	if err != nil {
 		return nil, err
 	}
+	template.DNSNames = []string{ServerName}
 	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
-	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, key.Public(), a.key)
+	der, err := x509.CreateCertificate(rand.Reader, template, o.authority.cert, key.Public(), o.authority.key)
 	if err != nil {
 		return nil, fmt.Errorf("make the server's certificate: %w", err)
 	}
-	roots := x509.NewCertPool()
-	roots.AddCert(a.cert)
-	return &tls.Config{
-		MinVersion:   tls.VersionTLS13,
-		Certificates: []tls.Certificate{{Certificate: [][]byte{der, a.cert.Raw}, PrivateKey: key}},
-		ClientAuth:   tls.VerifyClientCertIfGiven, ClientCAs: roots,
-		NextProtos: []string{AgentProtocol, JoinProtocol},
-		// A resumed session would not be asked for its certificate's validity again.
-		SessionTicketsDisabled: true,
-		VerifyConnection: func(cs tls.ConnectionState) error {
-			switch {
-			case cs.NegotiatedProtocol == JoinProtocol:
-				return nil
-			case cs.NegotiatedProtocol != AgentProtocol:
-				return errors.New("it speaks no protocol of violin's")
-			case len(cs.VerifiedChains) == 0:
-				return errors.New("it has no certificate: a host joins with a token first")
-			}
-			return a.checkMachine(cs.VerifiedChains[0][0])
-		},
-	}, nil
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, err
+	}
+	o.made = &tls.Certificate{Certificate: [][]byte{der, o.authority.cert.Raw}, PrivateKey: key, Leaf: leaf}
+	return o.made, nil
 }
 
-// Machine is the host that a verified connection is with; empty for one that has no
-// certificate.
+// Certificate is the authority's own, DER.
+func (a *Authority) Certificate() []byte { return a.cert.Raw }
+
+// Machine is the host that a verified connection is with; empty for one that is not an
+// agent's.
 func Machine(cs tls.ConnectionState) string {
 	if cs.NegotiatedProtocol != AgentProtocol || len(cs.VerifiedChains) == 0 {
 		return ""
@@ -224,74 +254,120 @@ func (a *Authority) Admit(token, host string, request []byte) ([]byte, error) {
 	if err := CheckName(host); err != nil {
 		return nil, err
 	}
-	if err := a.checkToken(t, host, time.Now()); err != nil {
+	if t.Role != "" {
+		return nil, fmt.Errorf("%w: it is for user %s; `violin login` takes it", ErrToken, t.Name)
+	}
+	a.members.Lock()
+	defer a.members.Unlock()
+	m, err := a.read(hosts, host)
+	if err != nil {
 		return nil, err
 	}
+	if err := a.checkToken(t, host, m, time.Now()); err != nil {
+		return nil, err
+	}
+	// Who joins anew takes the place of whoever had the name.
+	return a.issue(hosts, host, &member{}, "", request)
+}
+
+// RenewMachine makes a host's next certificate. cert is the one that it is connected with.
+func (a *Authority) RenewMachine(cert *x509.Certificate, request []byte) ([]byte, error) {
+	return a.renew(hosts, cert, request)
+}
+
+// renew makes the certificate that comes after cert. That the caller has cert was
+// verified when it connected.
+func (a *Authority) renew(k kind, cert *x509.Certificate, request []byte) ([]byte, error) {
+	name := cert.Subject.CommonName
+	a.members.Lock()
+	defer a.members.Unlock()
+	m, err := a.read(k, name)
+	if err != nil {
+		return nil, err
+	}
+	serial := cert.SerialNumber.Text(16)
+	if !slices.ContainsFunc(m.Certificates, func(c issued) bool { return c.Serial == serial }) {
+		return nil, fmt.Errorf("renew the certificate of %s %s: it was revoked, or has been renewed", k, name)
+	}
+	// One that was asked for before and never used did not reach who asked.
+	m.Certificates = slices.DeleteFunc(m.Certificates, func(c issued) bool { return c.Replaces == serial })
+	return a.issue(k, name, m, serial, request)
+}
+
+// issue makes a certificate and adds it to what is remembered of its owner, which
+// [Authority.members] guards.
+func (a *Authority) issue(k kind, name string, m *member, replaces string, request []byte) ([]byte, error) {
 	csr, err := x509.ParseCertificateRequest(request)
 	if err == nil {
 		err = csr.CheckSignature()
 	}
 	if err != nil {
-		return nil, fmt.Errorf("certificate request of host %s: %w", host, err)
+		return nil, fmt.Errorf("certificate request of %s %s: %w", k, name, err)
 	}
-	template, err := certificate(host, machineLife)
+	life := machineLife
+	if k == users {
+		life = userLife
+	}
+	template, err := certificate(name, life)
 	if err != nil {
 		return nil, err
 	}
 	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
+	if k == users {
+		template.URIs = append(template.URIs, userURI(name, m.Role))
+	} else {
+		template.DNSNames = []string{name}
+	}
 	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, csr.PublicKey, a.key)
 	if err != nil {
-		return nil, fmt.Errorf("make the certificate of host %s: %w", host, err)
+		return nil, fmt.Errorf("make the certificate of %s %s: %w", k, name, err)
 	}
-	if err := a.remember(host, template.SerialNumber); err != nil {
+	m.Certificates = append(m.Certificates, issued{Serial: template.SerialNumber.Text(16), Expires: template.NotAfter.UTC().Truncate(time.Second), Replaces: replaces})
+	m.Removed = time.Time{}
+	if err := a.write(k, name, m); err != nil {
 		return nil, err
 	}
 	return der, nil
 }
 
-// The hosts that have joined are files, named after them, that hold the serial number
-// of the last certificate that each was given: an earlier one is no longer good.
-func (a *Authority) machineFile(host string) string { return filepath.Join(a.dir, "hosts", host) }
-
-func (a *Authority) remember(host string, serial *big.Int) error {
-	path := a.machineFile(host)
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return fmt.Errorf("note that host %s has joined: %w", host, err)
+// CheckMachine refuses an agent's connection that is not, or no longer, with a host
+// that has joined.
+func (a *Authority) CheckMachine(cs tls.ConnectionState) error {
+	if len(cs.VerifiedChains) == 0 {
+		return errors.New("it has no certificate: a host joins with a token first")
 	}
-	if err := writeFile(path, []byte(serial.Text(16))); err != nil {
-		return fmt.Errorf("note that host %s has joined: %w", host, err)
-	}
-	return nil
-}
-
-func (a *Authority) checkMachine(cert *x509.Certificate) error {
+	cert := cs.VerifiedChains[0][0]
 	host := cert.Subject.CommonName
+	if len(cert.URIs) > 0 {
+		return fmt.Errorf("%s is a user, not a host", host)
+	}
 	if err := CheckName(host); err != nil {
 		return err
 	}
-	serial, err := os.ReadFile(a.machineFile(host))
+	a.members.Lock()
+	defer a.members.Unlock()
+	m, err := a.read(hosts, host)
 	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("host %s has not joined, or was put out again", host)
 	case err != nil:
-		return fmt.Errorf("host %s: %w", host, err)
-	case string(serial) != cert.SerialNumber.Text(16):
-		return fmt.Errorf("host %s has joined anew since it was given this certificate", host)
+		return err
+	case len(m.Certificates) == 0:
+		return fmt.Errorf("host %s has not joined, or was put out again", host)
 	}
-	return nil
+	known, err := a.used(hosts, host, m, cert)
+	if err == nil && !known {
+		err = fmt.Errorf("host %s has joined anew, or renewed it, since it was given this certificate", host)
+	}
+	return err
 }
 
 // Machines are the names of the hosts that have joined, sorted.
 func (a *Authority) Machines() ([]string, error) {
-	files, err := os.ReadDir(filepath.Join(a.dir, "hosts"))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("list the hosts that have joined: %w", err)
-	}
-	var names []string
-	for _, f := range files {
-		if CheckName(f.Name()) == nil { // not one that is being written
-			names = append(names, f.Name())
-		}
-	}
-	return names, nil
+	a.members.Lock()
+	defer a.members.Unlock()
+	all, err := a.list(hosts)
+	return slices.Sorted(maps.Keys(all)), err
 }
+
+// RemoveMachine makes a host's certificates, and the tokens that were made before and
+// are good for it, worthless. It tells whether the host had joined.
+func (a *Authority) RemoveMachine(host string) (bool, error) { return a.remove(hosts, host) }

@@ -2,13 +2,9 @@ package trust
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -30,50 +26,73 @@ func OpenIdentity(dir, host string) (*Identity, error) {
 	return &Identity{Host: host, dir: dir}, nil
 }
 
-func (i *Identity) path(name string) string { return filepath.Join(i.dir, name) }
+// read reads the host's certificate. The error of none is [fs.ErrNotExist].
+func (i *Identity) read() (*credential, error) {
+	c, err := readCredential(i.path())
+	if errors.Is(err, fs.ErrNotExist) {
+		// As the first violins kept it.
+		c, err = readCredential(filepath.Join(i.dir, "host.crt"), filepath.Join(i.dir, "host.key"))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("certificate of this host in %s: %w", i.dir, err)
+	}
+	return c, nil
+}
+
+func (i *Identity) path() string { return filepath.Join(i.dir, "host.pem") }
 
 // Joined tells whether the host has a certificate, of the authority of the token if
 // that is not nil.
 func (i *Identity) Joined(t *Token) (bool, error) {
-	pair, err := tls.LoadX509KeyPair(i.path("host.crt"), i.path("host.key"))
+	c, err := i.read()
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return false, nil
 	case err != nil:
-		return false, fmt.Errorf("certificate of this host in %s: %w", i.dir, err)
-	case len(pair.Certificate) != 2:
-		return false, fmt.Errorf("certificate of this host in %s: that of its authority is missing; remove host.crt and join anew", i.dir)
+		return false, fmt.Errorf("%w; remove what is in it, and join anew", err)
 	}
-	return pair.Leaf.Subject.CommonName == i.Host && (t == nil || sha256.Sum256(pair.Certificate[1]) == t.Authority), nil
+	return c.pair.Leaf.Subject.CommonName == i.Host && (t == nil || sha256.Sum256(c.authority.Raw) == t.Authority), nil
 }
 
-// Config is TLS as a host speaks it that has joined.
+// Config is TLS as a host speaks it that has joined. A certificate that is renewed
+// counts from the next connection on.
 func (i *Identity) Config() (*tls.Config, error) {
-	pair, err := tls.LoadX509KeyPair(i.path("host.crt"), i.path("host.key"))
+	c, err := i.read()
 	if err != nil {
-		return nil, fmt.Errorf("certificate of this host in %s: %w", i.dir, err)
+		return nil, err
 	}
-	if len(pair.Certificate) != 2 {
-		return nil, fmt.Errorf("certificate of this host in %s: that of its authority is missing", i.dir)
-	}
-	authority, err := x509.ParseCertificate(pair.Certificate[1])
-	if err != nil {
-		return nil, fmt.Errorf("certificate of this host in %s: %w", i.dir, err)
-	}
-	roots := x509.NewCertPool()
-	roots.AddCert(authority)
-	pair.Certificate = pair.Certificate[:1]
 	return &tls.Config{
-		MinVersion: tls.VersionTLS13, ServerName: ServerName, RootCAs: roots,
-		Certificates: []tls.Certificate{pair}, NextProtos: []string{AgentProtocol},
+		MinVersion: tls.VersionTLS13, ServerName: ServerName, RootCAs: c.roots(), NextProtos: []string{AgentProtocol},
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			if renewed, err := i.read(); err == nil {
+				return &renewed.pair, nil
+			}
+			return &c.pair, nil
+		},
 	}, nil
+}
+
+// Certificate is the host's.
+func (i *Identity) Certificate() (*x509.Certificate, error) {
+	c, err := i.read()
+	if err != nil {
+		return nil, err
+	}
+	return c.pair.Leaf, nil
 }
 
 // JoinConfig is TLS as a host speaks it that has a token only: it trusts the server
 // whose certificate is of the authority that the token names.
 func JoinConfig(t *Token) *tls.Config {
+	config := strangerConfig(t)
+	config.NextProtos = []string{JoinProtocol}
+	return config
+}
+
+// strangerConfig is TLS to the server that a token was made by.
+func strangerConfig(t *Token) *tls.Config {
 	return &tls.Config{
-		MinVersion: tls.VersionTLS13, ServerName: ServerName, NextProtos: []string{JoinProtocol},
+		MinVersion: tls.VersionTLS13, ServerName: ServerName,
 		InsecureSkipVerify: true, // there are no roots yet; verified below
 		VerifyConnection: func(cs tls.ConnectionState) error {
 			_, err := authorityOf(t, cs)
@@ -105,30 +124,34 @@ func (i *Identity) Join(ctx context.Context, t *Token, cs tls.ConnectionState, e
 	if err != nil {
 		return err
 	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	c, err := request(ctx, i.Host, func() *x509.Certificate { return authority }, enroll)
 	if err != nil {
 		return err
 	}
-	request, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: i.Host}}, key)
+	return i.keep(c)
+}
+
+// Renew gets the host its next certificate, and keeps it in the place of the one that
+// it has.
+func (i *Identity) Renew(ctx context.Context, renew func(ctx context.Context, request []byte) ([]byte, error)) error {
+	old, err := i.read()
 	if err != nil {
 		return err
 	}
-	der, err := enroll(ctx, request)
+	c, err := request(ctx, i.Host, old.issuer, renew)
 	if err != nil {
 		return err
 	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		return fmt.Errorf("the certificate that the server made: %w", err)
-	}
-	if !key.PublicKey.Equal(cert.PublicKey) || cert.Subject.CommonName != i.Host || cert.CheckSignatureFrom(authority) != nil {
-		return errors.New("the certificate that the server made is not the one that was asked for")
-	}
+	return i.keep(c)
+}
+
+func (i *Identity) keep(c *credential) error {
 	if err := os.MkdirAll(i.dir, 0o700); err != nil {
 		return fmt.Errorf("keep this host's certificate: %w", err)
 	}
-	if err := writePair(i.path("host.crt"), i.path("host.key"), key, der, authority.Raw); err != nil {
+	if err := c.write(i.path()); err != nil {
 		return fmt.Errorf("keep this host's certificate: %w", err)
 	}
-	return nil
+	// What the first violins kept is of no more use.
+	return errors.Join(remove(filepath.Join(i.dir, "host.crt")), remove(filepath.Join(i.dir, "host.key")))
 }

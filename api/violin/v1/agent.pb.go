@@ -135,6 +135,94 @@ func (x *EnrollResponse) GetCertificate() []byte {
 	return nil
 }
 
+type RenewHostRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Request       []byte                 `protobuf:"bytes,1,opt,name=request,proto3" json:"request,omitempty"` // as in EnrollRequest
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenewHostRequest) Reset() {
+	*x = RenewHostRequest{}
+	mi := &file_violin_v1_agent_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenewHostRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenewHostRequest) ProtoMessage() {}
+
+func (x *RenewHostRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_agent_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenewHostRequest.ProtoReflect.Descriptor instead.
+func (*RenewHostRequest) Descriptor() ([]byte, []int) {
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *RenewHostRequest) GetRequest() []byte {
+	if x != nil {
+		return x.Request
+	}
+	return nil
+}
+
+type RenewHostResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Certificate   []byte                 `protobuf:"bytes,1,opt,name=certificate,proto3" json:"certificate,omitempty"` // as in EnrollResponse
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenewHostResponse) Reset() {
+	*x = RenewHostResponse{}
+	mi := &file_violin_v1_agent_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenewHostResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenewHostResponse) ProtoMessage() {}
+
+func (x *RenewHostResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_agent_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenewHostResponse.ProtoReflect.Descriptor instead.
+func (*RenewHostResponse) Descriptor() ([]byte, []int) {
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *RenewHostResponse) GetCertificate() []byte {
+	if x != nil {
+		return x.Certificate
+	}
+	return nil
+}
+
 type DescribeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Run           string                 `protobuf:"bytes,1,opt,name=run,proto3" json:"run,omitempty"` // that the server knows of: any other is of a server or a slice that is gone, and is ended
@@ -144,7 +232,7 @@ type DescribeRequest struct {
 
 func (x *DescribeRequest) Reset() {
 	*x = DescribeRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[2]
+	mi := &file_violin_v1_agent_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -156,7 +244,7 @@ func (x *DescribeRequest) String() string {
 func (*DescribeRequest) ProtoMessage() {}
 
 func (x *DescribeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[2]
+	mi := &file_violin_v1_agent_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -169,7 +257,7 @@ func (x *DescribeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeRequest.ProtoReflect.Descriptor instead.
 func (*DescribeRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{2}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *DescribeRequest) GetRun() string {
@@ -195,7 +283,7 @@ type DescribeResponse struct {
 
 func (x *DescribeResponse) Reset() {
 	*x = DescribeResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[3]
+	mi := &file_violin_v1_agent_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -207,7 +295,7 @@ func (x *DescribeResponse) String() string {
 func (*DescribeResponse) ProtoMessage() {}
 
 func (x *DescribeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[3]
+	mi := &file_violin_v1_agent_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -220,7 +308,7 @@ func (x *DescribeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeResponse.ProtoReflect.Descriptor instead.
 func (*DescribeResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{3}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *DescribeResponse) GetVersion() string {
@@ -289,7 +377,7 @@ type BeginRequest struct {
 
 func (x *BeginRequest) Reset() {
 	*x = BeginRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[4]
+	mi := &file_violin_v1_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -301,7 +389,7 @@ func (x *BeginRequest) String() string {
 func (*BeginRequest) ProtoMessage() {}
 
 func (x *BeginRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[4]
+	mi := &file_violin_v1_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -314,7 +402,7 @@ func (x *BeginRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginRequest.ProtoReflect.Descriptor instead.
 func (*BeginRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{4}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *BeginRequest) GetRun() string {
@@ -339,7 +427,7 @@ type BeginResponse struct {
 
 func (x *BeginResponse) Reset() {
 	*x = BeginResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[5]
+	mi := &file_violin_v1_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -351,7 +439,7 @@ func (x *BeginResponse) String() string {
 func (*BeginResponse) ProtoMessage() {}
 
 func (x *BeginResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[5]
+	mi := &file_violin_v1_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -364,7 +452,7 @@ func (x *BeginResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginResponse.ProtoReflect.Descriptor instead.
 func (*BeginResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{5}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{7}
 }
 
 type EndRequest struct {
@@ -376,7 +464,7 @@ type EndRequest struct {
 
 func (x *EndRequest) Reset() {
 	*x = EndRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[6]
+	mi := &file_violin_v1_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -388,7 +476,7 @@ func (x *EndRequest) String() string {
 func (*EndRequest) ProtoMessage() {}
 
 func (x *EndRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[6]
+	mi := &file_violin_v1_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -401,7 +489,7 @@ func (x *EndRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndRequest.ProtoReflect.Descriptor instead.
 func (*EndRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *EndRequest) GetRun() string {
@@ -419,7 +507,7 @@ type EndResponse struct {
 
 func (x *EndResponse) Reset() {
 	*x = EndResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[7]
+	mi := &file_violin_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -431,7 +519,7 @@ func (x *EndResponse) String() string {
 func (*EndResponse) ProtoMessage() {}
 
 func (x *EndResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[7]
+	mi := &file_violin_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -444,7 +532,7 @@ func (x *EndResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndResponse.ProtoReflect.Descriptor instead.
 func (*EndResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 type AddPeerRequest struct {
@@ -460,7 +548,7 @@ type AddPeerRequest struct {
 
 func (x *AddPeerRequest) Reset() {
 	*x = AddPeerRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[8]
+	mi := &file_violin_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -472,7 +560,7 @@ func (x *AddPeerRequest) String() string {
 func (*AddPeerRequest) ProtoMessage() {}
 
 func (x *AddPeerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[8]
+	mi := &file_violin_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -485,7 +573,7 @@ func (x *AddPeerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddPeerRequest.ProtoReflect.Descriptor instead.
 func (*AddPeerRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *AddPeerRequest) GetRun() string {
@@ -531,7 +619,7 @@ type AddPeerResponse struct {
 
 func (x *AddPeerResponse) Reset() {
 	*x = AddPeerResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[9]
+	mi := &file_violin_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -543,7 +631,7 @@ func (x *AddPeerResponse) String() string {
 func (*AddPeerResponse) ProtoMessage() {}
 
 func (x *AddPeerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[9]
+	mi := &file_violin_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -556,7 +644,7 @@ func (x *AddPeerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddPeerResponse.ProtoReflect.Descriptor instead.
 func (*AddPeerResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 type SetRemotesRequest struct {
@@ -569,7 +657,7 @@ type SetRemotesRequest struct {
 
 func (x *SetRemotesRequest) Reset() {
 	*x = SetRemotesRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[10]
+	mi := &file_violin_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -581,7 +669,7 @@ func (x *SetRemotesRequest) String() string {
 func (*SetRemotesRequest) ProtoMessage() {}
 
 func (x *SetRemotesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[10]
+	mi := &file_violin_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -594,7 +682,7 @@ func (x *SetRemotesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRemotesRequest.ProtoReflect.Descriptor instead.
 func (*SetRemotesRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SetRemotesRequest) GetRun() string {
@@ -623,7 +711,7 @@ type Remote struct {
 
 func (x *Remote) Reset() {
 	*x = Remote{}
-	mi := &file_violin_v1_agent_proto_msgTypes[11]
+	mi := &file_violin_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -635,7 +723,7 @@ func (x *Remote) String() string {
 func (*Remote) ProtoMessage() {}
 
 func (x *Remote) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[11]
+	mi := &file_violin_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -648,7 +736,7 @@ func (x *Remote) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Remote.ProtoReflect.Descriptor instead.
 func (*Remote) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Remote) GetNetwork() uint32 {
@@ -687,7 +775,7 @@ type SetRemotesResponse struct {
 
 func (x *SetRemotesResponse) Reset() {
 	*x = SetRemotesResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[12]
+	mi := &file_violin_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -699,7 +787,7 @@ func (x *SetRemotesResponse) String() string {
 func (*SetRemotesResponse) ProtoMessage() {}
 
 func (x *SetRemotesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[12]
+	mi := &file_violin_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -712,7 +800,7 @@ func (x *SetRemotesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRemotesResponse.ProtoReflect.Descriptor instead.
 func (*SetRemotesResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 type AddGatewayRequest struct {
@@ -729,7 +817,7 @@ type AddGatewayRequest struct {
 
 func (x *AddGatewayRequest) Reset() {
 	*x = AddGatewayRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[13]
+	mi := &file_violin_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -741,7 +829,7 @@ func (x *AddGatewayRequest) String() string {
 func (*AddGatewayRequest) ProtoMessage() {}
 
 func (x *AddGatewayRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[13]
+	mi := &file_violin_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -754,7 +842,7 @@ func (x *AddGatewayRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddGatewayRequest.ProtoReflect.Descriptor instead.
 func (*AddGatewayRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *AddGatewayRequest) GetRun() string {
@@ -807,7 +895,7 @@ type AddGatewayResponse struct {
 
 func (x *AddGatewayResponse) Reset() {
 	*x = AddGatewayResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[14]
+	mi := &file_violin_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -819,7 +907,7 @@ func (x *AddGatewayResponse) String() string {
 func (*AddGatewayResponse) ProtoMessage() {}
 
 func (x *AddGatewayResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[14]
+	mi := &file_violin_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -832,7 +920,7 @@ func (x *AddGatewayResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddGatewayResponse.ProtoReflect.Descriptor instead.
 func (*AddGatewayResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 type AddNodeRequest struct {
@@ -854,7 +942,7 @@ type AddNodeRequest struct {
 
 func (x *AddNodeRequest) Reset() {
 	*x = AddNodeRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[15]
+	mi := &file_violin_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -866,7 +954,7 @@ func (x *AddNodeRequest) String() string {
 func (*AddNodeRequest) ProtoMessage() {}
 
 func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[15]
+	mi := &file_violin_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -879,7 +967,7 @@ func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeRequest.ProtoReflect.Descriptor instead.
 func (*AddNodeRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *AddNodeRequest) GetRun() string {
@@ -971,7 +1059,7 @@ type NodeFile struct {
 
 func (x *NodeFile) Reset() {
 	*x = NodeFile{}
-	mi := &file_violin_v1_agent_proto_msgTypes[16]
+	mi := &file_violin_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -983,7 +1071,7 @@ func (x *NodeFile) String() string {
 func (*NodeFile) ProtoMessage() {}
 
 func (x *NodeFile) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[16]
+	mi := &file_violin_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -996,7 +1084,7 @@ func (x *NodeFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeFile.ProtoReflect.Descriptor instead.
 func (*NodeFile) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *NodeFile) GetKind() string {
@@ -1038,7 +1126,7 @@ type NodePort struct {
 
 func (x *NodePort) Reset() {
 	*x = NodePort{}
-	mi := &file_violin_v1_agent_proto_msgTypes[17]
+	mi := &file_violin_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1050,7 +1138,7 @@ func (x *NodePort) String() string {
 func (*NodePort) ProtoMessage() {}
 
 func (x *NodePort) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[17]
+	mi := &file_violin_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1063,7 +1151,7 @@ func (x *NodePort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodePort.ProtoReflect.Descriptor instead.
 func (*NodePort) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *NodePort) GetNetwork() uint32 {
@@ -1095,7 +1183,7 @@ type AddNodeResponse struct {
 
 func (x *AddNodeResponse) Reset() {
 	*x = AddNodeResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[18]
+	mi := &file_violin_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1107,7 +1195,7 @@ func (x *AddNodeResponse) String() string {
 func (*AddNodeResponse) ProtoMessage() {}
 
 func (x *AddNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[18]
+	mi := &file_violin_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1120,7 +1208,7 @@ func (x *AddNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeResponse.ProtoReflect.Descriptor instead.
 func (*AddNodeResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 type LoadRequest struct {
@@ -1134,7 +1222,7 @@ type LoadRequest struct {
 
 func (x *LoadRequest) Reset() {
 	*x = LoadRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[19]
+	mi := &file_violin_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1146,7 +1234,7 @@ func (x *LoadRequest) String() string {
 func (*LoadRequest) ProtoMessage() {}
 
 func (x *LoadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[19]
+	mi := &file_violin_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1159,7 +1247,7 @@ func (x *LoadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadRequest.ProtoReflect.Descriptor instead.
 func (*LoadRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *LoadRequest) GetRun() string {
@@ -1191,7 +1279,7 @@ type LoadResponse struct {
 
 func (x *LoadResponse) Reset() {
 	*x = LoadResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[20]
+	mi := &file_violin_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1203,7 +1291,7 @@ func (x *LoadResponse) String() string {
 func (*LoadResponse) ProtoMessage() {}
 
 func (x *LoadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[20]
+	mi := &file_violin_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1216,7 +1304,7 @@ func (x *LoadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadResponse.ProtoReflect.Descriptor instead.
 func (*LoadResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 type RunNodeRequest struct {
@@ -1230,7 +1318,7 @@ type RunNodeRequest struct {
 
 func (x *RunNodeRequest) Reset() {
 	*x = RunNodeRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[21]
+	mi := &file_violin_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1242,7 +1330,7 @@ func (x *RunNodeRequest) String() string {
 func (*RunNodeRequest) ProtoMessage() {}
 
 func (x *RunNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[21]
+	mi := &file_violin_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1255,7 +1343,7 @@ func (x *RunNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunNodeRequest.ProtoReflect.Descriptor instead.
 func (*RunNodeRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RunNodeRequest) GetRun() string {
@@ -1291,7 +1379,7 @@ type ChannelFrame struct {
 
 func (x *ChannelFrame) Reset() {
 	*x = ChannelFrame{}
-	mi := &file_violin_v1_agent_proto_msgTypes[22]
+	mi := &file_violin_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1303,7 +1391,7 @@ func (x *ChannelFrame) String() string {
 func (*ChannelFrame) ProtoMessage() {}
 
 func (x *ChannelFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[22]
+	mi := &file_violin_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1316,7 +1404,7 @@ func (x *ChannelFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChannelFrame.ProtoReflect.Descriptor instead.
 func (*ChannelFrame) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ChannelFrame) GetInterface() uint32 {
@@ -1356,7 +1444,7 @@ type RunNodeResponse struct {
 
 func (x *RunNodeResponse) Reset() {
 	*x = RunNodeResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[23]
+	mi := &file_violin_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1368,7 +1456,7 @@ func (x *RunNodeResponse) String() string {
 func (*RunNodeResponse) ProtoMessage() {}
 
 func (x *RunNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[23]
+	mi := &file_violin_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1381,7 +1469,7 @@ func (x *RunNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunNodeResponse.ProtoReflect.Descriptor instead.
 func (*RunNodeResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RunNodeResponse) GetBegan() *timestamppb.Timestamp {
@@ -1401,7 +1489,7 @@ type ContinueNodeRequest struct {
 
 func (x *ContinueNodeRequest) Reset() {
 	*x = ContinueNodeRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[24]
+	mi := &file_violin_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1413,7 +1501,7 @@ func (x *ContinueNodeRequest) String() string {
 func (*ContinueNodeRequest) ProtoMessage() {}
 
 func (x *ContinueNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[24]
+	mi := &file_violin_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1426,7 +1514,7 @@ func (x *ContinueNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContinueNodeRequest.ProtoReflect.Descriptor instead.
 func (*ContinueNodeRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ContinueNodeRequest) GetRun() string {
@@ -1451,7 +1539,7 @@ type ContinueNodeResponse struct {
 
 func (x *ContinueNodeResponse) Reset() {
 	*x = ContinueNodeResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[25]
+	mi := &file_violin_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1463,7 +1551,7 @@ func (x *ContinueNodeResponse) String() string {
 func (*ContinueNodeResponse) ProtoMessage() {}
 
 func (x *ContinueNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[25]
+	mi := &file_violin_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1476,7 +1564,7 @@ func (x *ContinueNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContinueNodeResponse.ProtoReflect.Descriptor instead.
 func (*ContinueNodeResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 type SetClockRequest struct {
@@ -1489,7 +1577,7 @@ type SetClockRequest struct {
 
 func (x *SetClockRequest) Reset() {
 	*x = SetClockRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[26]
+	mi := &file_violin_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1501,7 +1589,7 @@ func (x *SetClockRequest) String() string {
 func (*SetClockRequest) ProtoMessage() {}
 
 func (x *SetClockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[26]
+	mi := &file_violin_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1514,7 +1602,7 @@ func (x *SetClockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetClockRequest.ProtoReflect.Descriptor instead.
 func (*SetClockRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *SetClockRequest) GetRun() string {
@@ -1539,7 +1627,7 @@ type SetClockResponse struct {
 
 func (x *SetClockResponse) Reset() {
 	*x = SetClockResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[27]
+	mi := &file_violin_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1551,7 +1639,7 @@ func (x *SetClockResponse) String() string {
 func (*SetClockResponse) ProtoMessage() {}
 
 func (x *SetClockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[27]
+	mi := &file_violin_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1564,7 +1652,7 @@ func (x *SetClockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetClockResponse.ProtoReflect.Descriptor instead.
 func (*SetClockResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 type NodeStatusRequest struct {
@@ -1577,7 +1665,7 @@ type NodeStatusRequest struct {
 
 func (x *NodeStatusRequest) Reset() {
 	*x = NodeStatusRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[28]
+	mi := &file_violin_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1589,7 +1677,7 @@ func (x *NodeStatusRequest) String() string {
 func (*NodeStatusRequest) ProtoMessage() {}
 
 func (x *NodeStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[28]
+	mi := &file_violin_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1602,7 +1690,7 @@ func (x *NodeStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatusRequest.ProtoReflect.Descriptor instead.
 func (*NodeStatusRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *NodeStatusRequest) GetRun() string {
@@ -1631,7 +1719,7 @@ type NodeStatusResponse struct {
 
 func (x *NodeStatusResponse) Reset() {
 	*x = NodeStatusResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[29]
+	mi := &file_violin_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1643,7 +1731,7 @@ func (x *NodeStatusResponse) String() string {
 func (*NodeStatusResponse) ProtoMessage() {}
 
 func (x *NodeStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[29]
+	mi := &file_violin_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1656,7 +1744,7 @@ func (x *NodeStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatusResponse.ProtoReflect.Descriptor instead.
 func (*NodeStatusResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *NodeStatusResponse) GetEpoch() uint32 {
@@ -1699,7 +1787,7 @@ type ExecNodeRequest struct {
 
 func (x *ExecNodeRequest) Reset() {
 	*x = ExecNodeRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[30]
+	mi := &file_violin_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1711,7 +1799,7 @@ func (x *ExecNodeRequest) String() string {
 func (*ExecNodeRequest) ProtoMessage() {}
 
 func (x *ExecNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[30]
+	mi := &file_violin_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1724,7 +1812,7 @@ func (x *ExecNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecNodeRequest.ProtoReflect.Descriptor instead.
 func (*ExecNodeRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ExecNodeRequest) GetRun() string {
@@ -1766,7 +1854,7 @@ type ExecNodeResponse struct {
 
 func (x *ExecNodeResponse) Reset() {
 	*x = ExecNodeResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[31]
+	mi := &file_violin_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1778,7 +1866,7 @@ func (x *ExecNodeResponse) String() string {
 func (*ExecNodeResponse) ProtoMessage() {}
 
 func (x *ExecNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[31]
+	mi := &file_violin_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1791,7 +1879,7 @@ func (x *ExecNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecNodeResponse.ProtoReflect.Descriptor instead.
 func (*ExecNodeResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ExecNodeResponse) GetExitCode() int32 {
@@ -1826,7 +1914,7 @@ type JoinConsoleRequest struct {
 
 func (x *JoinConsoleRequest) Reset() {
 	*x = JoinConsoleRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[32]
+	mi := &file_violin_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1838,7 +1926,7 @@ func (x *JoinConsoleRequest) String() string {
 func (*JoinConsoleRequest) ProtoMessage() {}
 
 func (x *JoinConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[32]
+	mi := &file_violin_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1851,7 +1939,7 @@ func (x *JoinConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinConsoleRequest.ProtoReflect.Descriptor instead.
 func (*JoinConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *JoinConsoleRequest) GetRun() string {
@@ -1884,7 +1972,7 @@ type JoinConsoleResponse struct {
 
 func (x *JoinConsoleResponse) Reset() {
 	*x = JoinConsoleResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[33]
+	mi := &file_violin_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1896,7 +1984,7 @@ func (x *JoinConsoleResponse) String() string {
 func (*JoinConsoleResponse) ProtoMessage() {}
 
 func (x *JoinConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[33]
+	mi := &file_violin_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1909,7 +1997,7 @@ func (x *JoinConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinConsoleResponse.ProtoReflect.Descriptor instead.
 func (*JoinConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *JoinConsoleResponse) GetData() []byte {
@@ -1929,7 +2017,7 @@ type AwaitGoneRequest struct {
 
 func (x *AwaitGoneRequest) Reset() {
 	*x = AwaitGoneRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[34]
+	mi := &file_violin_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1941,7 +2029,7 @@ func (x *AwaitGoneRequest) String() string {
 func (*AwaitGoneRequest) ProtoMessage() {}
 
 func (x *AwaitGoneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[34]
+	mi := &file_violin_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1954,7 +2042,7 @@ func (x *AwaitGoneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitGoneRequest.ProtoReflect.Descriptor instead.
 func (*AwaitGoneRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *AwaitGoneRequest) GetRun() string {
@@ -1979,7 +2067,7 @@ type AwaitGoneResponse struct {
 
 func (x *AwaitGoneResponse) Reset() {
 	*x = AwaitGoneResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[35]
+	mi := &file_violin_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1991,7 +2079,7 @@ func (x *AwaitGoneResponse) String() string {
 func (*AwaitGoneResponse) ProtoMessage() {}
 
 func (x *AwaitGoneResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[35]
+	mi := &file_violin_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2004,7 +2092,7 @@ func (x *AwaitGoneResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitGoneResponse.ProtoReflect.Descriptor instead.
 func (*AwaitGoneResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 type MarkOutputRequest struct {
@@ -2016,7 +2104,7 @@ type MarkOutputRequest struct {
 
 func (x *MarkOutputRequest) Reset() {
 	*x = MarkOutputRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[36]
+	mi := &file_violin_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2028,7 +2116,7 @@ func (x *MarkOutputRequest) String() string {
 func (*MarkOutputRequest) ProtoMessage() {}
 
 func (x *MarkOutputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[36]
+	mi := &file_violin_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2041,7 +2129,7 @@ func (x *MarkOutputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkOutputRequest.ProtoReflect.Descriptor instead.
 func (*MarkOutputRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *MarkOutputRequest) GetRun() string {
@@ -2060,7 +2148,7 @@ type MarkOutputResponse struct {
 
 func (x *MarkOutputResponse) Reset() {
 	*x = MarkOutputResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[37]
+	mi := &file_violin_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2072,7 +2160,7 @@ func (x *MarkOutputResponse) String() string {
 func (*MarkOutputResponse) ProtoMessage() {}
 
 func (x *MarkOutputResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[37]
+	mi := &file_violin_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2085,7 +2173,7 @@ func (x *MarkOutputResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkOutputResponse.ProtoReflect.Descriptor instead.
 func (*MarkOutputResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *MarkOutputResponse) GetMarks() []uint64 {
@@ -2105,7 +2193,7 @@ type ReleaseOutputRequest struct {
 
 func (x *ReleaseOutputRequest) Reset() {
 	*x = ReleaseOutputRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[38]
+	mi := &file_violin_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2117,7 +2205,7 @@ func (x *ReleaseOutputRequest) String() string {
 func (*ReleaseOutputRequest) ProtoMessage() {}
 
 func (x *ReleaseOutputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[38]
+	mi := &file_violin_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2130,7 +2218,7 @@ func (x *ReleaseOutputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseOutputRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseOutputRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ReleaseOutputRequest) GetRun() string {
@@ -2155,7 +2243,7 @@ type ReleaseOutputResponse struct {
 
 func (x *ReleaseOutputResponse) Reset() {
 	*x = ReleaseOutputResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[39]
+	mi := &file_violin_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2167,7 +2255,7 @@ func (x *ReleaseOutputResponse) String() string {
 func (*ReleaseOutputResponse) ProtoMessage() {}
 
 func (x *ReleaseOutputResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[39]
+	mi := &file_violin_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2180,7 +2268,7 @@ func (x *ReleaseOutputResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseOutputResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseOutputResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 type NowRequest struct {
@@ -2191,7 +2279,7 @@ type NowRequest struct {
 
 func (x *NowRequest) Reset() {
 	*x = NowRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[40]
+	mi := &file_violin_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2203,7 +2291,7 @@ func (x *NowRequest) String() string {
 func (*NowRequest) ProtoMessage() {}
 
 func (x *NowRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[40]
+	mi := &file_violin_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2216,7 +2304,7 @@ func (x *NowRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NowRequest.ProtoReflect.Descriptor instead.
 func (*NowRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 type NowResponse struct {
@@ -2228,7 +2316,7 @@ type NowResponse struct {
 
 func (x *NowResponse) Reset() {
 	*x = NowResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[41]
+	mi := &file_violin_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2240,7 +2328,7 @@ func (x *NowResponse) String() string {
 func (*NowResponse) ProtoMessage() {}
 
 func (x *NowResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[41]
+	mi := &file_violin_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2253,7 +2341,7 @@ func (x *NowResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NowResponse.ProtoReflect.Descriptor instead.
 func (*NowResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{41}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *NowResponse) GetNow() *timestamppb.Timestamp {
@@ -2283,7 +2371,7 @@ type CutRequest struct {
 
 func (x *CutRequest) Reset() {
 	*x = CutRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[42]
+	mi := &file_violin_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2295,7 +2383,7 @@ func (x *CutRequest) String() string {
 func (*CutRequest) ProtoMessage() {}
 
 func (x *CutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[42]
+	mi := &file_violin_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2308,7 +2396,7 @@ func (x *CutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CutRequest.ProtoReflect.Descriptor instead.
 func (*CutRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{42}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *CutRequest) GetRun() string {
@@ -2443,7 +2531,7 @@ type PrepareOrder struct {
 
 func (x *PrepareOrder) Reset() {
 	*x = PrepareOrder{}
-	mi := &file_violin_v1_agent_proto_msgTypes[43]
+	mi := &file_violin_v1_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2455,7 +2543,7 @@ func (x *PrepareOrder) String() string {
 func (*PrepareOrder) ProtoMessage() {}
 
 func (x *PrepareOrder) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[43]
+	mi := &file_violin_v1_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2468,7 +2556,7 @@ func (x *PrepareOrder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareOrder.ProtoReflect.Descriptor instead.
 func (*PrepareOrder) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{43}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *PrepareOrder) GetFrom() uint32 {
@@ -2545,7 +2633,7 @@ type CutOrder struct {
 
 func (x *CutOrder) Reset() {
 	*x = CutOrder{}
-	mi := &file_violin_v1_agent_proto_msgTypes[44]
+	mi := &file_violin_v1_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2557,7 +2645,7 @@ func (x *CutOrder) String() string {
 func (*CutOrder) ProtoMessage() {}
 
 func (x *CutOrder) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[44]
+	mi := &file_violin_v1_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2570,7 +2658,7 @@ func (x *CutOrder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CutOrder.ProtoReflect.Descriptor instead.
 func (*CutOrder) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{44}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *CutOrder) GetNodes() []string {
@@ -2604,7 +2692,7 @@ type PollOrder struct {
 
 func (x *PollOrder) Reset() {
 	*x = PollOrder{}
-	mi := &file_violin_v1_agent_proto_msgTypes[45]
+	mi := &file_violin_v1_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2616,7 +2704,7 @@ func (x *PollOrder) String() string {
 func (*PollOrder) ProtoMessage() {}
 
 func (x *PollOrder) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[45]
+	mi := &file_violin_v1_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2629,7 +2717,7 @@ func (x *PollOrder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PollOrder.ProtoReflect.Descriptor instead.
 func (*PollOrder) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{45}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *PollOrder) GetRound() int64 {
@@ -2654,7 +2742,7 @@ type CollectOrder struct {
 
 func (x *CollectOrder) Reset() {
 	*x = CollectOrder{}
-	mi := &file_violin_v1_agent_proto_msgTypes[46]
+	mi := &file_violin_v1_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2666,7 +2754,7 @@ func (x *CollectOrder) String() string {
 func (*CollectOrder) ProtoMessage() {}
 
 func (x *CollectOrder) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[46]
+	mi := &file_violin_v1_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2679,7 +2767,7 @@ func (x *CollectOrder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectOrder.ProtoReflect.Descriptor instead.
 func (*CollectOrder) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{46}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{48}
 }
 
 type CommitOrder struct {
@@ -2690,7 +2778,7 @@ type CommitOrder struct {
 
 func (x *CommitOrder) Reset() {
 	*x = CommitOrder{}
-	mi := &file_violin_v1_agent_proto_msgTypes[47]
+	mi := &file_violin_v1_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2702,7 +2790,7 @@ func (x *CommitOrder) String() string {
 func (*CommitOrder) ProtoMessage() {}
 
 func (x *CommitOrder) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[47]
+	mi := &file_violin_v1_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2715,7 +2803,7 @@ func (x *CommitOrder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitOrder.ProtoReflect.Descriptor instead.
 func (*CommitOrder) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{47}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{49}
 }
 
 type AbortOrder struct {
@@ -2727,7 +2815,7 @@ type AbortOrder struct {
 
 func (x *AbortOrder) Reset() {
 	*x = AbortOrder{}
-	mi := &file_violin_v1_agent_proto_msgTypes[48]
+	mi := &file_violin_v1_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2739,7 +2827,7 @@ func (x *AbortOrder) String() string {
 func (*AbortOrder) ProtoMessage() {}
 
 func (x *AbortOrder) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[48]
+	mi := &file_violin_v1_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2752,7 +2840,7 @@ func (x *AbortOrder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortOrder.ProtoReflect.Descriptor instead.
 func (*AbortOrder) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{48}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *AbortOrder) GetTo() uint32 {
@@ -2783,7 +2871,7 @@ type CutResponse struct {
 
 func (x *CutResponse) Reset() {
 	*x = CutResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[49]
+	mi := &file_violin_v1_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2795,7 +2883,7 @@ func (x *CutResponse) String() string {
 func (*CutResponse) ProtoMessage() {}
 
 func (x *CutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[49]
+	mi := &file_violin_v1_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2808,7 +2896,7 @@ func (x *CutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CutResponse.ProtoReflect.Descriptor instead.
 func (*CutResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{49}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *CutResponse) GetCut() string {
@@ -2957,7 +3045,7 @@ type PreparedEvent struct {
 
 func (x *PreparedEvent) Reset() {
 	*x = PreparedEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[50]
+	mi := &file_violin_v1_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2969,7 +3057,7 @@ func (x *PreparedEvent) String() string {
 func (*PreparedEvent) ProtoMessage() {}
 
 func (x *PreparedEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[50]
+	mi := &file_violin_v1_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2982,7 +3070,7 @@ func (x *PreparedEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreparedEvent.ProtoReflect.Descriptor instead.
 func (*PreparedEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{50}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{52}
 }
 
 type NodeEvent struct {
@@ -2994,7 +3082,7 @@ type NodeEvent struct {
 
 func (x *NodeEvent) Reset() {
 	*x = NodeEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[51]
+	mi := &file_violin_v1_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3006,7 +3094,7 @@ func (x *NodeEvent) String() string {
 func (*NodeEvent) ProtoMessage() {}
 
 func (x *NodeEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[51]
+	mi := &file_violin_v1_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3019,7 +3107,7 @@ func (x *NodeEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeEvent.ProtoReflect.Descriptor instead.
 func (*NodeEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{51}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *NodeEvent) GetNode() string {
@@ -3039,7 +3127,7 @@ type CountersEvent struct {
 
 func (x *CountersEvent) Reset() {
 	*x = CountersEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[52]
+	mi := &file_violin_v1_agent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3051,7 +3139,7 @@ func (x *CountersEvent) String() string {
 func (*CountersEvent) ProtoMessage() {}
 
 func (x *CountersEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[52]
+	mi := &file_violin_v1_agent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3064,7 +3152,7 @@ func (x *CountersEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountersEvent.ProtoReflect.Descriptor instead.
 func (*CountersEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{52}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *CountersEvent) GetRound() int64 {
@@ -3094,7 +3182,7 @@ type ChannelCount struct {
 
 func (x *ChannelCount) Reset() {
 	*x = ChannelCount{}
-	mi := &file_violin_v1_agent_proto_msgTypes[53]
+	mi := &file_violin_v1_agent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3106,7 +3194,7 @@ func (x *ChannelCount) String() string {
 func (*ChannelCount) ProtoMessage() {}
 
 func (x *ChannelCount) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[53]
+	mi := &file_violin_v1_agent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3119,7 +3207,7 @@ func (x *ChannelCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChannelCount.ProtoReflect.Descriptor instead.
 func (*ChannelCount) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{53}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ChannelCount) GetFrom() string {
@@ -3165,7 +3253,7 @@ type CollectedEvent struct {
 
 func (x *CollectedEvent) Reset() {
 	*x = CollectedEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[54]
+	mi := &file_violin_v1_agent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3177,7 +3265,7 @@ func (x *CollectedEvent) String() string {
 func (*CollectedEvent) ProtoMessage() {}
 
 func (x *CollectedEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[54]
+	mi := &file_violin_v1_agent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3190,7 +3278,7 @@ func (x *CollectedEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectedEvent.ProtoReflect.Descriptor instead.
 func (*CollectedEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{54}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{56}
 }
 
 type CommittedEvent struct {
@@ -3201,7 +3289,7 @@ type CommittedEvent struct {
 
 func (x *CommittedEvent) Reset() {
 	*x = CommittedEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[55]
+	mi := &file_violin_v1_agent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3213,7 +3301,7 @@ func (x *CommittedEvent) String() string {
 func (*CommittedEvent) ProtoMessage() {}
 
 func (x *CommittedEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[55]
+	mi := &file_violin_v1_agent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3226,7 +3314,7 @@ func (x *CommittedEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommittedEvent.ProtoReflect.Descriptor instead.
 func (*CommittedEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{55}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{57}
 }
 
 type AbortedEvent struct {
@@ -3237,7 +3325,7 @@ type AbortedEvent struct {
 
 func (x *AbortedEvent) Reset() {
 	*x = AbortedEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[56]
+	mi := &file_violin_v1_agent_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3249,7 +3337,7 @@ func (x *AbortedEvent) String() string {
 func (*AbortedEvent) ProtoMessage() {}
 
 func (x *AbortedEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[56]
+	mi := &file_violin_v1_agent_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3262,7 +3350,7 @@ func (x *AbortedEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortedEvent.ProtoReflect.Descriptor instead.
 func (*AbortedEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{56}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{58}
 }
 
 type FailedEvent struct {
@@ -3275,7 +3363,7 @@ type FailedEvent struct {
 
 func (x *FailedEvent) Reset() {
 	*x = FailedEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[57]
+	mi := &file_violin_v1_agent_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3287,7 +3375,7 @@ func (x *FailedEvent) String() string {
 func (*FailedEvent) ProtoMessage() {}
 
 func (x *FailedEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[57]
+	mi := &file_violin_v1_agent_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3300,7 +3388,7 @@ func (x *FailedEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FailedEvent.ProtoReflect.Descriptor instead.
 func (*FailedEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{57}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *FailedEvent) GetNode() string {
@@ -3327,7 +3415,7 @@ type ResultsRequest struct {
 
 func (x *ResultsRequest) Reset() {
 	*x = ResultsRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[58]
+	mi := &file_violin_v1_agent_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3339,7 +3427,7 @@ func (x *ResultsRequest) String() string {
 func (*ResultsRequest) ProtoMessage() {}
 
 func (x *ResultsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[58]
+	mi := &file_violin_v1_agent_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3352,7 +3440,7 @@ func (x *ResultsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResultsRequest.ProtoReflect.Descriptor instead.
 func (*ResultsRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{58}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ResultsRequest) GetRun() string {
@@ -3383,7 +3471,7 @@ type ResultsResponse struct {
 
 func (x *ResultsResponse) Reset() {
 	*x = ResultsResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[59]
+	mi := &file_violin_v1_agent_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3395,7 +3483,7 @@ func (x *ResultsResponse) String() string {
 func (*ResultsResponse) ProtoMessage() {}
 
 func (x *ResultsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[59]
+	mi := &file_violin_v1_agent_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3408,7 +3496,7 @@ func (x *ResultsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResultsResponse.ProtoReflect.Descriptor instead.
 func (*ResultsResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{59}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ResultsResponse) GetPart() isResultsResponse_Part {
@@ -3490,7 +3578,7 @@ type NodeResult struct {
 
 func (x *NodeResult) Reset() {
 	*x = NodeResult{}
-	mi := &file_violin_v1_agent_proto_msgTypes[60]
+	mi := &file_violin_v1_agent_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3502,7 +3590,7 @@ func (x *NodeResult) String() string {
 func (*NodeResult) ProtoMessage() {}
 
 func (x *NodeResult) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[60]
+	mi := &file_violin_v1_agent_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3515,7 +3603,7 @@ func (x *NodeResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeResult.ProtoReflect.Descriptor instead.
 func (*NodeResult) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{60}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *NodeResult) GetNode() string {
@@ -3635,7 +3723,7 @@ type RecordedFrame struct {
 
 func (x *RecordedFrame) Reset() {
 	*x = RecordedFrame{}
-	mi := &file_violin_v1_agent_proto_msgTypes[61]
+	mi := &file_violin_v1_agent_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3647,7 +3735,7 @@ func (x *RecordedFrame) String() string {
 func (*RecordedFrame) ProtoMessage() {}
 
 func (x *RecordedFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[61]
+	mi := &file_violin_v1_agent_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3660,7 +3748,7 @@ func (x *RecordedFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecordedFrame.ProtoReflect.Descriptor instead.
 func (*RecordedFrame) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{61}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *RecordedFrame) GetInterface() uint32 {
@@ -3703,7 +3791,7 @@ type HostResult struct {
 
 func (x *HostResult) Reset() {
 	*x = HostResult{}
-	mi := &file_violin_v1_agent_proto_msgTypes[62]
+	mi := &file_violin_v1_agent_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3715,7 +3803,7 @@ func (x *HostResult) String() string {
 func (*HostResult) ProtoMessage() {}
 
 func (x *HostResult) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[62]
+	mi := &file_violin_v1_agent_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3728,7 +3816,7 @@ func (x *HostResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostResult.ProtoReflect.Descriptor instead.
 func (*HostResult) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{62}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *HostResult) GetHanded() uint64 {
@@ -3769,7 +3857,7 @@ type HasRequest struct {
 
 func (x *HasRequest) Reset() {
 	*x = HasRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[63]
+	mi := &file_violin_v1_agent_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3781,7 +3869,7 @@ func (x *HasRequest) String() string {
 func (*HasRequest) ProtoMessage() {}
 
 func (x *HasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[63]
+	mi := &file_violin_v1_agent_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3794,7 +3882,7 @@ func (x *HasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HasRequest.ProtoReflect.Descriptor instead.
 func (*HasRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{63}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *HasRequest) GetSession() string {
@@ -3820,7 +3908,7 @@ type HasResponse struct {
 
 func (x *HasResponse) Reset() {
 	*x = HasResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[64]
+	mi := &file_violin_v1_agent_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3832,7 +3920,7 @@ func (x *HasResponse) String() string {
 func (*HasResponse) ProtoMessage() {}
 
 func (x *HasResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[64]
+	mi := &file_violin_v1_agent_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3845,7 +3933,7 @@ func (x *HasResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HasResponse.ProtoReflect.Descriptor instead.
 func (*HasResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{64}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *HasResponse) GetKnown() []bool {
@@ -3866,7 +3954,7 @@ type PutPagesRequest struct {
 
 func (x *PutPagesRequest) Reset() {
 	*x = PutPagesRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[65]
+	mi := &file_violin_v1_agent_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3878,7 +3966,7 @@ func (x *PutPagesRequest) String() string {
 func (*PutPagesRequest) ProtoMessage() {}
 
 func (x *PutPagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[65]
+	mi := &file_violin_v1_agent_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3891,7 +3979,7 @@ func (x *PutPagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutPagesRequest.ProtoReflect.Descriptor instead.
 func (*PutPagesRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{65}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *PutPagesRequest) GetSession() string {
@@ -3923,7 +4011,7 @@ type PutPagesResponse struct {
 
 func (x *PutPagesResponse) Reset() {
 	*x = PutPagesResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[66]
+	mi := &file_violin_v1_agent_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3935,7 +4023,7 @@ func (x *PutPagesResponse) String() string {
 func (*PutPagesResponse) ProtoMessage() {}
 
 func (x *PutPagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[66]
+	mi := &file_violin_v1_agent_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3948,7 +4036,7 @@ func (x *PutPagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutPagesResponse.ProtoReflect.Descriptor instead.
 func (*PutPagesResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{66}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{68}
 }
 
 type PutTableRequest struct {
@@ -3964,7 +4052,7 @@ type PutTableRequest struct {
 
 func (x *PutTableRequest) Reset() {
 	*x = PutTableRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[67]
+	mi := &file_violin_v1_agent_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3976,7 +4064,7 @@ func (x *PutTableRequest) String() string {
 func (*PutTableRequest) ProtoMessage() {}
 
 func (x *PutTableRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[67]
+	mi := &file_violin_v1_agent_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3989,7 +4077,7 @@ func (x *PutTableRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutTableRequest.ProtoReflect.Descriptor instead.
 func (*PutTableRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{67}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *PutTableRequest) GetSession() string {
@@ -4037,7 +4125,7 @@ type MemoryRegion struct {
 
 func (x *MemoryRegion) Reset() {
 	*x = MemoryRegion{}
-	mi := &file_violin_v1_agent_proto_msgTypes[68]
+	mi := &file_violin_v1_agent_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4049,7 +4137,7 @@ func (x *MemoryRegion) String() string {
 func (*MemoryRegion) ProtoMessage() {}
 
 func (x *MemoryRegion) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[68]
+	mi := &file_violin_v1_agent_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4062,7 +4150,7 @@ func (x *MemoryRegion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryRegion.ProtoReflect.Descriptor instead.
 func (*MemoryRegion) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{68}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *MemoryRegion) GetId() string {
@@ -4090,7 +4178,7 @@ type PutTableResponse struct {
 
 func (x *PutTableResponse) Reset() {
 	*x = PutTableResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[69]
+	mi := &file_violin_v1_agent_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4102,7 +4190,7 @@ func (x *PutTableResponse) String() string {
 func (*PutTableResponse) ProtoMessage() {}
 
 func (x *PutTableResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[69]
+	mi := &file_violin_v1_agent_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4115,7 +4203,7 @@ func (x *PutTableResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutTableResponse.ProtoReflect.Descriptor instead.
 func (*PutTableResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{69}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *PutTableResponse) GetTable() *Blob {
@@ -4149,7 +4237,7 @@ type PutBlobRequest struct {
 
 func (x *PutBlobRequest) Reset() {
 	*x = PutBlobRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[70]
+	mi := &file_violin_v1_agent_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4161,7 +4249,7 @@ func (x *PutBlobRequest) String() string {
 func (*PutBlobRequest) ProtoMessage() {}
 
 func (x *PutBlobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[70]
+	mi := &file_violin_v1_agent_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4174,7 +4262,7 @@ func (x *PutBlobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutBlobRequest.ProtoReflect.Descriptor instead.
 func (*PutBlobRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{70}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *PutBlobRequest) GetSession() string {
@@ -4200,7 +4288,7 @@ type PutBlobResponse struct {
 
 func (x *PutBlobResponse) Reset() {
 	*x = PutBlobResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[71]
+	mi := &file_violin_v1_agent_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4212,7 +4300,7 @@ func (x *PutBlobResponse) String() string {
 func (*PutBlobResponse) ProtoMessage() {}
 
 func (x *PutBlobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[71]
+	mi := &file_violin_v1_agent_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4225,7 +4313,7 @@ func (x *PutBlobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutBlobResponse.ProtoReflect.Descriptor instead.
 func (*PutBlobResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{71}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *PutBlobResponse) GetBlob() *Blob {
@@ -4245,7 +4333,7 @@ type Blob struct {
 
 func (x *Blob) Reset() {
 	*x = Blob{}
-	mi := &file_violin_v1_agent_proto_msgTypes[72]
+	mi := &file_violin_v1_agent_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4257,7 +4345,7 @@ func (x *Blob) String() string {
 func (*Blob) ProtoMessage() {}
 
 func (x *Blob) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[72]
+	mi := &file_violin_v1_agent_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4270,7 +4358,7 @@ func (x *Blob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Blob.ProtoReflect.Descriptor instead.
 func (*Blob) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{72}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *Blob) GetHash() []byte {
@@ -4297,6 +4385,10 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x18\n" +
 	"\arequest\x18\x03 \x01(\fR\arequest\"2\n" +
 	"\x0eEnrollResponse\x12 \n" +
+	"\vcertificate\x18\x01 \x01(\fR\vcertificate\",\n" +
+	"\x10RenewHostRequest\x12\x18\n" +
+	"\arequest\x18\x01 \x01(\fR\arequest\"5\n" +
+	"\x11RenewHostResponse\x12 \n" +
 	"\vcertificate\x18\x01 \x01(\fR\vcertificate\"#\n" +
 	"\x0fDescribeRequest\x12\x10\n" +
 	"\x03run\x18\x01 \x01(\tR\x03run\"\xe2\x01\n" +
@@ -4573,7 +4665,9 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"\x04hash\x18\x01 \x01(\fR\x04hash\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x03R\x04size2L\n" +
 	"\vJoinService\x12=\n" +
-	"\x06Enroll\x12\x18.violin.v1.EnrollRequest\x1a\x19.violin.v1.EnrollResponse2\xef\n" +
+	"\x06Enroll\x12\x18.violin.v1.EnrollRequest\x1a\x19.violin.v1.EnrollResponse2X\n" +
+	"\x0eRenewalService\x12F\n" +
+	"\tRenewHost\x12\x1b.violin.v1.RenewHostRequest\x1a\x1c.violin.v1.RenewHostResponse2\xef\n" +
 	"\n" +
 	"\fAgentService\x12C\n" +
 	"\bDescribe\x12\x1a.violin.v1.DescribeRequest\x1a\x1b.violin.v1.DescribeResponse\x12:\n" +
@@ -4618,176 +4712,180 @@ func file_violin_v1_agent_proto_rawDescGZIP() []byte {
 	return file_violin_v1_agent_proto_rawDescData
 }
 
-var file_violin_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 75)
+var file_violin_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 77)
 var file_violin_v1_agent_proto_goTypes = []any{
 	(*EnrollRequest)(nil),         // 0: violin.v1.EnrollRequest
 	(*EnrollResponse)(nil),        // 1: violin.v1.EnrollResponse
-	(*DescribeRequest)(nil),       // 2: violin.v1.DescribeRequest
-	(*DescribeResponse)(nil),      // 3: violin.v1.DescribeResponse
-	(*BeginRequest)(nil),          // 4: violin.v1.BeginRequest
-	(*BeginResponse)(nil),         // 5: violin.v1.BeginResponse
-	(*EndRequest)(nil),            // 6: violin.v1.EndRequest
-	(*EndResponse)(nil),           // 7: violin.v1.EndResponse
-	(*AddPeerRequest)(nil),        // 8: violin.v1.AddPeerRequest
-	(*AddPeerResponse)(nil),       // 9: violin.v1.AddPeerResponse
-	(*SetRemotesRequest)(nil),     // 10: violin.v1.SetRemotesRequest
-	(*Remote)(nil),                // 11: violin.v1.Remote
-	(*SetRemotesResponse)(nil),    // 12: violin.v1.SetRemotesResponse
-	(*AddGatewayRequest)(nil),     // 13: violin.v1.AddGatewayRequest
-	(*AddGatewayResponse)(nil),    // 14: violin.v1.AddGatewayResponse
-	(*AddNodeRequest)(nil),        // 15: violin.v1.AddNodeRequest
-	(*NodeFile)(nil),              // 16: violin.v1.NodeFile
-	(*NodePort)(nil),              // 17: violin.v1.NodePort
-	(*AddNodeResponse)(nil),       // 18: violin.v1.AddNodeResponse
-	(*LoadRequest)(nil),           // 19: violin.v1.LoadRequest
-	(*LoadResponse)(nil),          // 20: violin.v1.LoadResponse
-	(*RunNodeRequest)(nil),        // 21: violin.v1.RunNodeRequest
-	(*ChannelFrame)(nil),          // 22: violin.v1.ChannelFrame
-	(*RunNodeResponse)(nil),       // 23: violin.v1.RunNodeResponse
-	(*ContinueNodeRequest)(nil),   // 24: violin.v1.ContinueNodeRequest
-	(*ContinueNodeResponse)(nil),  // 25: violin.v1.ContinueNodeResponse
-	(*SetClockRequest)(nil),       // 26: violin.v1.SetClockRequest
-	(*SetClockResponse)(nil),      // 27: violin.v1.SetClockResponse
-	(*NodeStatusRequest)(nil),     // 28: violin.v1.NodeStatusRequest
-	(*NodeStatusResponse)(nil),    // 29: violin.v1.NodeStatusResponse
-	(*ExecNodeRequest)(nil),       // 30: violin.v1.ExecNodeRequest
-	(*ExecNodeResponse)(nil),      // 31: violin.v1.ExecNodeResponse
-	(*JoinConsoleRequest)(nil),    // 32: violin.v1.JoinConsoleRequest
-	(*JoinConsoleResponse)(nil),   // 33: violin.v1.JoinConsoleResponse
-	(*AwaitGoneRequest)(nil),      // 34: violin.v1.AwaitGoneRequest
-	(*AwaitGoneResponse)(nil),     // 35: violin.v1.AwaitGoneResponse
-	(*MarkOutputRequest)(nil),     // 36: violin.v1.MarkOutputRequest
-	(*MarkOutputResponse)(nil),    // 37: violin.v1.MarkOutputResponse
-	(*ReleaseOutputRequest)(nil),  // 38: violin.v1.ReleaseOutputRequest
-	(*ReleaseOutputResponse)(nil), // 39: violin.v1.ReleaseOutputResponse
-	(*NowRequest)(nil),            // 40: violin.v1.NowRequest
-	(*NowResponse)(nil),           // 41: violin.v1.NowResponse
-	(*CutRequest)(nil),            // 42: violin.v1.CutRequest
-	(*PrepareOrder)(nil),          // 43: violin.v1.PrepareOrder
-	(*CutOrder)(nil),              // 44: violin.v1.CutOrder
-	(*PollOrder)(nil),             // 45: violin.v1.PollOrder
-	(*CollectOrder)(nil),          // 46: violin.v1.CollectOrder
-	(*CommitOrder)(nil),           // 47: violin.v1.CommitOrder
-	(*AbortOrder)(nil),            // 48: violin.v1.AbortOrder
-	(*CutResponse)(nil),           // 49: violin.v1.CutResponse
-	(*PreparedEvent)(nil),         // 50: violin.v1.PreparedEvent
-	(*NodeEvent)(nil),             // 51: violin.v1.NodeEvent
-	(*CountersEvent)(nil),         // 52: violin.v1.CountersEvent
-	(*ChannelCount)(nil),          // 53: violin.v1.ChannelCount
-	(*CollectedEvent)(nil),        // 54: violin.v1.CollectedEvent
-	(*CommittedEvent)(nil),        // 55: violin.v1.CommittedEvent
-	(*AbortedEvent)(nil),          // 56: violin.v1.AbortedEvent
-	(*FailedEvent)(nil),           // 57: violin.v1.FailedEvent
-	(*ResultsRequest)(nil),        // 58: violin.v1.ResultsRequest
-	(*ResultsResponse)(nil),       // 59: violin.v1.ResultsResponse
-	(*NodeResult)(nil),            // 60: violin.v1.NodeResult
-	(*RecordedFrame)(nil),         // 61: violin.v1.RecordedFrame
-	(*HostResult)(nil),            // 62: violin.v1.HostResult
-	(*HasRequest)(nil),            // 63: violin.v1.HasRequest
-	(*HasResponse)(nil),           // 64: violin.v1.HasResponse
-	(*PutPagesRequest)(nil),       // 65: violin.v1.PutPagesRequest
-	(*PutPagesResponse)(nil),      // 66: violin.v1.PutPagesResponse
-	(*PutTableRequest)(nil),       // 67: violin.v1.PutTableRequest
-	(*MemoryRegion)(nil),          // 68: violin.v1.MemoryRegion
-	(*PutTableResponse)(nil),      // 69: violin.v1.PutTableResponse
-	(*PutBlobRequest)(nil),        // 70: violin.v1.PutBlobRequest
-	(*PutBlobResponse)(nil),       // 71: violin.v1.PutBlobResponse
-	(*Blob)(nil),                  // 72: violin.v1.Blob
-	nil,                           // 73: violin.v1.PrepareOrder.NetworksEntry
-	nil,                           // 74: violin.v1.HostResult.ReadsEntry
-	(*durationpb.Duration)(nil),   // 75: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 76: google.protobuf.Timestamp
+	(*RenewHostRequest)(nil),      // 2: violin.v1.RenewHostRequest
+	(*RenewHostResponse)(nil),     // 3: violin.v1.RenewHostResponse
+	(*DescribeRequest)(nil),       // 4: violin.v1.DescribeRequest
+	(*DescribeResponse)(nil),      // 5: violin.v1.DescribeResponse
+	(*BeginRequest)(nil),          // 6: violin.v1.BeginRequest
+	(*BeginResponse)(nil),         // 7: violin.v1.BeginResponse
+	(*EndRequest)(nil),            // 8: violin.v1.EndRequest
+	(*EndResponse)(nil),           // 9: violin.v1.EndResponse
+	(*AddPeerRequest)(nil),        // 10: violin.v1.AddPeerRequest
+	(*AddPeerResponse)(nil),       // 11: violin.v1.AddPeerResponse
+	(*SetRemotesRequest)(nil),     // 12: violin.v1.SetRemotesRequest
+	(*Remote)(nil),                // 13: violin.v1.Remote
+	(*SetRemotesResponse)(nil),    // 14: violin.v1.SetRemotesResponse
+	(*AddGatewayRequest)(nil),     // 15: violin.v1.AddGatewayRequest
+	(*AddGatewayResponse)(nil),    // 16: violin.v1.AddGatewayResponse
+	(*AddNodeRequest)(nil),        // 17: violin.v1.AddNodeRequest
+	(*NodeFile)(nil),              // 18: violin.v1.NodeFile
+	(*NodePort)(nil),              // 19: violin.v1.NodePort
+	(*AddNodeResponse)(nil),       // 20: violin.v1.AddNodeResponse
+	(*LoadRequest)(nil),           // 21: violin.v1.LoadRequest
+	(*LoadResponse)(nil),          // 22: violin.v1.LoadResponse
+	(*RunNodeRequest)(nil),        // 23: violin.v1.RunNodeRequest
+	(*ChannelFrame)(nil),          // 24: violin.v1.ChannelFrame
+	(*RunNodeResponse)(nil),       // 25: violin.v1.RunNodeResponse
+	(*ContinueNodeRequest)(nil),   // 26: violin.v1.ContinueNodeRequest
+	(*ContinueNodeResponse)(nil),  // 27: violin.v1.ContinueNodeResponse
+	(*SetClockRequest)(nil),       // 28: violin.v1.SetClockRequest
+	(*SetClockResponse)(nil),      // 29: violin.v1.SetClockResponse
+	(*NodeStatusRequest)(nil),     // 30: violin.v1.NodeStatusRequest
+	(*NodeStatusResponse)(nil),    // 31: violin.v1.NodeStatusResponse
+	(*ExecNodeRequest)(nil),       // 32: violin.v1.ExecNodeRequest
+	(*ExecNodeResponse)(nil),      // 33: violin.v1.ExecNodeResponse
+	(*JoinConsoleRequest)(nil),    // 34: violin.v1.JoinConsoleRequest
+	(*JoinConsoleResponse)(nil),   // 35: violin.v1.JoinConsoleResponse
+	(*AwaitGoneRequest)(nil),      // 36: violin.v1.AwaitGoneRequest
+	(*AwaitGoneResponse)(nil),     // 37: violin.v1.AwaitGoneResponse
+	(*MarkOutputRequest)(nil),     // 38: violin.v1.MarkOutputRequest
+	(*MarkOutputResponse)(nil),    // 39: violin.v1.MarkOutputResponse
+	(*ReleaseOutputRequest)(nil),  // 40: violin.v1.ReleaseOutputRequest
+	(*ReleaseOutputResponse)(nil), // 41: violin.v1.ReleaseOutputResponse
+	(*NowRequest)(nil),            // 42: violin.v1.NowRequest
+	(*NowResponse)(nil),           // 43: violin.v1.NowResponse
+	(*CutRequest)(nil),            // 44: violin.v1.CutRequest
+	(*PrepareOrder)(nil),          // 45: violin.v1.PrepareOrder
+	(*CutOrder)(nil),              // 46: violin.v1.CutOrder
+	(*PollOrder)(nil),             // 47: violin.v1.PollOrder
+	(*CollectOrder)(nil),          // 48: violin.v1.CollectOrder
+	(*CommitOrder)(nil),           // 49: violin.v1.CommitOrder
+	(*AbortOrder)(nil),            // 50: violin.v1.AbortOrder
+	(*CutResponse)(nil),           // 51: violin.v1.CutResponse
+	(*PreparedEvent)(nil),         // 52: violin.v1.PreparedEvent
+	(*NodeEvent)(nil),             // 53: violin.v1.NodeEvent
+	(*CountersEvent)(nil),         // 54: violin.v1.CountersEvent
+	(*ChannelCount)(nil),          // 55: violin.v1.ChannelCount
+	(*CollectedEvent)(nil),        // 56: violin.v1.CollectedEvent
+	(*CommittedEvent)(nil),        // 57: violin.v1.CommittedEvent
+	(*AbortedEvent)(nil),          // 58: violin.v1.AbortedEvent
+	(*FailedEvent)(nil),           // 59: violin.v1.FailedEvent
+	(*ResultsRequest)(nil),        // 60: violin.v1.ResultsRequest
+	(*ResultsResponse)(nil),       // 61: violin.v1.ResultsResponse
+	(*NodeResult)(nil),            // 62: violin.v1.NodeResult
+	(*RecordedFrame)(nil),         // 63: violin.v1.RecordedFrame
+	(*HostResult)(nil),            // 64: violin.v1.HostResult
+	(*HasRequest)(nil),            // 65: violin.v1.HasRequest
+	(*HasResponse)(nil),           // 66: violin.v1.HasResponse
+	(*PutPagesRequest)(nil),       // 67: violin.v1.PutPagesRequest
+	(*PutPagesResponse)(nil),      // 68: violin.v1.PutPagesResponse
+	(*PutTableRequest)(nil),       // 69: violin.v1.PutTableRequest
+	(*MemoryRegion)(nil),          // 70: violin.v1.MemoryRegion
+	(*PutTableResponse)(nil),      // 71: violin.v1.PutTableResponse
+	(*PutBlobRequest)(nil),        // 72: violin.v1.PutBlobRequest
+	(*PutBlobResponse)(nil),       // 73: violin.v1.PutBlobResponse
+	(*Blob)(nil),                  // 74: violin.v1.Blob
+	nil,                           // 75: violin.v1.PrepareOrder.NetworksEntry
+	nil,                           // 76: violin.v1.HostResult.ReadsEntry
+	(*durationpb.Duration)(nil),   // 77: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 78: google.protobuf.Timestamp
 }
 var file_violin_v1_agent_proto_depIdxs = []int32{
-	11, // 0: violin.v1.SetRemotesRequest.remotes:type_name -> violin.v1.Remote
-	16, // 1: violin.v1.AddNodeRequest.files:type_name -> violin.v1.NodeFile
-	17, // 2: violin.v1.AddNodeRequest.ports:type_name -> violin.v1.NodePort
-	22, // 3: violin.v1.RunNodeRequest.frames:type_name -> violin.v1.ChannelFrame
-	75, // 4: violin.v1.ChannelFrame.at:type_name -> google.protobuf.Duration
-	76, // 5: violin.v1.RunNodeResponse.began:type_name -> google.protobuf.Timestamp
-	76, // 6: violin.v1.NowResponse.now:type_name -> google.protobuf.Timestamp
-	43, // 7: violin.v1.CutRequest.prepare:type_name -> violin.v1.PrepareOrder
-	44, // 8: violin.v1.CutRequest.nodes:type_name -> violin.v1.CutOrder
-	45, // 9: violin.v1.CutRequest.poll:type_name -> violin.v1.PollOrder
-	46, // 10: violin.v1.CutRequest.collect:type_name -> violin.v1.CollectOrder
-	47, // 11: violin.v1.CutRequest.commit:type_name -> violin.v1.CommitOrder
-	48, // 12: violin.v1.CutRequest.abort:type_name -> violin.v1.AbortOrder
-	73, // 13: violin.v1.PrepareOrder.networks:type_name -> violin.v1.PrepareOrder.NetworksEntry
-	76, // 14: violin.v1.CutOrder.at:type_name -> google.protobuf.Timestamp
-	50, // 15: violin.v1.CutResponse.prepared:type_name -> violin.v1.PreparedEvent
-	51, // 16: violin.v1.CutResponse.node_cut:type_name -> violin.v1.NodeEvent
-	51, // 17: violin.v1.CutResponse.stored:type_name -> violin.v1.NodeEvent
-	52, // 18: violin.v1.CutResponse.counters:type_name -> violin.v1.CountersEvent
-	54, // 19: violin.v1.CutResponse.collected:type_name -> violin.v1.CollectedEvent
-	55, // 20: violin.v1.CutResponse.committed:type_name -> violin.v1.CommittedEvent
-	56, // 21: violin.v1.CutResponse.aborted:type_name -> violin.v1.AbortedEvent
-	57, // 22: violin.v1.CutResponse.failed:type_name -> violin.v1.FailedEvent
-	53, // 23: violin.v1.CountersEvent.counts:type_name -> violin.v1.ChannelCount
-	60, // 24: violin.v1.ResultsResponse.node:type_name -> violin.v1.NodeResult
-	61, // 25: violin.v1.ResultsResponse.frame:type_name -> violin.v1.RecordedFrame
-	62, // 26: violin.v1.ResultsResponse.host:type_name -> violin.v1.HostResult
-	76, // 27: violin.v1.NodeResult.cut_at:type_name -> google.protobuf.Timestamp
-	75, // 28: violin.v1.NodeResult.pause:type_name -> google.protobuf.Duration
-	72, // 29: violin.v1.NodeResult.device:type_name -> violin.v1.Blob
-	72, // 30: violin.v1.NodeResult.memory:type_name -> violin.v1.Blob
-	17, // 31: violin.v1.NodeResult.ports:type_name -> violin.v1.NodePort
-	76, // 32: violin.v1.RecordedFrame.at:type_name -> google.protobuf.Timestamp
-	74, // 33: violin.v1.HostResult.reads:type_name -> violin.v1.HostResult.ReadsEntry
-	68, // 34: violin.v1.PutTableRequest.regions:type_name -> violin.v1.MemoryRegion
-	72, // 35: violin.v1.PutTableResponse.table:type_name -> violin.v1.Blob
-	72, // 36: violin.v1.PutBlobResponse.blob:type_name -> violin.v1.Blob
+	13, // 0: violin.v1.SetRemotesRequest.remotes:type_name -> violin.v1.Remote
+	18, // 1: violin.v1.AddNodeRequest.files:type_name -> violin.v1.NodeFile
+	19, // 2: violin.v1.AddNodeRequest.ports:type_name -> violin.v1.NodePort
+	24, // 3: violin.v1.RunNodeRequest.frames:type_name -> violin.v1.ChannelFrame
+	77, // 4: violin.v1.ChannelFrame.at:type_name -> google.protobuf.Duration
+	78, // 5: violin.v1.RunNodeResponse.began:type_name -> google.protobuf.Timestamp
+	78, // 6: violin.v1.NowResponse.now:type_name -> google.protobuf.Timestamp
+	45, // 7: violin.v1.CutRequest.prepare:type_name -> violin.v1.PrepareOrder
+	46, // 8: violin.v1.CutRequest.nodes:type_name -> violin.v1.CutOrder
+	47, // 9: violin.v1.CutRequest.poll:type_name -> violin.v1.PollOrder
+	48, // 10: violin.v1.CutRequest.collect:type_name -> violin.v1.CollectOrder
+	49, // 11: violin.v1.CutRequest.commit:type_name -> violin.v1.CommitOrder
+	50, // 12: violin.v1.CutRequest.abort:type_name -> violin.v1.AbortOrder
+	75, // 13: violin.v1.PrepareOrder.networks:type_name -> violin.v1.PrepareOrder.NetworksEntry
+	78, // 14: violin.v1.CutOrder.at:type_name -> google.protobuf.Timestamp
+	52, // 15: violin.v1.CutResponse.prepared:type_name -> violin.v1.PreparedEvent
+	53, // 16: violin.v1.CutResponse.node_cut:type_name -> violin.v1.NodeEvent
+	53, // 17: violin.v1.CutResponse.stored:type_name -> violin.v1.NodeEvent
+	54, // 18: violin.v1.CutResponse.counters:type_name -> violin.v1.CountersEvent
+	56, // 19: violin.v1.CutResponse.collected:type_name -> violin.v1.CollectedEvent
+	57, // 20: violin.v1.CutResponse.committed:type_name -> violin.v1.CommittedEvent
+	58, // 21: violin.v1.CutResponse.aborted:type_name -> violin.v1.AbortedEvent
+	59, // 22: violin.v1.CutResponse.failed:type_name -> violin.v1.FailedEvent
+	55, // 23: violin.v1.CountersEvent.counts:type_name -> violin.v1.ChannelCount
+	62, // 24: violin.v1.ResultsResponse.node:type_name -> violin.v1.NodeResult
+	63, // 25: violin.v1.ResultsResponse.frame:type_name -> violin.v1.RecordedFrame
+	64, // 26: violin.v1.ResultsResponse.host:type_name -> violin.v1.HostResult
+	78, // 27: violin.v1.NodeResult.cut_at:type_name -> google.protobuf.Timestamp
+	77, // 28: violin.v1.NodeResult.pause:type_name -> google.protobuf.Duration
+	74, // 29: violin.v1.NodeResult.device:type_name -> violin.v1.Blob
+	74, // 30: violin.v1.NodeResult.memory:type_name -> violin.v1.Blob
+	19, // 31: violin.v1.NodeResult.ports:type_name -> violin.v1.NodePort
+	78, // 32: violin.v1.RecordedFrame.at:type_name -> google.protobuf.Timestamp
+	76, // 33: violin.v1.HostResult.reads:type_name -> violin.v1.HostResult.ReadsEntry
+	70, // 34: violin.v1.PutTableRequest.regions:type_name -> violin.v1.MemoryRegion
+	74, // 35: violin.v1.PutTableResponse.table:type_name -> violin.v1.Blob
+	74, // 36: violin.v1.PutBlobResponse.blob:type_name -> violin.v1.Blob
 	0,  // 37: violin.v1.JoinService.Enroll:input_type -> violin.v1.EnrollRequest
-	2,  // 38: violin.v1.AgentService.Describe:input_type -> violin.v1.DescribeRequest
-	4,  // 39: violin.v1.AgentService.Begin:input_type -> violin.v1.BeginRequest
-	6,  // 40: violin.v1.AgentService.End:input_type -> violin.v1.EndRequest
-	8,  // 41: violin.v1.AgentService.AddPeer:input_type -> violin.v1.AddPeerRequest
-	10, // 42: violin.v1.AgentService.SetRemotes:input_type -> violin.v1.SetRemotesRequest
-	13, // 43: violin.v1.AgentService.AddGateway:input_type -> violin.v1.AddGatewayRequest
-	15, // 44: violin.v1.AgentService.AddNode:input_type -> violin.v1.AddNodeRequest
-	19, // 45: violin.v1.AgentService.Load:input_type -> violin.v1.LoadRequest
-	21, // 46: violin.v1.AgentService.RunNode:input_type -> violin.v1.RunNodeRequest
-	24, // 47: violin.v1.AgentService.ContinueNode:input_type -> violin.v1.ContinueNodeRequest
-	26, // 48: violin.v1.AgentService.SetClock:input_type -> violin.v1.SetClockRequest
-	28, // 49: violin.v1.AgentService.NodeStatus:input_type -> violin.v1.NodeStatusRequest
-	30, // 50: violin.v1.AgentService.ExecNode:input_type -> violin.v1.ExecNodeRequest
-	32, // 51: violin.v1.AgentService.JoinConsole:input_type -> violin.v1.JoinConsoleRequest
-	34, // 52: violin.v1.AgentService.AwaitGone:input_type -> violin.v1.AwaitGoneRequest
-	36, // 53: violin.v1.AgentService.MarkOutput:input_type -> violin.v1.MarkOutputRequest
-	38, // 54: violin.v1.AgentService.ReleaseOutput:input_type -> violin.v1.ReleaseOutputRequest
-	40, // 55: violin.v1.AgentService.Now:input_type -> violin.v1.NowRequest
-	42, // 56: violin.v1.AgentService.Cut:input_type -> violin.v1.CutRequest
-	58, // 57: violin.v1.AgentService.Results:input_type -> violin.v1.ResultsRequest
-	63, // 58: violin.v1.IngestService.Has:input_type -> violin.v1.HasRequest
-	65, // 59: violin.v1.IngestService.PutPages:input_type -> violin.v1.PutPagesRequest
-	67, // 60: violin.v1.IngestService.PutTable:input_type -> violin.v1.PutTableRequest
-	70, // 61: violin.v1.IngestService.PutBlob:input_type -> violin.v1.PutBlobRequest
-	1,  // 62: violin.v1.JoinService.Enroll:output_type -> violin.v1.EnrollResponse
-	3,  // 63: violin.v1.AgentService.Describe:output_type -> violin.v1.DescribeResponse
-	5,  // 64: violin.v1.AgentService.Begin:output_type -> violin.v1.BeginResponse
-	7,  // 65: violin.v1.AgentService.End:output_type -> violin.v1.EndResponse
-	9,  // 66: violin.v1.AgentService.AddPeer:output_type -> violin.v1.AddPeerResponse
-	12, // 67: violin.v1.AgentService.SetRemotes:output_type -> violin.v1.SetRemotesResponse
-	14, // 68: violin.v1.AgentService.AddGateway:output_type -> violin.v1.AddGatewayResponse
-	18, // 69: violin.v1.AgentService.AddNode:output_type -> violin.v1.AddNodeResponse
-	20, // 70: violin.v1.AgentService.Load:output_type -> violin.v1.LoadResponse
-	23, // 71: violin.v1.AgentService.RunNode:output_type -> violin.v1.RunNodeResponse
-	25, // 72: violin.v1.AgentService.ContinueNode:output_type -> violin.v1.ContinueNodeResponse
-	27, // 73: violin.v1.AgentService.SetClock:output_type -> violin.v1.SetClockResponse
-	29, // 74: violin.v1.AgentService.NodeStatus:output_type -> violin.v1.NodeStatusResponse
-	31, // 75: violin.v1.AgentService.ExecNode:output_type -> violin.v1.ExecNodeResponse
-	33, // 76: violin.v1.AgentService.JoinConsole:output_type -> violin.v1.JoinConsoleResponse
-	35, // 77: violin.v1.AgentService.AwaitGone:output_type -> violin.v1.AwaitGoneResponse
-	37, // 78: violin.v1.AgentService.MarkOutput:output_type -> violin.v1.MarkOutputResponse
-	39, // 79: violin.v1.AgentService.ReleaseOutput:output_type -> violin.v1.ReleaseOutputResponse
-	41, // 80: violin.v1.AgentService.Now:output_type -> violin.v1.NowResponse
-	49, // 81: violin.v1.AgentService.Cut:output_type -> violin.v1.CutResponse
-	59, // 82: violin.v1.AgentService.Results:output_type -> violin.v1.ResultsResponse
-	64, // 83: violin.v1.IngestService.Has:output_type -> violin.v1.HasResponse
-	66, // 84: violin.v1.IngestService.PutPages:output_type -> violin.v1.PutPagesResponse
-	69, // 85: violin.v1.IngestService.PutTable:output_type -> violin.v1.PutTableResponse
-	71, // 86: violin.v1.IngestService.PutBlob:output_type -> violin.v1.PutBlobResponse
-	62, // [62:87] is the sub-list for method output_type
-	37, // [37:62] is the sub-list for method input_type
+	2,  // 38: violin.v1.RenewalService.RenewHost:input_type -> violin.v1.RenewHostRequest
+	4,  // 39: violin.v1.AgentService.Describe:input_type -> violin.v1.DescribeRequest
+	6,  // 40: violin.v1.AgentService.Begin:input_type -> violin.v1.BeginRequest
+	8,  // 41: violin.v1.AgentService.End:input_type -> violin.v1.EndRequest
+	10, // 42: violin.v1.AgentService.AddPeer:input_type -> violin.v1.AddPeerRequest
+	12, // 43: violin.v1.AgentService.SetRemotes:input_type -> violin.v1.SetRemotesRequest
+	15, // 44: violin.v1.AgentService.AddGateway:input_type -> violin.v1.AddGatewayRequest
+	17, // 45: violin.v1.AgentService.AddNode:input_type -> violin.v1.AddNodeRequest
+	21, // 46: violin.v1.AgentService.Load:input_type -> violin.v1.LoadRequest
+	23, // 47: violin.v1.AgentService.RunNode:input_type -> violin.v1.RunNodeRequest
+	26, // 48: violin.v1.AgentService.ContinueNode:input_type -> violin.v1.ContinueNodeRequest
+	28, // 49: violin.v1.AgentService.SetClock:input_type -> violin.v1.SetClockRequest
+	30, // 50: violin.v1.AgentService.NodeStatus:input_type -> violin.v1.NodeStatusRequest
+	32, // 51: violin.v1.AgentService.ExecNode:input_type -> violin.v1.ExecNodeRequest
+	34, // 52: violin.v1.AgentService.JoinConsole:input_type -> violin.v1.JoinConsoleRequest
+	36, // 53: violin.v1.AgentService.AwaitGone:input_type -> violin.v1.AwaitGoneRequest
+	38, // 54: violin.v1.AgentService.MarkOutput:input_type -> violin.v1.MarkOutputRequest
+	40, // 55: violin.v1.AgentService.ReleaseOutput:input_type -> violin.v1.ReleaseOutputRequest
+	42, // 56: violin.v1.AgentService.Now:input_type -> violin.v1.NowRequest
+	44, // 57: violin.v1.AgentService.Cut:input_type -> violin.v1.CutRequest
+	60, // 58: violin.v1.AgentService.Results:input_type -> violin.v1.ResultsRequest
+	65, // 59: violin.v1.IngestService.Has:input_type -> violin.v1.HasRequest
+	67, // 60: violin.v1.IngestService.PutPages:input_type -> violin.v1.PutPagesRequest
+	69, // 61: violin.v1.IngestService.PutTable:input_type -> violin.v1.PutTableRequest
+	72, // 62: violin.v1.IngestService.PutBlob:input_type -> violin.v1.PutBlobRequest
+	1,  // 63: violin.v1.JoinService.Enroll:output_type -> violin.v1.EnrollResponse
+	3,  // 64: violin.v1.RenewalService.RenewHost:output_type -> violin.v1.RenewHostResponse
+	5,  // 65: violin.v1.AgentService.Describe:output_type -> violin.v1.DescribeResponse
+	7,  // 66: violin.v1.AgentService.Begin:output_type -> violin.v1.BeginResponse
+	9,  // 67: violin.v1.AgentService.End:output_type -> violin.v1.EndResponse
+	11, // 68: violin.v1.AgentService.AddPeer:output_type -> violin.v1.AddPeerResponse
+	14, // 69: violin.v1.AgentService.SetRemotes:output_type -> violin.v1.SetRemotesResponse
+	16, // 70: violin.v1.AgentService.AddGateway:output_type -> violin.v1.AddGatewayResponse
+	20, // 71: violin.v1.AgentService.AddNode:output_type -> violin.v1.AddNodeResponse
+	22, // 72: violin.v1.AgentService.Load:output_type -> violin.v1.LoadResponse
+	25, // 73: violin.v1.AgentService.RunNode:output_type -> violin.v1.RunNodeResponse
+	27, // 74: violin.v1.AgentService.ContinueNode:output_type -> violin.v1.ContinueNodeResponse
+	29, // 75: violin.v1.AgentService.SetClock:output_type -> violin.v1.SetClockResponse
+	31, // 76: violin.v1.AgentService.NodeStatus:output_type -> violin.v1.NodeStatusResponse
+	33, // 77: violin.v1.AgentService.ExecNode:output_type -> violin.v1.ExecNodeResponse
+	35, // 78: violin.v1.AgentService.JoinConsole:output_type -> violin.v1.JoinConsoleResponse
+	37, // 79: violin.v1.AgentService.AwaitGone:output_type -> violin.v1.AwaitGoneResponse
+	39, // 80: violin.v1.AgentService.MarkOutput:output_type -> violin.v1.MarkOutputResponse
+	41, // 81: violin.v1.AgentService.ReleaseOutput:output_type -> violin.v1.ReleaseOutputResponse
+	43, // 82: violin.v1.AgentService.Now:output_type -> violin.v1.NowResponse
+	51, // 83: violin.v1.AgentService.Cut:output_type -> violin.v1.CutResponse
+	61, // 84: violin.v1.AgentService.Results:output_type -> violin.v1.ResultsResponse
+	66, // 85: violin.v1.IngestService.Has:output_type -> violin.v1.HasResponse
+	68, // 86: violin.v1.IngestService.PutPages:output_type -> violin.v1.PutPagesResponse
+	71, // 87: violin.v1.IngestService.PutTable:output_type -> violin.v1.PutTableResponse
+	73, // 88: violin.v1.IngestService.PutBlob:output_type -> violin.v1.PutBlobResponse
+	63, // [63:89] is the sub-list for method output_type
+	37, // [37:63] is the sub-list for method input_type
 	37, // [37:37] is the sub-list for extension type_name
 	37, // [37:37] is the sub-list for extension extendee
 	0,  // [0:37] is the sub-list for field type_name
@@ -4798,7 +4896,7 @@ func file_violin_v1_agent_proto_init() {
 	if File_violin_v1_agent_proto != nil {
 		return
 	}
-	file_violin_v1_agent_proto_msgTypes[42].OneofWrappers = []any{
+	file_violin_v1_agent_proto_msgTypes[44].OneofWrappers = []any{
 		(*CutRequest_Prepare)(nil),
 		(*CutRequest_Nodes)(nil),
 		(*CutRequest_Poll)(nil),
@@ -4806,7 +4904,7 @@ func file_violin_v1_agent_proto_init() {
 		(*CutRequest_Commit)(nil),
 		(*CutRequest_Abort)(nil),
 	}
-	file_violin_v1_agent_proto_msgTypes[49].OneofWrappers = []any{
+	file_violin_v1_agent_proto_msgTypes[51].OneofWrappers = []any{
 		(*CutResponse_Prepared)(nil),
 		(*CutResponse_NodeCut)(nil),
 		(*CutResponse_Stored)(nil),
@@ -4816,7 +4914,7 @@ func file_violin_v1_agent_proto_init() {
 		(*CutResponse_Aborted)(nil),
 		(*CutResponse_Failed)(nil),
 	}
-	file_violin_v1_agent_proto_msgTypes[59].OneofWrappers = []any{
+	file_violin_v1_agent_proto_msgTypes[61].OneofWrappers = []any{
 		(*ResultsResponse_Node)(nil),
 		(*ResultsResponse_Frame)(nil),
 		(*ResultsResponse_Host)(nil),
@@ -4827,9 +4925,9 @@ func file_violin_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_violin_v1_agent_proto_rawDesc), len(file_violin_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   75,
+			NumMessages:   77,
 			NumExtensions: 0,
-			NumServices:   3,
+			NumServices:   4,
 		},
 		GoTypes:           file_violin_v1_agent_proto_goTypes,
 		DependencyIndexes: file_violin_v1_agent_proto_depIdxs,

@@ -29,7 +29,9 @@ const (
 type CreateTokenRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Ttl           *durationpb.Duration   `protobuf:"bytes,1,opt,name=ttl,proto3" json:"ttl,omitempty"`
-	Host          string                 `protobuf:"bytes,2,opt,name=host,proto3" json:"host,omitempty"` // that alone may join with it; empty for any
+	Host          string                 `protobuf:"bytes,2,opt,name=host,proto3" json:"host,omitempty"`                      // that alone may join with it; empty for any, or for a user's
+	User          string                 `protobuf:"bytes,3,opt,name=user,proto3" json:"user,omitempty"`                      // who logs in with it; empty for a host's
+	Role          Role                   `protobuf:"varint,4,opt,name=role,proto3,enum=violin.v1.Role" json:"role,omitempty"` // of the user
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -76,6 +78,20 @@ func (x *CreateTokenRequest) GetHost() string {
 		return x.Host
 	}
 	return ""
+}
+
+func (x *CreateTokenRequest) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *CreateTokenRequest) GetRole() Role {
+	if x != nil {
+		return x.Role
+	}
+	return Role_ROLE_UNSPECIFIED
 }
 
 type CreateTokenResponse struct {
@@ -302,14 +318,104 @@ func (x *Host) GetVersion() string {
 	return ""
 }
 
+type RemoveHostRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Force         bool                   `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"` // although a slice runs there
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveHostRequest) Reset() {
+	*x = RemoveHostRequest{}
+	mi := &file_violin_v1_hosts_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveHostRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveHostRequest) ProtoMessage() {}
+
+func (x *RemoveHostRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_hosts_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveHostRequest.ProtoReflect.Descriptor instead.
+func (*RemoveHostRequest) Descriptor() ([]byte, []int) {
+	return file_violin_v1_hosts_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *RemoveHostRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RemoveHostRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type RemoveHostResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveHostResponse) Reset() {
+	*x = RemoveHostResponse{}
+	mi := &file_violin_v1_hosts_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveHostResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveHostResponse) ProtoMessage() {}
+
+func (x *RemoveHostResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_hosts_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveHostResponse.ProtoReflect.Descriptor instead.
+func (*RemoveHostResponse) Descriptor() ([]byte, []int) {
+	return file_violin_v1_hosts_proto_rawDescGZIP(), []int{6}
+}
+
 var File_violin_v1_hosts_proto protoreflect.FileDescriptor
 
 const file_violin_v1_hosts_proto_rawDesc = "" +
 	"\n" +
-	"\x15violin/v1/hosts.proto\x12\tviolin.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"U\n" +
+	"\x15violin/v1/hosts.proto\x12\tviolin.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15violin/v1/users.proto\"\x8e\x01\n" +
 	"\x12CreateTokenRequest\x12+\n" +
 	"\x03ttl\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\x12\x12\n" +
-	"\x04host\x18\x02 \x01(\tR\x04host\"a\n" +
+	"\x04host\x18\x02 \x01(\tR\x04host\x12\x12\n" +
+	"\x04user\x18\x03 \x01(\tR\x04user\x12#\n" +
+	"\x04role\x18\x04 \x01(\x0e2\x0f.violin.v1.RoleR\x04role\"a\n" +
 	"\x13CreateTokenResponse\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x124\n" +
 	"\aexpires\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"\x12\n" +
@@ -323,10 +429,16 @@ const file_violin_v1_hosts_proto_rawDesc = "" +
 	"\tconnected\x18\x04 \x01(\bR\tconnected\x120\n" +
 	"\x05since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x14\n" +
 	"\x05slice\x18\x06 \x01(\tR\x05slice\x12\x18\n" +
-	"\aversion\x18\a \x01(\tR\aversion2\xa8\x01\n" +
+	"\aversion\x18\a \x01(\tR\aversion\"=\n" +
+	"\x11RemoveHostRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"\x14\n" +
+	"\x12RemoveHostResponse2\xf3\x01\n" +
 	"\vHostService\x12L\n" +
 	"\vCreateToken\x12\x1d.violin.v1.CreateTokenRequest\x1a\x1e.violin.v1.CreateTokenResponse\x12K\n" +
-	"\tListHosts\x12\x1b.violin.v1.ListHostsRequest\x1a\x1c.violin.v1.ListHostsResponse\"\x03\x90\x02\x01B\x1fZ\x1dviolin/api/violin/v1;violinv1b\x06proto3"
+	"\tListHosts\x12\x1b.violin.v1.ListHostsRequest\x1a\x1c.violin.v1.ListHostsResponse\"\x03\x90\x02\x01\x12I\n" +
+	"\n" +
+	"RemoveHost\x12\x1c.violin.v1.RemoveHostRequest\x1a\x1d.violin.v1.RemoveHostResponseB\x1fZ\x1dviolin/api/violin/v1;violinv1b\x06proto3"
 
 var (
 	file_violin_v1_hosts_proto_rawDescOnce sync.Once
@@ -340,30 +452,36 @@ func file_violin_v1_hosts_proto_rawDescGZIP() []byte {
 	return file_violin_v1_hosts_proto_rawDescData
 }
 
-var file_violin_v1_hosts_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_violin_v1_hosts_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_violin_v1_hosts_proto_goTypes = []any{
 	(*CreateTokenRequest)(nil),    // 0: violin.v1.CreateTokenRequest
 	(*CreateTokenResponse)(nil),   // 1: violin.v1.CreateTokenResponse
 	(*ListHostsRequest)(nil),      // 2: violin.v1.ListHostsRequest
 	(*ListHostsResponse)(nil),     // 3: violin.v1.ListHostsResponse
 	(*Host)(nil),                  // 4: violin.v1.Host
-	(*durationpb.Duration)(nil),   // 5: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 6: google.protobuf.Timestamp
+	(*RemoveHostRequest)(nil),     // 5: violin.v1.RemoveHostRequest
+	(*RemoveHostResponse)(nil),    // 6: violin.v1.RemoveHostResponse
+	(*durationpb.Duration)(nil),   // 7: google.protobuf.Duration
+	(Role)(0),                     // 8: violin.v1.Role
+	(*timestamppb.Timestamp)(nil), // 9: google.protobuf.Timestamp
 }
 var file_violin_v1_hosts_proto_depIdxs = []int32{
-	5, // 0: violin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	6, // 1: violin.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	4, // 2: violin.v1.ListHostsResponse.hosts:type_name -> violin.v1.Host
-	6, // 3: violin.v1.Host.since:type_name -> google.protobuf.Timestamp
-	0, // 4: violin.v1.HostService.CreateToken:input_type -> violin.v1.CreateTokenRequest
-	2, // 5: violin.v1.HostService.ListHosts:input_type -> violin.v1.ListHostsRequest
-	1, // 6: violin.v1.HostService.CreateToken:output_type -> violin.v1.CreateTokenResponse
-	3, // 7: violin.v1.HostService.ListHosts:output_type -> violin.v1.ListHostsResponse
-	6, // [6:8] is the sub-list for method output_type
-	4, // [4:6] is the sub-list for method input_type
-	4, // [4:4] is the sub-list for extension type_name
-	4, // [4:4] is the sub-list for extension extendee
-	0, // [0:4] is the sub-list for field type_name
+	7, // 0: violin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	8, // 1: violin.v1.CreateTokenRequest.role:type_name -> violin.v1.Role
+	9, // 2: violin.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	4, // 3: violin.v1.ListHostsResponse.hosts:type_name -> violin.v1.Host
+	9, // 4: violin.v1.Host.since:type_name -> google.protobuf.Timestamp
+	0, // 5: violin.v1.HostService.CreateToken:input_type -> violin.v1.CreateTokenRequest
+	2, // 6: violin.v1.HostService.ListHosts:input_type -> violin.v1.ListHostsRequest
+	5, // 7: violin.v1.HostService.RemoveHost:input_type -> violin.v1.RemoveHostRequest
+	1, // 8: violin.v1.HostService.CreateToken:output_type -> violin.v1.CreateTokenResponse
+	3, // 9: violin.v1.HostService.ListHosts:output_type -> violin.v1.ListHostsResponse
+	6, // 10: violin.v1.HostService.RemoveHost:output_type -> violin.v1.RemoveHostResponse
+	8, // [8:11] is the sub-list for method output_type
+	5, // [5:8] is the sub-list for method input_type
+	5, // [5:5] is the sub-list for extension type_name
+	5, // [5:5] is the sub-list for extension extendee
+	0, // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_violin_v1_hosts_proto_init() }
@@ -371,13 +489,14 @@ func file_violin_v1_hosts_proto_init() {
 	if File_violin_v1_hosts_proto != nil {
 		return
 	}
+	file_violin_v1_users_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_violin_v1_hosts_proto_rawDesc), len(file_violin_v1_hosts_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   5,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -1233,6 +1233,7 @@ type Event struct {
 	Host          string                 `protobuf:"bytes,6,opt,name=host,proto3" json:"host,omitempty"`
 	Snapshot      string                 `protobuf:"bytes,7,opt,name=snapshot,proto3" json:"snapshot,omitempty"` // SLICE@ID
 	Text          string                 `protobuf:"bytes,8,opt,name=text,proto3" json:"text,omitempty"`         // for people
+	Owner         string                 `protobuf:"bytes,50,opt,name=owner,proto3" json:"owner,omitempty"`      // of the slice, then; empty: the operators
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1319,6 +1320,13 @@ func (x *Event) GetSnapshot() string {
 func (x *Event) GetText() string {
 	if x != nil {
 		return x.Text
+	}
+	return ""
+}
+
+func (x *Event) GetOwner() string {
+	if x != nil {
+		return x.Owner
 	}
 	return ""
 }
@@ -1419,7 +1427,7 @@ const file_violin_v1_life_proto_rawDesc = "" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\x12\x14\n" +
 	"\x05after\x18\x02 \x01(\x04R\x05after\x12\x12\n" +
 	"\x04last\x18\x03 \x01(\rR\x04last\x12\x16\n" +
-	"\x06follow\x18\x04 \x01(\bR\x06follow\"\xcd\x01\n" +
+	"\x06follow\x18\x04 \x01(\bR\x06follow\"\xe3\x01\n" +
 	"\x05Event\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x04R\x06number\x12*\n" +
 	"\x02at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x14\n" +
@@ -1428,7 +1436,8 @@ const file_violin_v1_life_proto_rawDesc = "" +
 	"\x04node\x18\x05 \x01(\tR\x04node\x12\x12\n" +
 	"\x04host\x18\x06 \x01(\tR\x04host\x12\x1a\n" +
 	"\bsnapshot\x18\a \x01(\tR\bsnapshot\x12\x12\n" +
-	"\x04text\x18\b \x01(\tR\x04text2\x81\x01\n" +
+	"\x04text\x18\b \x01(\tR\x04text\x12\x14\n" +
+	"\x05owner\x182 \x01(\tR\x05owner2\x81\x01\n" +
 	"\x0eHistoryService\x129\n" +
 	"\x03Log\x12\x15.violin.v1.LogRequest\x1a\x16.violin.v1.LogResponse\"\x03\x90\x02\x01\x124\n" +
 	"\x03Tag\x12\x15.violin.v1.TagRequest\x1a\x16.violin.v1.TagResponse2\x9b\x02\n" +

@@ -31,6 +31,8 @@ const _ = connect.IsAtLeastVersion1_13_0
 const (
 	// JoinServiceName is the fully-qualified name of the JoinService service.
 	JoinServiceName = "violin.v1.JoinService"
+	// RenewalServiceName is the fully-qualified name of the RenewalService service.
+	RenewalServiceName = "violin.v1.RenewalService"
 	// AgentServiceName is the fully-qualified name of the AgentService service.
 	AgentServiceName = "violin.v1.AgentService"
 	// IngestServiceName is the fully-qualified name of the IngestService service.
@@ -47,6 +49,9 @@ const (
 const (
 	// JoinServiceEnrollProcedure is the fully-qualified name of the JoinService's Enroll RPC.
 	JoinServiceEnrollProcedure = "/violin.v1.JoinService/Enroll"
+	// RenewalServiceRenewHostProcedure is the fully-qualified name of the RenewalService's RenewHost
+	// RPC.
+	RenewalServiceRenewHostProcedure = "/violin.v1.RenewalService/RenewHost"
 	// AgentServiceDescribeProcedure is the fully-qualified name of the AgentService's Describe RPC.
 	AgentServiceDescribeProcedure = "/violin.v1.AgentService/Describe"
 	// AgentServiceBeginProcedure is the fully-qualified name of the AgentService's Begin RPC.
@@ -172,6 +177,84 @@ type UnimplementedJoinServiceHandler struct{}
 
 func (UnimplementedJoinServiceHandler) Enroll(context.Context, *v1.EnrollRequest) (*v1.EnrollResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.JoinService.Enroll is not implemented"))
+}
+
+// RenewalServiceClient is a client for the violin.v1.RenewalService service.
+type RenewalServiceClient interface {
+	// RenewHost gives the host a certificate in the place of the one that the agent has connected with, which is good
+	// until the new one is used first.
+	RenewHost(context.Context, *v1.RenewHostRequest) (*v1.RenewHostResponse, error)
+}
+
+// NewRenewalServiceClient constructs a client for the violin.v1.RenewalService service. By default,
+// it uses the Connect protocol with the binary Protobuf Codec, asks for gzipped responses, and
+// sends uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the connect.WithGRPC()
+// or connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewRenewalServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) RenewalServiceClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	renewalServiceMethods := v1.File_violin_v1_agent_proto.Services().ByName("RenewalService").Methods()
+	return &renewalServiceClient{
+		renewHost: connect.NewClient[v1.RenewHostRequest, v1.RenewHostResponse](
+			httpClient,
+			baseURL+RenewalServiceRenewHostProcedure,
+			connect.WithSchema(renewalServiceMethods.ByName("RenewHost")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// renewalServiceClient implements RenewalServiceClient.
+type renewalServiceClient struct {
+	renewHost *connect.Client[v1.RenewHostRequest, v1.RenewHostResponse]
+}
+
+// RenewHost calls violin.v1.RenewalService.RenewHost.
+func (c *renewalServiceClient) RenewHost(ctx context.Context, req *v1.RenewHostRequest) (*v1.RenewHostResponse, error) {
+	response, err := c.renewHost.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// RenewalServiceHandler is an implementation of the violin.v1.RenewalService service.
+type RenewalServiceHandler interface {
+	// RenewHost gives the host a certificate in the place of the one that the agent has connected with, which is good
+	// until the new one is used first.
+	RenewHost(context.Context, *v1.RenewHostRequest) (*v1.RenewHostResponse, error)
+}
+
+// NewRenewalServiceHandler builds an HTTP handler from the service implementation. It returns the
+// path on which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewRenewalServiceHandler(svc RenewalServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	renewalServiceMethods := v1.File_violin_v1_agent_proto.Services().ByName("RenewalService").Methods()
+	renewalServiceRenewHostHandler := connect.NewUnaryHandlerSimple(
+		RenewalServiceRenewHostProcedure,
+		svc.RenewHost,
+		connect.WithSchema(renewalServiceMethods.ByName("RenewHost")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/violin.v1.RenewalService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case RenewalServiceRenewHostProcedure:
+			renewalServiceRenewHostHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedRenewalServiceHandler returns CodeUnimplemented from all methods.
+type UnimplementedRenewalServiceHandler struct{}
+
+func (UnimplementedRenewalServiceHandler) RenewHost(context.Context, *v1.RenewHostRequest) (*v1.RenewHostResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.RenewalService.RenewHost is not implemented"))
 }
 
 // AgentServiceClient is a client for the violin.v1.AgentService service.

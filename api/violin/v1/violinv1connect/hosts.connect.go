@@ -40,14 +40,19 @@ const (
 	HostServiceCreateTokenProcedure = "/violin.v1.HostService/CreateToken"
 	// HostServiceListHostsProcedure is the fully-qualified name of the HostService's ListHosts RPC.
 	HostServiceListHostsProcedure = "/violin.v1.HostService/ListHosts"
+	// HostServiceRemoveHostProcedure is the fully-qualified name of the HostService's RemoveHost RPC.
+	HostServiceRemoveHostProcedure = "/violin.v1.HostService/RemoveHost"
 )
 
 // HostServiceClient is a client for the violin.v1.HostService service.
 type HostServiceClient interface {
-	// CreateToken makes what a machine joins with.
+	// CreateToken makes what a machine joins with, or what a user logs in with.
 	CreateToken(context.Context, *v1.CreateTokenRequest) (*v1.CreateTokenResponse, error)
 	// ListHosts tells which machines have joined since the server was started.
 	ListHosts(context.Context, *v1.ListHostsRequest) (*v1.ListHostsResponse, error)
+	// RemoveHost puts a host out: its connection is cut, and its certificate and tokens that were made before are good
+	// no more. One that a slice runs on is FAILED_PRECONDITION, unless force is given: the slice loses it.
+	RemoveHost(context.Context, *v1.RemoveHostRequest) (*v1.RemoveHostResponse, error)
 }
 
 // NewHostServiceClient constructs a client for the violin.v1.HostService service. By default, it
@@ -74,6 +79,12 @@ func NewHostServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 			connect.WithClientOptions(opts...),
 		),
+		removeHost: connect.NewClient[v1.RemoveHostRequest, v1.RemoveHostResponse](
+			httpClient,
+			baseURL+HostServiceRemoveHostProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("RemoveHost")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -81,6 +92,7 @@ func NewHostServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 type hostServiceClient struct {
 	createToken *connect.Client[v1.CreateTokenRequest, v1.CreateTokenResponse]
 	listHosts   *connect.Client[v1.ListHostsRequest, v1.ListHostsResponse]
+	removeHost  *connect.Client[v1.RemoveHostRequest, v1.RemoveHostResponse]
 }
 
 // CreateToken calls violin.v1.HostService.CreateToken.
@@ -101,12 +113,24 @@ func (c *hostServiceClient) ListHosts(ctx context.Context, req *v1.ListHostsRequ
 	return nil, err
 }
 
+// RemoveHost calls violin.v1.HostService.RemoveHost.
+func (c *hostServiceClient) RemoveHost(ctx context.Context, req *v1.RemoveHostRequest) (*v1.RemoveHostResponse, error) {
+	response, err := c.removeHost.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // HostServiceHandler is an implementation of the violin.v1.HostService service.
 type HostServiceHandler interface {
-	// CreateToken makes what a machine joins with.
+	// CreateToken makes what a machine joins with, or what a user logs in with.
 	CreateToken(context.Context, *v1.CreateTokenRequest) (*v1.CreateTokenResponse, error)
 	// ListHosts tells which machines have joined since the server was started.
 	ListHosts(context.Context, *v1.ListHostsRequest) (*v1.ListHostsResponse, error)
+	// RemoveHost puts a host out: its connection is cut, and its certificate and tokens that were made before are good
+	// no more. One that a slice runs on is FAILED_PRECONDITION, unless force is given: the slice loses it.
+	RemoveHost(context.Context, *v1.RemoveHostRequest) (*v1.RemoveHostResponse, error)
 }
 
 // NewHostServiceHandler builds an HTTP handler from the service implementation. It returns the path
@@ -129,12 +153,20 @@ func NewHostServiceHandler(svc HostServiceHandler, opts ...connect.HandlerOption
 		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostServiceRemoveHostHandler := connect.NewUnaryHandlerSimple(
+		HostServiceRemoveHostProcedure,
+		svc.RemoveHost,
+		connect.WithSchema(hostServiceMethods.ByName("RemoveHost")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/violin.v1.HostService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case HostServiceCreateTokenProcedure:
 			hostServiceCreateTokenHandler.ServeHTTP(w, r)
 		case HostServiceListHostsProcedure:
 			hostServiceListHostsHandler.ServeHTTP(w, r)
+		case HostServiceRemoveHostProcedure:
+			hostServiceRemoveHostHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -150,4 +182,8 @@ func (UnimplementedHostServiceHandler) CreateToken(context.Context, *v1.CreateTo
 
 func (UnimplementedHostServiceHandler) ListHosts(context.Context, *v1.ListHostsRequest) (*v1.ListHostsResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.HostService.ListHosts is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) RemoveHost(context.Context, *v1.RemoveHostRequest) (*v1.RemoveHostResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.HostService.RemoveHost is not implemented"))
 }
