@@ -8,9 +8,11 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -45,7 +47,10 @@ in one Ethernet. While a slice runs, the switch has it, and its addresses are of
 must not be what this machine is reached by. Images that nodes boot from must be in the
 state directory, the same as on the server.
 
-It ends with SIGTERM or Ctrl-C, and the nodes that it runs end with it.`,
+What it runs outlives it: an agent that ends with SIGTERM, or is killed, leaves nodes and
+networks running, and the next that is started with the same --run-dir takes them over,
+also in the middle of a snapshot, which is then given up. With Ctrl-C the nodes end with
+it. A service manager must not kill the agent's children: for systemd, KillMode=process.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := a.tableOnly(cmd); err != nil {
@@ -87,7 +92,18 @@ func (a *app) agent(ctx context.Context, o agentOptions) error {
 	logger := slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: o.level}))
 	runtime.GOMAXPROCS(runtime.NumCPU() + spareProcessors)
 	raisePriority(logger)
+	program, err := os.Executable()
+	if err != nil {
+		return &failure{code: exitFailure, err: err}
+	}
+	passed, err := killAt(os.Getenv("VIOLIN_TEST_KILL_AT"))
+	if err != nil {
+		return usage(err)
+	}
+	interrupted := make(chan os.Signal, 1)
+	signal.Notify(interrupted, os.Interrupt)
 	err = remote.ServeHost(ctx, remote.HostConfig{
+		Keeper: []string{program, "keep"}, Passed: passed, Leave: func() bool { return len(interrupted) == 0 },
 		Server: address, Token: token, Identity: identity, Dir: dirs.Run, Images: filepath.Join(dirs.State, "images"),
 		Device: o.device, Address: prefix, Version: violinVersion(), Logger: logger,
 	})
@@ -95,6 +111,27 @@ func (a *app) agent(ctx context.Context, o agentOptions) error {
 		return &failure{code: exitFailure, err: err}
 	}
 	return nil
+}
+
+// killAt makes this process kill itself once it has done a step of a cut: for tests, by
+// the environment's VIOLIN_TEST_KILL_AT=STEP or NODE/STEP.
+func killAt(where string) (func(node, step string), error) {
+	if where == "" {
+		return nil, nil
+	}
+	node, step, of := strings.Cut(where, "/")
+	if !of {
+		node, step = "", where
+	}
+	if step == "" {
+		return nil, fmt.Errorf("VIOLIN_TEST_KILL_AT=%q: it takes STEP or NODE/STEP", where)
+	}
+	return func(n, s string) {
+		if s == step && (n == node || !of) {
+			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+			select {} // until it strikes
+		}
+	}, nil
 }
 
 // parseJoin takes TOKEN@SERVER:PORT apart. The token is nil if there is none.

@@ -118,7 +118,7 @@ func (a *app) root() *cobra.Command {
 		a.protectCommand(), a.unprotectCommand(), a.eventsCommand(),
 		a.exportCommand(), a.importCommand(), a.storeCommand(), a.imageCommand(), a.benchCommand(),
 		a.consoleCommand(), a.execCommand(),
-		a.serverCommand(), a.agentCommand(), a.tokenCommand(), a.hostsCommand(),
+		a.serverCommand(), a.agentCommand(), a.keepCommand(), a.tokenCommand(), a.hostsCommand(),
 		a.loginCommand(), a.logoutCommand(), a.whoamiCommand(), a.usersCommand(), a.giveCommand(), a.versionCommand(),
 	)
 	return root

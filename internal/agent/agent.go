@@ -59,7 +59,15 @@ type Config struct {
 	Limits cut.Limits
 	// Urgency is that of the agent's own process: agents of one process share it.
 	Urgency *priority.Shared
-	Logger  *slog.Logger
+	// Keeper is the command of the process that keeps what must not die with this one
+	// (package keeper). With it, what the agent runs is to outlive it: the platform's
+	// children don't die with their parent, and [Find] takes over what is written down
+	// in Dir. Nil for neither.
+	Keeper []string
+	// Passed is told of each step of a cut that a node of this host, or for an empty name
+	// the host, has done; for tests, which kill the agent there. Nil for none.
+	Passed func(node, step string)
+	Logger *slog.Logger
 }
 
 // Now is the host's clock.
@@ -70,9 +78,11 @@ var DefaultLimits = cut.Limits{Bytes: 64 << 20}
 
 // Agent runs one host.
 type Agent struct {
-	cfg    Config
-	log    *slog.Logger
-	fabric *fabric.Switch
+	cfg     Config
+	log     *slog.Logger
+	fabric  *fabric.Switch
+	book    *book
+	keeping *keeping // nil if nothing outlives the agent
 
 	mu    sync.Mutex // guards the maps; a node guards itself
 	nodes map[coloring.NodeKey]*node
@@ -85,24 +95,53 @@ type Agent struct {
 
 // Start brings the host's switch up.
 func Start(ctx context.Context, cfg Config) (*Agent, error) {
+	a := newAgent(cfg)
+	sw, err := fabric.Start(ctx, a.fabricConfig())
+	if err == nil {
+		a.fabric = sw
+		err = a.book.write(func(*page) {})
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("host %s: %w", cfg.Host, err), a.closeSwitch())
+	}
+	return a, nil
+}
+
+func newAgent(cfg Config) *Agent {
 	if cfg.Limits == (cut.Limits{}) {
 		cfg.Limits = DefaultLimits
 	}
+	if cfg.Passed == nil {
+		cfg.Passed = func(_, _ string) {}
+	}
 	a := &Agent{
-		cfg: cfg, log: cfg.Logger.With("host", cfg.Host),
+		cfg: cfg, log: cfg.Logger.With("host", cfg.Host), book: newBook(cfg),
 		nodes: map[coloring.NodeKey]*node{}, ports: map[uint32]*port{},
 		cuts: map[string]*hostCut{}, peers: map[uint16]string{},
 	}
-	sw, err := fabric.Start(ctx, fabric.Config{
-		Host: cfg.Host, Dir: filepath.Join(cfg.Dir, "ovs"), Launcher: cfg.Platform, Netlink: cfg.Platform.Netlink,
-		UnderlayDevice: cfg.Underlay.Device, UnderlayAddr: cfg.Underlay.Addr, UnderlayMAC: cfg.Underlay.MAC, MTU: cfg.Underlay.MTU,
+	a.keeping = newKeeping(cfg, a.log)
+	return a
+}
+
+func (a *Agent) fabricConfig() fabric.Config {
+	u := a.cfg.Underlay
+	c := fabric.Config{
+		Host: a.cfg.Host, Dir: filepath.Join(a.cfg.Dir, "ovs"), Launcher: a.cfg.Platform, Netlink: a.cfg.Platform.Netlink,
+		UnderlayDevice: u.Device, UnderlayAddr: u.Addr, UnderlayMAC: u.MAC, MTU: u.MTU,
 		OnPacket: a.packet, OnLost: a.lost, Logger: a.log,
-	})
-	if err != nil {
-		return nil, fmt.Errorf("host %s: %w", cfg.Host, err)
 	}
-	a.fabric = sw
-	return a, nil
+	if a.keeping != nil {
+		c.Dial = a.keeping.session
+	}
+	return c
+}
+
+func (a *Agent) closeSwitch() error {
+	var err error
+	if a.fabric != nil {
+		err = a.fabric.Close()
+	}
+	return errors.Join(err, a.keeping.close())
 }
 
 // AddPeer joins the host to another one.
@@ -119,7 +158,9 @@ func (a *Agent) AddPeer(ctx context.Context, peer fabric.Peer) error {
 // SetRemotes tells where the interfaces on other hosts are; it takes effect
 // with the next node that is added.
 func (a *Agent) SetRemotes(_ context.Context, remotes []coloring.Remote) error {
-	a.fabric.SetRemotes(remotes)
+	if err := a.fabric.SetRemotes(remotes); err != nil {
+		return fmt.Errorf("host %s: %w", a.cfg.Host, err)
+	}
 	return nil
 }
 
@@ -139,8 +180,7 @@ func (a *Agent) Close() error {
 	for _, k := range keys {
 		errs = append(errs, a.stopNode(k))
 	}
-	errs = append(errs, a.fabric.Close())
-	return errors.Join(errs...)
+	return errors.Join(append(errs, a.closeSwitch())...)
 }
 
 // node is one VM with its gate.
@@ -173,9 +213,10 @@ type port struct {
 
 // arrival is a frame on its way through a gate.
 type arrival struct {
-	port *port
-	data []byte
-	at   time.Time
+	port   *port
+	data   []byte
+	at     time.Time
+	buffer uint32 // of the keeper; 0 for none
 }
 
 // Recorded is a frame of the channel state.
@@ -205,9 +246,10 @@ func (a *Agent) packet(p coloring.Packet, data []byte) {
 	to := a.ports[p.Port]
 	a.mu.Unlock()
 	if to == nil {
-		return // the node is gone
+		a.forget(p.Buffer) // the node is gone
+		return
 	}
-	to.node.arrive(a, p, arrival{port: to, data: data, at: time.Now()})
+	to.node.arrive(a, p, arrival{port: to, data: data, at: time.Now(), buffer: p.Buffer})
 }
 
 func (n *node) arrive(a *Agent, p coloring.Packet, f arrival) {
@@ -221,6 +263,7 @@ func (n *node) arrive(a *Agent, p coloring.Packet, f arrival) {
 	n.tally.arrive(p.Epoch, p.Delivered())
 	if n.discard && !p.Delivered() && !p.Outside && p.Epoch.Compare(n.gate.Epoch()) > 0 {
 		n.tally.discarded++
+		a.forget(p.Buffer)
 		return
 	}
 	v, err := n.gate.Arrive(cut.Frame[arrival]{Epoch: p.Epoch, Size: len(f.data), Delivered: p.Delivered(), Outside: p.Outside, Ref: f})
@@ -246,9 +289,16 @@ func (n *node) record(epoch cut.Epoch, f arrival) {
 }
 
 func (n *node) deliver(a *Agent, f arrival) {
-	if err := a.fabric.Output(f.port.number, f.data); err != nil {
+	if err := a.fabric.GiveOut(f.buffer, f.port.number, f.data); err != nil {
 		n.tally.failed++
 		a.log.Error("a held frame was not delivered", "node", n.spec.Name, "bytes", len(f.data), "err", err)
+	}
+}
+
+// forget says that a frame that was handed over is for nobody.
+func (a *Agent) forget(buffer uint32) {
+	if err := a.fabric.Forget(buffer); err != nil {
+		a.log.Debug("a frame for nobody stays kept", "err", err)
 	}
 }
 

@@ -95,6 +95,7 @@ type hostCut struct {
 	prepared chan struct{} // closed when the preparation has ended, for good or ill
 
 	nodes     map[string]*nodeCut
+	taken     bool // over from an agent that has died: all that is left is to end it
 	ended     bool // commit or abort has begun
 	began     time.Time
 	reads     map[int]time.Time // when a round's counters were read
@@ -137,7 +138,7 @@ func (a *Agent) Handle(o Order, report func(cut.Event)) {
 		a.cuts[o.Slice] = hc
 		hc.spawn(hc.prepare)
 	case cut.SendCut:
-		if hc != nil && hc.id == e.Cut && !hc.ended {
+		if hc != nil && hc.id == e.Cut && !hc.ended && !hc.taken {
 			for _, name := range e.Nodes {
 				hc.spawn(func() {
 					if hc.await(o.At.Add(-closeLead)) {
@@ -147,11 +148,11 @@ func (a *Agent) Handle(o Order, report func(cut.Event)) {
 			}
 		}
 	case cut.SendPoll:
-		if hc != nil && hc.id == e.Cut && !hc.ended {
+		if hc != nil && hc.id == e.Cut && !hc.ended && !hc.taken {
 			hc.spawn(func() { hc.poll(e.Round, e.Epoch) })
 		}
 	case cut.SendCollect:
-		if hc != nil && hc.id == e.Cut && !hc.ended {
+		if hc != nil && hc.id == e.Cut && !hc.ended && !hc.taken {
 			hc.spawn(hc.collect)
 		}
 	case cut.SendCommit:
@@ -159,7 +160,7 @@ func (a *Agent) Handle(o Order, report func(cut.Event)) {
 		case hc == nil || hc.id != e.Cut:
 			report(cut.Committed{Cut: e.Cut, Host: a.cfg.Host})
 		case !hc.ended:
-			hc.ended = true
+			hc.conclude(report)
 			go hc.commit()
 		}
 	case cut.SendAbort:
@@ -167,9 +168,18 @@ func (a *Agent) Handle(o Order, report func(cut.Event)) {
 		case hc == nil || hc.id != e.Cut:
 			report(cut.Aborted{Cut: e.Cut, Host: a.cfg.Host})
 		case !hc.ended:
-			hc.ended = true
+			hc.conclude(report)
 			go hc.abort(e.To)
 		}
+	}
+}
+
+// conclude says that the end has begun, and who is to be told of it: of a cut that was
+// taken over, nobody was told of anything. The agent's mu is held.
+func (hc *hostCut) conclude(report func(cut.Event)) {
+	hc.ended = true
+	if hc.taken {
+		hc.report = report
 	}
 }
 
@@ -216,6 +226,12 @@ func (hc *hostCut) count(ctx context.Context, epochs ...cut.Epoch) error {
 // time is done while the nodes run.
 func (hc *hostCut) prepare() {
 	defer close(hc.prepared)
+	if err := hc.a.book.write(func(p *page) {
+		p.Cuts = append(p.Cuts, cutEntry{Slice: hc.order.Slice, ID: hc.id, From: hc.from, To: hc.to, Networks: hc.order.Networks, Mode: hc.order.Mode})
+	}); err != nil {
+		hc.fail("", err)
+		return
+	}
 	if err := hc.count(hc.ctx, hc.from, hc.to); err != nil {
 		hc.fail("", err)
 		return
@@ -244,6 +260,7 @@ func (hc *hostCut) prepare() {
 	}
 	arming.Wait()
 	if ok {
+		hc.a.cfg.Passed("", "prepare")
 		hc.report(cut.Prepared{Cut: hc.id, Host: hc.a.cfg.Host})
 	}
 }
@@ -374,6 +391,7 @@ func (hc *hostCut) cutNode(name string, at time.Time) {
 		return
 	}
 	hc.report(cut.NodeCut{Cut: hc.id, Node: name})
+	hc.a.cfg.Passed(name, "drain")
 
 	disks := make(chan error, 1)
 	hc.spawn(func() { disks <- hc.storeDisks(nc) })
@@ -389,6 +407,7 @@ func (hc *hostCut) cutNode(name string, at time.Time) {
 			hc.fail(name, err)
 			return
 		}
+		hc.a.cfg.Passed(name, "store")
 		hc.report(cut.Stored{Cut: hc.id, Node: name})
 	case <-hc.ctx.Done():
 	}
@@ -400,8 +419,7 @@ func (hc *hostCut) steps(nc *nodeCut) error {
 	if err := hc.ctx.Err(); err != nil {
 		return err // it is being given up
 	}
-	defer hc.a.cfg.Urgency.Raise()()
-	defer hc.a.fabric.Urgency().Raise()()
+	defer hc.a.hurry()()
 	for _, step := range cut.Steps() {
 		nc.begun = step
 		began, from := time.Now(), nc.n.epoch()
@@ -409,9 +427,20 @@ func (hc *hostCut) steps(nc *nodeCut) error {
 			return fmt.Errorf("%s: %w", step, err)
 		}
 		hc.witness(nc, step, began, from)
+		hc.a.cfg.Passed(nc.n.spec.Name, step.String())
 		hc.a.log.Debug("step done", "cut", hc.id, "node", nc.n.spec.Name, "step", step.String(), "took", time.Since(began))
 	}
 	return nil
+}
+
+// hurry makes what a pause waits for urgent: the agent, its keeper and its switch.
+func (a *Agent) hurry() (relax func()) {
+	lower := []func(){a.cfg.Urgency.Raise(), a.fabric.Urgency().Raise(), a.keeping.raise()}
+	return func() {
+		for _, l := range slices.Backward(lower) {
+			l()
+		}
+	}
 }
 
 func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {
@@ -614,6 +643,7 @@ func (hc *hostCut) collect() {
 		hc.fail("", err)
 		return
 	}
+	hc.a.cfg.Passed("", "collect")
 	hc.report(cut.Collected{Cut: hc.id, Host: hc.a.cfg.Host})
 }
 
@@ -637,8 +667,11 @@ func (hc *hostCut) commit() {
 		for _, d := range nc.result.Disks {
 			nc.n.disks[d.Name] = d.Blocks
 		}
-		nc.capture.Stored()
+		if nc.capture != nil { // of a VM that has ended, and that another agent began
+			nc.capture.Stored()
+		}
 	}
+	hc.a.cfg.Passed("", "commit")
 	hc.end()
 	hc.report(cut.Committed{Cut: hc.id, Host: hc.a.cfg.Host})
 }
@@ -652,6 +685,7 @@ func (hc *hostCut) abort(to cut.Epoch) {
 		hc.a.mu.Unlock()
 		return
 	}
+	hc.a.cfg.Passed("", "abort")
 	hc.end()
 	hc.report(cut.Aborted{Cut: hc.id, Host: hc.a.cfg.Host})
 }
@@ -753,8 +787,7 @@ func (hc *hostCut) quieten(ctx context.Context, nc *nodeCut) {
 // abortNode brings a node into the new epoch. Whatever fails, the node does not stay
 // stopped.
 func (hc *hostCut) abortNode(ctx context.Context, nc *nodeCut, to cut.Epoch) error {
-	defer hc.a.cfg.Urgency.Raise()()
-	defer hc.a.fabric.Urgency().Raise()()
+	defer hc.a.hurry()()
 	settled, stopped := true, false
 	for _, step := range cut.AbortSteps(nc.begun) {
 		if !settled && (step == cut.StepStop || step == cut.StepFlush) {
@@ -804,6 +837,11 @@ func (hc *hostCut) abortStep(ctx context.Context, nc *nodeCut, step cut.Step, to
 
 func (hc *hostCut) end() {
 	hc.cancel()
+	if err := hc.a.book.write(func(p *page) {
+		p.Cuts = slices.DeleteFunc(p.Cuts, func(e cutEntry) bool { return e.ID == hc.id })
+	}); err != nil {
+		hc.a.log.Error("that the cut has ended is not written down", "cut", hc.id, "err", err)
+	}
 	hc.a.mu.Lock()
 	delete(hc.a.cuts, hc.order.Slice)
 	hc.a.mu.Unlock()

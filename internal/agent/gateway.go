@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"violin/internal/coloring"
@@ -39,15 +40,16 @@ func (a *Agent) AddGateway(ctx context.Context, spec GatewaySpec) (err error) {
 			err = fmt.Errorf("host %s: gateway %v: %w", a.cfg.Host, spec.Address, errors.Join(err, a.closeGateway(x)))
 		}
 	}()
+	if err := a.book.write(func(p *page) {
+		p.Taps++
+		p.Exits = append(p.Exits, exitEntry{Spec: spec, Tap: x.tap})
+	}); err != nil {
+		return err
+	}
 	if err := a.cfg.Platform.CreateTap(x.tap, spec.MTU); err != nil {
 		return err
 	}
-	f, err := a.cfg.Platform.OpenTap(x.tap)
-	if err != nil {
-		return err
-	}
-	x.gateway, err = gateway.Start(gateway.Config{Tap: f, Address: spec.Address, MAC: spec.MAC, MTU: spec.MTU, Hold: spec.Hold, Logger: a.log})
-	if err != nil {
+	if err := a.startGateway(x, spec); err != nil {
 		return err
 	}
 	if _, err = a.fabric.Attach(ctx, fabric.Port{
@@ -62,10 +64,23 @@ func (a *Agent) AddGateway(ctx context.Context, spec GatewaySpec) (err error) {
 	if err := a.fabric.Purge(ctx); err != nil {
 		return err
 	}
+	if err := a.book.write(func(p *page) { p.exit(x.tap).Whole = true }); err != nil {
+		return err
+	}
 	a.mu.Lock()
 	a.exits = append(a.exits, x)
 	a.mu.Unlock()
 	return nil
+}
+
+// startGateway starts a gateway on its device.
+func (a *Agent) startGateway(x *exit, spec GatewaySpec) error {
+	f, err := a.cfg.Platform.OpenTap(x.tap)
+	if err != nil {
+		return err
+	}
+	x.gateway, err = gateway.Start(gateway.Config{Tap: f, Address: spec.Address, MAC: spec.MAC, MTU: spec.MTU, Hold: spec.Hold, Logger: a.log})
+	return err
 }
 
 // MarkOutput says where the frames end that wait at the host's gateways now, a mark a
@@ -113,5 +128,8 @@ func (a *Agent) closeGateway(x *exit) error {
 	if x.gateway != nil {
 		errs = append(errs, x.gateway.Close())
 	}
-	return errors.Join(append(errs, a.cfg.Platform.DeleteTap(x.tap))...)
+	errs = append(errs, a.cfg.Platform.DeleteTap(x.tap), a.book.write(func(p *page) {
+		p.Exits = slices.DeleteFunc(p.Exits, func(e exitEntry) bool { return e.Tap == x.tap })
+	}))
+	return errors.Join(errs...)
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"violin/internal/coloring"
@@ -59,10 +60,20 @@ func (a *Agent) AddNode(ctx context.Context, spec NodeSpec, incoming bool) (err 
 		}
 	}()
 
-	spec.Machine.Dir = filepath.Join(a.cfg.Dir, spec.Slice, spec.Name)
+	var taps []string
+	for range spec.Interfaces {
+		taps = append(taps, a.tapName())
+	}
+	if err := a.book.write(func(p *page) {
+		p.Taps += len(taps)
+		p.Nodes = append(p.Nodes, nodeEntry{Spec: spec, Taps: taps})
+	}); err != nil {
+		return err
+	}
+	spec.Machine.Dir = a.dirOf(spec)
 	spec.Machine.NICs = nil
 	for i, ifc := range spec.Interfaces {
-		p, err := a.addPort(ctx, n, i, ifc)
+		p, err := a.addPort(ctx, n, i, ifc, taps[i])
 		if err != nil {
 			return err
 		}
@@ -84,8 +95,12 @@ func (a *Agent) AddNode(ctx context.Context, spec NodeSpec, incoming bool) (err 
 		return err
 	}
 	n.vm = vm
-	return nil
+	a.keep(vm)
+	return a.book.write(func(p *page) { p.node(key).Whole = true })
 }
+
+// dirOf is the directory of a node, and the name that its hypervisor is found by.
+func (a *Agent) dirOf(spec NodeSpec) string { return filepath.Join(a.cfg.Dir, spec.Slice, spec.Name) }
 
 func (a *Agent) tapName() string {
 	a.mu.Lock()
@@ -94,8 +109,7 @@ func (a *Agent) tapName() string {
 	return fmt.Sprintf("vtap%d", a.taps)
 }
 
-func (a *Agent) addPort(ctx context.Context, n *node, index int, ifc Interface) (*port, error) {
-	tap := a.tapName()
+func (a *Agent) addPort(ctx context.Context, n *node, index int, ifc Interface, tap string) (*port, error) {
 	if err := a.cfg.Platform.CreateTap(tap, ifc.MTU); err != nil {
 		return nil, err
 	}
@@ -249,6 +263,9 @@ func (a *Agent) stopNode(key coloring.NodeKey) error {
 		a.mu.Unlock()
 		errs = append(errs, a.cfg.Platform.DeleteTap(p.tap))
 	}
+	errs = append(errs, a.book.write(func(p *page) {
+		p.Nodes = slices.DeleteFunc(p.Nodes, func(e nodeEntry) bool { return e.Spec.Slice == key.Slice && e.Spec.Name == key.Node })
+	}))
 	return errors.Join(errs...)
 }
 

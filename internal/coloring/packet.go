@@ -15,6 +15,7 @@ type Packet struct {
 	Epoch    cut.Epoch // the frame's epoch: its sender's when it left
 	Tunneled bool      // it came from another host
 	Outside  bool      // it came from outside the slice: it has no epoch
+	Buffer   uint32    // as in [openflow.PacketIn]
 }
 
 // Delivered tells whether the switch has delivered the frame already and the
@@ -36,6 +37,7 @@ func ReadPacket(in *openflow.PacketIn) (Packet, error) {
 		Epoch:    cut.Epoch(in.Reg(regEpoch)),
 		Tunneled: in.Reg(regTunneled)&1 == 1,
 		Outside:  in.Reg(regOutside)&1 == 1,
+		Buffer:   in.Buffer,
 	}, nil
 }
 

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"violin/internal/child"
 )
 
 // schema is where Debian's package has Open vSwitch's database schema.
@@ -29,14 +31,15 @@ type Launcher interface{ Start(cmd *exec.Cmd) error }
 type daemons struct {
 	dir      string
 	launcher Launcher
-	ovsdb    *process
-	vswitchd *process
+	ovsdb    *child.Process
+	vswitchd *child.Process
 }
 
-type process struct {
-	cmd  *exec.Cmd
-	done chan struct{}
-}
+// The daemons' programs.
+const (
+	ovsdbServer = "ovsdb-server"
+	ovsVswitchd = "ovs-vswitchd"
+)
 
 func startDaemons(ctx context.Context, cfg Config) (_ *daemons, err error) {
 	d := &daemons{dir: cfg.Dir, launcher: cfg.Launcher}
@@ -54,48 +57,59 @@ func startDaemons(ctx context.Context, cfg Config) (_ *daemons, err error) {
 	if out, err := exec.CommandContext(ctx, "ovsdb-tool", "create", db, schema).CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("ovsdb-tool create %s (is openvswitch-switch installed?): %w: %s", db, err, out)
 	}
-	if d.ovsdb, err = d.start("ovsdb-server", db, "--remote=punix:"+d.socket(), "--unixctl="+filepath.Join(d.dir, "ovsdb.ctl")); err != nil {
+	if d.ovsdb, err = d.start(ovsdbServer, db, "--remote=punix:"+d.socket(), "--unixctl="+filepath.Join(d.dir, "ovsdb.ctl")); err != nil {
 		return nil, err
 	}
-	if err := d.ovsdb.await(ctx, d.socket()); err != nil {
+	if err := await(ctx, d.ovsdb, d.socket()); err != nil {
 		return nil, err
 	}
-	if d.vswitchd, err = d.start("ovs-vswitchd", "unix:"+d.socket(), "--unixctl="+d.control()); err != nil {
+	if d.vswitchd, err = d.start(ovsVswitchd, "unix:"+d.socket(), "--unixctl="+d.control()); err != nil {
 		return nil, err
 	}
-	return d, d.vswitchd.await(ctx, d.control())
+	return d, await(ctx, d.vswitchd, d.control())
+}
+
+// findDaemons finds those that an agent before this one has started.
+func findDaemons(cfg Config) (*daemons, error) {
+	d := &daemons{dir: cfg.Dir, launcher: cfg.Launcher}
+	for program, p := range map[string]**child.Process{ovsdbServer: &d.ovsdb, ovsVswitchd: &d.vswitchd} {
+		var err error
+		if *p, err = child.Find(filepath.Join(d.dir, program)); err != nil {
+			return d, err
+		}
+		if *p == nil {
+			return d, fmt.Errorf("%s has ended while no agent was there; its log in %s may say why", program, d.dir)
+		}
+	}
+	return d, nil
 }
 
 func (d *daemons) socket() string  { return filepath.Join(d.dir, "db.sock") }
 func (d *daemons) control() string { return filepath.Join(d.dir, "vswitchd.ctl") }
 
-func (d *daemons) start(name string, args ...string) (*process, error) {
+func (d *daemons) start(name string, args ...string) (*child.Process, error) {
 	args = append(args, "--log-file="+filepath.Join(d.dir, name+".log"), "-vconsole:off", "-vsyslog:off")
 	cmd := exec.Command(name, args...)
 	cmd.Env = append(os.Environ(), "OVS_RUNDIR="+d.dir, "OVS_DBDIR="+d.dir, "OVS_LOGDIR="+d.dir)
+	child.Mark(cmd, filepath.Join(d.dir, name))
 	if err := d.launcher.Start(cmd); err != nil {
 		return nil, fmt.Errorf("start %s (is openvswitch-switch installed?): %w", name, err)
 	}
-	p := &process{cmd: cmd, done: make(chan struct{})}
-	go func() {
-		_ = cmd.Wait() // how it ended is in its log
-		close(p.done)
-	}()
-	return p, nil
+	return child.Started(cmd), nil
 }
 
 // await returns once the daemon listens on its socket. That the socket is there is not
 // enough: it is made before anybody listens.
-func (p *process) await(ctx context.Context, socket string) error {
+func await(ctx context.Context, p *child.Process, socket string) error {
 	for {
 		if c, err := net.Dial("unix", socket); err == nil {
 			return c.Close()
 		}
 		select {
-		case <-p.done:
-			return fmt.Errorf("%s ended at once (%s); see its log beside %s", p.cmd.Path, p.cmd.ProcessState, socket)
+		case <-p.Done():
+			return fmt.Errorf("the daemon that was to make %s ended at once (%v); see its log beside it", socket, p.Err())
 		case <-ctx.Done():
-			return fmt.Errorf("wait for %s to make %s: %w", p.cmd.Path, socket, ctx.Err())
+			return fmt.Errorf("wait for %s to be made: %w", socket, ctx.Err())
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
@@ -103,20 +117,15 @@ func (p *process) await(ctx context.Context, socket string) error {
 
 func (d *daemons) stop() error {
 	var errs []error
-	for _, p := range []*process{d.vswitchd, d.ovsdb} {
-		if p == nil {
-			continue
+	for _, p := range []*child.Process{d.vswitchd, d.ovsdb} {
+		if p != nil {
+			errs = append(errs, p.Kill())
 		}
-		if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
-			errs = append(errs, fmt.Errorf("stop %s (pid %d): %w", p.cmd.Path, p.cmd.Process.Pid, err))
-			continue
-		}
-		<-p.done
 	}
 	return errors.Join(errs...)
 }
 
-func (d *daemons) pid() int { return d.vswitchd.cmd.Process.Pid }
+func (d *daemons) pid() int { return d.vswitchd.PID() }
 
 // raiseBuffers gives the packet sockets by which the switch in user space reads
 // its devices room for a burst. They are made with the machine's default, some 90

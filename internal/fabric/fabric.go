@@ -58,6 +58,9 @@ type Config struct {
 	// OnLost is told that the session with the switch was lost: what the switch has
 	// handed over since may be lost as well. It is being opened again. May be nil.
 	OnLost func(error)
+	// Dial reaches the switch by OpenFlow through a keeper; nil for directly. With it
+	// the switch is one that may outlive this process, and is written down for [Find].
+	Dial   func(context.Context) (net.Conn, error)
 	Logger *slog.Logger
 
 	queueBytes int // of the OpenFlow session, each way; 0 for its default
@@ -99,7 +102,7 @@ type Counters struct {
 type Switch struct {
 	cfg     Config
 	log     *slog.Logger
-	run     uint16
+	run     uint16 // in the cookies of its entries
 	daemons *daemons
 	urgency *priority.Shared
 	db      *database
@@ -122,10 +125,11 @@ type Switch struct {
 	handed  uint64 // by entries that are gone
 	seen    uint64
 	refused uint64
+	pending map[uint32]struct{} // buffers of the frames that OnPacket was given, and the keeper has
 }
 
 // Gone is closed when ovs-vswitchd has ended.
-func (s *Switch) Gone() <-chan struct{} { return s.daemons.vswitchd.done }
+func (s *Switch) Gone() <-chan struct{} { return s.daemons.vswitchd.Done() }
 
 // Start starts the switch. A failure leaves nothing running.
 func Start(ctx context.Context, cfg Config) (_ *Switch, err error) {
@@ -136,12 +140,8 @@ func Start(ctx context.Context, cfg Config) (_ *Switch, err error) {
 	if _, err := rand.Read(run[:]); err != nil {
 		return nil, err
 	}
-	s := &Switch{
-		cfg: cfg, log: cfg.Logger, run: binary.BigEndian.Uint16(run[:]) | 1,
-		state:     coloring.State{Nodes: map[coloring.NodeKey]coloring.Color{}, Counted: map[uint16][]cut.Epoch{}},
-		installed: coloring.FlowSet{}, taps: map[string]uint32{}, behind: map[string]uint64{},
-	}
-	s.lifetime, s.end = context.WithCancel(context.Background())
+	s := newSwitch(cfg)
+	s.run = binary.BigEndian.Uint16(run[:]) | 1
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("start Open vSwitch on %s: %w", cfg.Host, err), s.Close())
@@ -166,7 +166,17 @@ func Start(ctx context.Context, cfg Config) (_ *Switch, err error) {
 	if err := s.connect(ctx); err != nil {
 		return nil, err
 	}
-	return s, nil
+	return s, s.writeWiring()
+}
+
+func newSwitch(cfg Config) *Switch {
+	s := &Switch{
+		cfg: cfg, log: cfg.Logger,
+		state:     coloring.State{Nodes: map[coloring.NodeKey]coloring.Color{}, Counted: map[uint16][]cut.Epoch{}},
+		installed: coloring.FlowSet{}, taps: map[string]uint32{}, behind: map[string]uint64{}, pending: map[uint32]struct{}{},
+	}
+	s.lifetime, s.end = context.WithCancel(context.Background())
+	return s
 }
 
 // userspace tells whether this machine's switch must do without the kernel's datapath.
@@ -248,10 +258,8 @@ func (s *Switch) handle(m openflow.Message) {
 			s.log.Warn("packet-in", "err", err)
 			return
 		}
-		if !p.Delivered() {
-			s.counts.Lock()
-			s.seen++
-			s.counts.Unlock()
+		if !p.Delivered() && !s.news(p.Buffer) {
+			return
 		}
 		s.cfg.OnPacket(p, m.Data)
 	case *openflow.FlowRemoved:
@@ -268,9 +276,11 @@ func (s *Switch) handle(m openflow.Message) {
 	}
 }
 
+func tunnelName(peer uint16) string { return fmt.Sprintf("vx%d", peer) }
+
 // AddPeer adds the tunnel to another host; it carries frames from the next Update on.
 func (s *Switch) AddPeer(ctx context.Context, p Peer) error {
-	number, err := s.db.addPort(ctx, integration, fmt.Sprintf("vx%d", p.ID), "vxlan", map[string]string{
+	number, err := s.db.addPort(ctx, integration, tunnelName(p.ID), "vxlan", map[string]string{
 		"remote_ip": p.Addr.String(), "local_ip": s.cfg.UnderlayAddr.Addr().String(), "key": "flow",
 	})
 	if err != nil {
@@ -284,14 +294,15 @@ func (s *Switch) AddPeer(ctx context.Context, p Peer) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.sw.Peers = append(s.sw.Peers, coloring.Peer{ID: p.ID, Host: p.Host, Port: number})
-	return nil
+	return s.writeWiring()
 }
 
 // SetRemotes tells where the interfaces on other hosts are, from the next Update on.
-func (s *Switch) SetRemotes(remotes []coloring.Remote) {
+func (s *Switch) SetRemotes(remotes []coloring.Remote) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.sw.Remotes = slices.Clone(remotes)
+	return s.writeWiring()
 }
 
 // Attach plugs a TAP device in. Frames pass from the next Update on that gives
@@ -314,7 +325,7 @@ func (s *Switch) Attach(ctx context.Context, p Port) (uint32, error) {
 		Number: number, Slice: p.Slice, Node: p.Node, Interface: p.Interface, Network: p.Network, Address: p.Address,
 		Outside: p.Outside,
 	})
-	return number, nil
+	return number, s.writeWiring()
 }
 
 // Detach unplugs a TAP device.
@@ -324,9 +335,10 @@ func (s *Switch) Detach(ctx context.Context, tap string) error {
 	delete(s.taps, tap)
 	delete(s.behind, tap)
 	s.sw.Ports = slices.DeleteFunc(s.sw.Ports, func(p coloring.Port) bool { return p.Number == number })
+	err := s.writeWiring()
 	s.mu.Unlock()
-	if !ok {
-		return nil
+	if !ok || err != nil {
+		return err
 	}
 	select {
 	case <-s.Gone(): // it has no ports any more, and nobody would confirm it
@@ -344,6 +356,32 @@ func (s *Switch) Update(ctx context.Context, change func(*coloring.State)) error
 	defer s.mu.Unlock()
 	state := s.state.Clone()
 	change(&state)
+	flows, err := s.flows(state)
+	if err != nil {
+		return err
+	}
+	// Before: an agent that takes over brings the switch to what is written down.
+	if err := s.writeColors(state); err != nil {
+		return err
+	}
+	if mods := coloring.Diff(s.installed, flows); len(mods) > 0 {
+		// What the datapath has counted and not yet told is credited, once the
+		// tables have changed, to the entry that matches then: frames of the old
+		// epoch would count as the new one's. It must tell before.
+		err := s.Purge(ctx)
+		if err == nil {
+			err = s.conn.Load().Bundle(ctx, mods)
+		}
+		if err != nil {
+			return errors.Join(fmt.Errorf("switch of %s: install %d flow mods: %w", s.cfg.Host, len(mods), err), s.writeColors(s.state))
+		}
+	}
+	s.state, s.installed = state, flows
+	return nil
+}
+
+// flows are the entries that a state asks for. The caller holds s.mu.
+func (s *Switch) flows(state coloring.State) (coloring.FlowSet, error) {
 	sw := s.sw
 	sw.Ports = nil
 	for _, p := range s.sw.Ports {
@@ -351,23 +389,7 @@ func (s *Switch) Update(ctx context.Context, change func(*coloring.State)) error
 			sw.Ports = append(sw.Ports, p)
 		}
 	}
-	flows, err := coloring.Flows(s.run, sw, state)
-	if err != nil {
-		return err
-	}
-	if mods := coloring.Diff(s.installed, flows); len(mods) > 0 {
-		// What the datapath has counted and not yet told is credited, once the
-		// tables have changed, to the entry that matches then: frames of the old
-		// epoch would count as the new one's. It must tell before.
-		if err := s.Purge(ctx); err != nil {
-			return err
-		}
-		if err := s.conn.Load().Bundle(ctx, mods); err != nil {
-			return fmt.Errorf("switch of %s: install %d flow mods: %w", s.cfg.Host, len(mods), err)
-		}
-	}
-	s.state, s.installed = state, flows
-	return nil
+	return coloring.Flows(s.run, sw, state)
 }
 
 // Purge empties the datapath's caches, so that no frame is judged by entries that
@@ -433,11 +455,44 @@ func (s *Switch) Overflowed(ctx context.Context) (uint64, error) {
 func (s *Switch) Urgency() *priority.Shared { return s.urgency }
 
 // Output sends a frame out of a port.
-func (s *Switch) Output(port uint32, frame []byte) error {
-	return s.conn.Load().Send(&openflow.PacketOut{
-		Actions: []openflow.Action{openflow.Output{Port: port}},
-		Data:    frame,
-	})
+func (s *Switch) Output(port uint32, frame []byte) error { return s.GiveOut(0, port, frame) }
+
+// GiveOut does so with a frame that the switch handed over, under the buffer that came
+// with it.
+func (s *Switch) GiveOut(buffer, port uint32, frame []byte) error {
+	return s.retire(buffer, &openflow.PacketOut{Buffer: buffer, Actions: []openflow.Action{openflow.Output{Port: port}}, Data: frame})
+}
+
+// Forget says that a frame that the switch handed over is for nobody.
+func (s *Switch) Forget(buffer uint32) error {
+	if buffer == 0 {
+		return nil
+	}
+	return s.retire(buffer, &openflow.PacketOut{Buffer: buffer})
+}
+
+func (s *Switch) retire(buffer uint32, m *openflow.PacketOut) error {
+	if buffer != 0 {
+		s.counts.Lock()
+		delete(s.pending, buffer)
+		s.counts.Unlock()
+	}
+	return s.conn.Load().Send(m)
+}
+
+// news counts a frame that was handed over. It tells whether it is a new one: a keeper
+// gives a session that is opened again all that it has.
+func (s *Switch) news(buffer uint32) bool {
+	s.counts.Lock()
+	defer s.counts.Unlock()
+	if buffer != 0 {
+		if _, ok := s.pending[buffer]; ok {
+			return false
+		}
+		s.pending[buffer] = struct{}{}
+	}
+	s.seen++
+	return true
 }
 
 // Close stops the switch and waits until it is gone.
@@ -464,18 +519,30 @@ func (s *Switch) Close() error {
 }
 
 // removeDevices removes the devices of the user-space datapath, which outlive it.
-func (s *Switch) removeDevices() error {
+func (s *Switch) removeDevices() error { return removeDevices(s.nl) }
+
+// RemoveDevices removes what a switch that is gone has left in a network namespace.
+func RemoveDevices(open func() (*netlink.Handle, error)) error {
+	nl, err := open()
+	if err != nil {
+		return err
+	}
+	defer nl.Close()
+	return removeDevices(nl)
+}
+
+func removeDevices(nl *netlink.Handle) error {
 	if !userspace() {
 		return nil
 	}
 	var errs []error
 	for _, name := range []string{physical, integration, datapathDevice} {
-		link, err := s.nl.LinkByName(name)
+		link, err := nl.LinkByName(name)
 		if errors.As(err, new(netlink.LinkNotFoundError)) {
 			continue
 		}
 		if err == nil {
-			err = s.nl.LinkDel(link)
+			err = nl.LinkDel(link)
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("remove the switch's device %s: %w", name, err))

@@ -26,11 +26,21 @@ func (s *Switch) connect(ctx context.Context) error {
 	return s.prepare(ctx, conn)
 }
 
-// open dials the bridge's management socket, which is always there, so the session
+// dial reaches the bridge's management socket, which is always there, so the session
 // needs no address and no namespace.
-func (s *Switch) open(ctx context.Context) (*openflow.Conn, error) {
+func (s *Switch) dial(ctx context.Context) (net.Conn, error) {
+	if s.cfg.Dial != nil {
+		return s.cfg.Dial(ctx)
+	}
 	var d net.Dialer
-	c, err := d.DialContext(ctx, "unix", filepath.Join(s.cfg.Dir, integration+".mgmt"))
+	return d.DialContext(ctx, "unix", ManagementSocket(s.cfg.Dir))
+}
+
+// ManagementSocket is where the switch in a directory listens for controllers.
+func ManagementSocket(dir string) string { return filepath.Join(dir, integration+".mgmt") }
+
+func (s *Switch) open(ctx context.Context) (*openflow.Conn, error) {
+	c, err := s.dial(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("reach the switch by OpenFlow: %w", err)
 	}

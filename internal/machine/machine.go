@@ -1,5 +1,5 @@
 // Package machine is this machine as what runs nodes needs it: TAP devices, children
-// that die with their parent, and what memory and processors there are. Devices are
+// that die with their parent or outlive it, and what memory and processors there are. Devices are
 // those of the calling thread's network namespace.
 package machine
 
@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"runtime"
@@ -22,7 +23,8 @@ import (
 
 // Machine is this machine, in the network namespace of this process.
 type Machine struct {
-	starts chan start
+	starts  chan start
+	lasting bool
 }
 
 type start struct {
@@ -36,6 +38,9 @@ func New() *Machine {
 	go m.thread()
 	return m
 }
+
+// Lasting returns this machine, too, but its children outlive this process.
+func Lasting() *Machine { return &Machine{lasting: true} }
 
 // thread starts children on a thread that does not end: the kernel takes the end of
 // the thread that started a child for that of its parent.
@@ -61,8 +66,16 @@ func Bind(cmd *exec.Cmd) {
 }
 
 // Start starts cmd in a process group of its own; the caller waits for it. The kernel
-// kills it with SIGKILL when this process dies.
+// kills it with SIGKILL when this process dies, unless it is to last: then it has a
+// session of its own, and no terminal's signals.
 func (m *Machine) Start(cmd *exec.Cmd) error {
+	if m.lasting {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+		if err := cmd.Start(); err != nil {
+			return fmt.Errorf("start %s: %w", cmd.Path, err)
+		}
+		return nil
+	}
 	Bind(cmd)
 	err := make(chan error, 1)
 	m.starts <- start{cmd, err}
@@ -180,7 +193,13 @@ type Device struct {
 	Name      string
 	MAC       net.HardwareAddr
 	MTU       int
-	addresses []netlink.Addr
+	Addresses []Address
+}
+
+// Address is one of a device's.
+type Address struct {
+	Prefix netip.Prefix
+	Label  string
 }
 
 // FindDevice looks a network device up.
@@ -193,7 +212,14 @@ func FindDevice(name string) (*Device, error) {
 	if err != nil {
 		return nil, fmt.Errorf("addresses of network device %q: %w", name, err)
 	}
-	return &Device{Name: name, MAC: link.Attrs().HardwareAddr, MTU: link.Attrs().MTU, addresses: addrs}, nil
+	d := &Device{Name: name, MAC: link.Attrs().HardwareAddr, MTU: link.Attrs().MTU}
+	for _, a := range addrs {
+		bits, _ := a.Mask.Size()
+		if ip, ok := netip.AddrFromSlice(a.IP); ok {
+			d.Addresses = append(d.Addresses, Address{netip.PrefixFrom(ip.Unmap(), bits), a.Label})
+		}
+	}
+	return d, nil
 }
 
 // Restore gives the device back what a switch has taken of it: its addresses.
@@ -203,8 +229,9 @@ func (d *Device) Restore() error {
 		return fmt.Errorf("restore network device %q: %w", d.Name, err)
 	}
 	errs := []error{netlink.LinkSetDown(link), netlink.LinkSetHardwareAddr(link, d.MAC), netlink.LinkSetUp(link)}
-	for _, a := range d.addresses {
-		errs = append(errs, netlink.AddrReplace(link, &netlink.Addr{IPNet: a.IPNet, Label: a.Label}))
+	for _, a := range d.Addresses {
+		ip := &net.IPNet{IP: a.Prefix.Addr().AsSlice(), Mask: net.CIDRMask(a.Prefix.Bits(), a.Prefix.Addr().BitLen())}
+		errs = append(errs, netlink.AddrReplace(link, &netlink.Addr{IPNet: ip, Label: a.Label}))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("restore network device %q: %w", d.Name, err)

@@ -3,7 +3,6 @@ package openflow
 import (
 	"bufio"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -304,22 +303,7 @@ func (c *Conn) readLoop() {
 }
 
 // read reads one message, into memory of its own.
-func (c *Conn) read() ([]byte, error) {
-	h, err := c.r.Peek(headerSize)
-	if err != nil {
-		if len(h) > 0 && errors.Is(err, io.EOF) {
-			err = io.ErrUnexpectedEOF
-		}
-		return nil, err
-	}
-	size := int(binary.BigEndian.Uint16(h[2:]))
-	if size < headerSize {
-		return nil, &Error{Section: "header", Offset: 2, Reason: fmt.Sprintf("length %d, at least %d wanted", size, headerSize)}
-	}
-	b := make([]byte, size)
-	_, err = io.ReadFull(c.r, b)
-	return b, err
-}
+func (c *Conn) read() ([]byte, error) { return ReadRaw(c.r) }
 
 // enqueue has bytes written, in order, by the write loop.
 func (c *Conn) enqueue(messages ...[]byte) error {

@@ -24,6 +24,7 @@ func reasonString(r uint8) string {
 const (
 	packetInData       = 0
 	packetInFullLength = 1
+	packetInBuffer     = 2
 	packetInTable      = 3
 	packetInCookie     = 4
 	packetInReason     = 5
@@ -41,6 +42,7 @@ type PacketIn struct {
 	Data     []byte // the frame, without a checksum; its beginning only if it is shorter than Length
 	Length   int    // of the frame, in bytes
 	UserData []byte // of the [Controller] action
+	Buffer   uint32 // under which the frame is kept until a [PacketOut] names it; 0 for none
 }
 
 // InPort is the port that the frame came from.
@@ -75,6 +77,9 @@ func (m *PacketIn) encode(e *encoder) {
 			f.encode(e)
 		}
 	})
+	if m.Buffer != 0 {
+		e.property(packetInBuffer, func() { e.u32(m.Buffer) })
+	}
 	if len(m.UserData) > 0 {
 		e.property(packetInUserData, func() { e.bytes(m.UserData) })
 	}
@@ -101,6 +106,8 @@ func decodePacketIn2(d *decoder) *PacketIn {
 			m.Data = p.rest()
 		case packetInFullLength:
 			m.Length, full = int(p.u32()), true
+		case packetInBuffer:
+			m.Buffer = p.u32()
 		case packetInTable:
 			m.Table = p.u8()
 		case packetInCookie:
@@ -126,12 +133,20 @@ type PacketOut struct {
 	Match   Match  // further fields of the pipeline to begin with: registers, metadata, tunnel
 	Actions []Action
 	Data    []byte // the frame, without a checksum
+	// Buffer is what the frame is kept under by who passes messages on to the switch
+	// (package keeper), and ends that; 0 for none. Unlike in the standard the frame is
+	// in Data all the same, and a switch, which keeps none, refuses it.
+	Buffer uint32
 }
 
 func (*PacketOut) messageType() uint8 { return typePacketOut }
 
 func (m *PacketOut) encode(e *encoder) {
-	e.u32(noBuffer)
+	if m.Buffer == 0 {
+		e.u32(noBuffer)
+	} else {
+		e.u32(m.Buffer)
+	}
 	at := len(e.b)
 	e.u16(0)
 	e.zero(2)
@@ -151,7 +166,9 @@ func (m *PacketOut) encode(e *encoder) {
 
 func decodePacketOut(d *decoder) *PacketOut {
 	m := &PacketOut{}
-	d.noBuffer()
+	if b := d.u32(); b != noBuffer {
+		m.Buffer = b
+	}
 	n := int(d.u16())
 	d.skip(2)
 	for _, f := range decodeMatch(d) {

@@ -15,12 +15,15 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
 	"violin/internal/agent"
 	"violin/internal/image"
 	"violin/internal/machine"
 	"violin/internal/priority"
+	"violin/internal/record"
 	"violin/internal/trust"
 )
 
@@ -45,12 +48,18 @@ type HostConfig struct {
 	Address  netip.Prefix // of the host there
 	Version  string
 	Abandon  time.Duration // 0 for [DefaultAbandon]
-	Logger   *slog.Logger
+	// Keeper is the command of [agent.Config.Keeper], and Passed is its.
+	Keeper []string
+	Passed func(node, step string)
+	// Leave, at the end, tells whether what runs is left to the next agent of this
+	// host; nil for no.
+	Leave  func() bool
+	Logger *slog.Logger
 
 	// start starts a run's agent; nil for [agent.Start] on this machine, and then mac
-	// is that of Device.
-	start func(context.Context, agent.Config) (runner, error)
-	mac   net.HardwareAddr
+	// is that of Device. find takes one over, as [agent.Find].
+	start, find func(context.Context, agent.Config) (runner, error)
+	mac         net.HardwareAddr
 }
 
 // Host is one machine's agent. It serves one run after the other.
@@ -68,16 +77,32 @@ type Host struct {
 }
 
 // ServeHost joins the server, if the host has not yet, and serves it until ctx ends,
-// over as many connections as it takes. Then it stops what runs.
+// over as many connections as it takes. It begins with what an agent before it has left
+// running. In the end it stops what runs, or leaves it to the next.
 func ServeHost(ctx context.Context, cfg HostConfig) error {
 	if cfg.Abandon == 0 {
 		cfg.Abandon = DefaultAbandon
 	}
 	h := &Host{cfg: cfg, log: cfg.Logger, underlay: agent.Underlay{Device: cfg.Device, Addr: cfg.Address, MAC: cfg.mac}}
+	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+		return fmt.Errorf("run an agent: %w", err)
+	}
+	lock, err := h.lock()
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	run, err := h.left()
+	if err != nil {
+		return err
+	}
 	if cfg.start == nil {
-		if err := h.onThisMachine(); err != nil {
+		if err := h.onThisMachine(run); err != nil {
 			return err
 		}
+	}
+	if run != nil {
+		h.takeOver(ctx, run)
 	}
 	if err := h.join(ctx); err != nil {
 		return err
@@ -103,12 +128,96 @@ func ServeHost(ctx context.Context, cfg HostConfig) error {
 		}
 		retry = min(2*retry, lastRetry)
 	}
+	if cfg.Leave != nil && cfg.Leave() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if h.run != nil {
+			h.log.Info("what runs is left to the next agent", "slice", h.run.slice)
+		}
+		return nil
+	}
 	return h.end("")
 }
 
-// onThisMachine makes the runs' agents real ones.
-func (h *Host) onThisMachine() (err error) {
-	if h.device, err = machine.FindDevice(h.cfg.Device); err != nil {
+// lock sees to it that there is one agent a directory.
+func (h *Host) lock() (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(h.cfg.Dir, "agent.lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("run an agent: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("an agent runs here already: lock %s: %w; give another one its own --run-dir", f.Name(), err)
+	}
+	return f, nil
+}
+
+// runEntry is what is written down of a run, before it begins and until it has ended.
+type runEntry struct {
+	Run, Slice string
+	Device     *machine.Device // as it was before the switch took it
+}
+
+const runFile = "run.json"
+
+// left finds the run that an agent before this one has left; nil for none. (There is one
+// at most: a run begins when the one before has ended.)
+func (h *Host) left() (*runEntry, error) {
+	files, err := filepath.Glob(filepath.Join(h.cfg.Dir, "*", runFile))
+	if err != nil || len(files) == 0 {
+		return nil, err
+	}
+	var e runEntry
+	if err := record.Read(files[0], &e); err != nil {
+		return nil, fmt.Errorf("%w; stop what runs for it by the agent that wrote it, or remove the file and restart the machine", err)
+	}
+	return &e, nil
+}
+
+// takeOver goes on with what an agent before this one has left running. If that can't
+// be, nothing is left of it, and the server is told so when it asks.
+func (h *Host) takeOver(ctx context.Context, e *runEntry) {
+	dir := filepath.Join(h.cfg.Dir, e.Run)
+	a, err := h.cfg.find(ctx, h.agentConfig(dir, e.Slice))
+	if err != nil {
+		h.log.Error("what an agent before this one left running is lost", "slice", e.Slice, "err", err)
+		if err := errors.Join(h.restore(), os.RemoveAll(dir)); err != nil {
+			h.log.Error("its remains were not removed", "err", err)
+		}
+		return
+	}
+	r := &hostRun{id: e.Run, slice: e.Slice, agent: a}
+	r.box.init(h.cfg.Abandon, func() { a.Abandon(r.slice) })
+	if a.InCut(r.slice) {
+		r.box.open()
+		r.box.detach(r.box.attach()) // the server has not come yet
+	}
+	h.mu.Lock()
+	h.run = r
+	h.mu.Unlock()
+	h.log.Info("taken over from the agent before", "slice", r.slice)
+}
+
+func (h *Host) agentConfig(dir, slice string) agent.Config {
+	return agent.Config{
+		Host: h.cfg.Identity.Host, Dir: dir, Underlay: h.underlay, Keeper: h.cfg.Keeper, Passed: h.cfg.Passed, Logger: h.log.With("slice", slice),
+	}
+}
+
+// restore gives the underlay's device back what the switch took of it.
+func (h *Host) restore() error {
+	if h.device == nil {
+		return nil
+	}
+	return h.device.Restore()
+}
+
+// onThisMachine makes the runs' agents real ones. While a run goes on the device is not
+// as it was.
+func (h *Host) onThisMachine(run *runEntry) (err error) {
+	if run != nil && run.Device != nil && run.Device.Name == h.cfg.Device {
+		h.device = run.Device
+	} else if h.device, err = machine.FindDevice(h.cfg.Device); err != nil {
 		return err
 	}
 	h.underlay.MAC, h.underlay.MTU = h.device.MAC, h.device.MTU
@@ -116,12 +225,23 @@ func (h *Host) onThisMachine() (err error) {
 		return fmt.Errorf("network device %q is no Ethernet device", h.cfg.Device)
 	}
 	platform := machine.New()
+	if h.cfg.Keeper != nil {
+		platform = machine.Lasting()
+	}
 	urgency := &priority.Shared{PID: os.Getpid(), Keep: priority.Lowered, Log: h.log}
 	h.cfg.start = func(ctx context.Context, c agent.Config) (runner, error) {
 		c.Platform, c.Urgency = platform, urgency
 		a, err := agent.Start(ctx, c)
 		if err != nil {
 			return nil, errors.Join(err, h.device.Restore()) // and no nil *agent.Agent in a runner
+		}
+		return a, nil
+	}
+	h.cfg.find = func(ctx context.Context, c agent.Config) (runner, error) {
+		c.Platform, c.Urgency = platform, urgency
+		a, err := agent.Find(ctx, c)
+		if err != nil {
+			return nil, err
 		}
 		return a, nil
 	}
@@ -232,11 +352,7 @@ func (h *Host) end(keep string) error {
 	h.mu.Unlock()
 	h.log.Info("stopping", "slice", r.slice)
 	r.box.close()
-	err := r.agent.Close()
-	if h.device != nil {
-		err = errors.Join(err, h.device.Restore())
-	}
-	return errors.Join(err, os.RemoveAll(filepath.Join(h.cfg.Dir, r.id)))
+	return errors.Join(r.agent.Close(), h.restore(), os.RemoveAll(filepath.Join(h.cfg.Dir, r.id)))
 }
 
 // Describe implements the agents' protocol.
@@ -271,9 +387,7 @@ func (h *Host) Begin(ctx context.Context, req *violinv1.BeginRequest) (*violinv1
 	}
 	h.run = r
 	h.mu.Unlock()
-	a, err := h.cfg.start(ctx, agent.Config{
-		Host: h.cfg.Identity.Host, Dir: filepath.Join(h.cfg.Dir, r.id), Underlay: h.underlay, Logger: h.log.With("slice", r.slice),
-	})
+	a, err := h.begin(ctx, r)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if err != nil {
@@ -284,6 +398,23 @@ func (h *Host) Begin(ctx context.Context, req *violinv1.BeginRequest) (*violinv1
 	r.box.init(h.cfg.Abandon, func() { a.Abandon(r.slice) })
 	h.log.Info("started", "slice", r.slice)
 	return &violinv1.BeginResponse{}, nil
+}
+
+func (h *Host) begin(ctx context.Context, r *hostRun) (_ runner, err error) {
+	dir := filepath.Join(h.cfg.Dir, r.id)
+	if h.cfg.Keeper != nil {
+		if err = os.MkdirAll(dir, 0o700); err == nil {
+			err = record.Write(filepath.Join(dir, runFile), runEntry{Run: r.id, Slice: r.slice, Device: h.device})
+		}
+	}
+	var a runner
+	if err == nil {
+		a, err = h.cfg.start(ctx, h.agentConfig(dir, r.slice))
+	}
+	if err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	return a, nil
 }
 
 // End implements the agents' protocol.

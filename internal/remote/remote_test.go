@@ -114,6 +114,7 @@ func (h *host) SwitchGone() <-chan struct{}                         { return nil
 func (h *host) Gone(_, _ string) (<-chan struct{}, error)           { return h.gone, nil }
 func (h *host) Results(string, string) (agent.HostResult, error)    { return h.results, nil }
 func (h *host) Abandon(slice string)                                { h.abandoned <- slice }
+func (h *host) InCut(string) bool                                   { return false }
 func (h *host) Close() error                                        { close(h.closed); return nil }
 
 func (h *host) AddNode(_ context.Context, spec agent.NodeSpec, _ bool) error {

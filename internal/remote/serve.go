@@ -47,6 +47,7 @@ type runner interface {
 	Gone(slice, name string) (<-chan struct{}, error)
 	SwitchGone() <-chan struct{}
 	Abandon(slice string)
+	InCut(slice string) bool
 	Close() error
 }
 

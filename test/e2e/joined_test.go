@@ -12,7 +12,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -62,12 +61,19 @@ func (p *process) said() string {
 // spawn starts a violin on a host. It is told to end with the test, and must.
 func spawn(t *testing.T, h *lab.Host, args ...string) *process {
 	t.Helper()
+	return spawnWith(t, h, nil, args...)
+}
+
+// spawnWith does so with more environment.
+func spawnWith(t *testing.T, h *lab.Host, env []string, args ...string) *process {
+	t.Helper()
 	program, err := filepath.Abs(filepath.Join(root, "bin/violin"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	p := &process{cmd: exec.Command(program, args...), done: make(chan error, 1)}
 	p.cmd.Stderr = p
+	p.cmd.Env = append(os.Environ(), env...)
 	if err := h.Start(p.cmd); err != nil {
 		t.Fatal(err)
 	}
@@ -86,7 +92,7 @@ func (p *process) stop(t *testing.T) {
 	if p.cmd.ProcessState != nil {
 		return
 	}
-	_ = p.cmd.Process.Signal(syscall.SIGTERM) // it may have ended
+	_ = p.cmd.Process.Signal(os.Interrupt) // it may have ended; an agent's nodes end with it
 	select {
 	case <-p.done:
 	case <-time.After(time.Minute):

@@ -69,6 +69,7 @@ type Capture struct {
 	junk    int               // bytes that fill the socket
 	urgency *priority.Urgency // from Stop to Resumed or Abort
 	thread  int               // QEMU's snapshot thread; 0 if it was not seen
+	orphan  bool              // begun by an agent that has died: the stream is the keeper's
 
 	released chan struct{} // closed when the stream may be read
 	once     sync.Once
@@ -122,6 +123,9 @@ func (vm *VM) Arm(ctx context.Context, mode Mode) (_ *Capture, err error) {
 		if c.junk, err = fill(c.theirs); err != nil {
 			return nil, err
 		}
+	}
+	if err := c.keep(); err != nil {
+		return nil, err
 	}
 	vm.mu.Lock()
 	vm.number++
@@ -364,6 +368,7 @@ func (c *Capture) unblock() (err error) {
 			return
 		}
 		defer close(c.released)
+		c.letGo() // before, or its end would not be seen
 		err = unix.SetsockoptInt(int(c.theirs.Fd()), unix.SOL_SOCKET, unix.SO_SNDBUF, streamBuffer)
 		c.theirs.Close()
 		if _, rerr := io.CopyN(io.Discard, c.ours, int64(c.junk)); rerr != nil {
@@ -474,6 +479,7 @@ func (c *Capture) Wait(ctx context.Context) error {
 		c.mu.Unlock()
 		if completed {
 			c.events.Close()
+			c.drop()
 			return nil
 		}
 		e, err := c.events.Next(ctx)
@@ -504,6 +510,7 @@ func (c *Capture) Abort(ctx context.Context) (err error) {
 	c.aborted = true
 	completed := c.completed
 	c.mu.Unlock()
+	defer c.drop()
 	defer c.events.Close()
 	defer c.relax()
 	defer func() {
@@ -516,6 +523,10 @@ func (c *Capture) Abort(ctx context.Context) (err error) {
 	continued := c.continued
 	c.turn.Unlock()
 	switch {
+	case c.orphan:
+		if err := c.abortOrphan(ctx); err != nil {
+			return fmt.Errorf("give the capture up: %w", err)
+		}
 	case c.mode != Precopy || completed:
 	case continued:
 		// It is about to end. Cancelled now, QEMU 7.2 died at the guest's next write to a
@@ -526,7 +537,7 @@ func (c *Capture) Abort(ctx context.Context) (err error) {
 			return fmt.Errorf("give the capture up: %w", err)
 		}
 	}
-	if c.mode == Background {
+	if c.mode == Background && !c.orphan {
 		// A background snapshot that is cancelled leaves QEMU (7.2) unable to take
 		// another: the guest's memory stays registered with userfaultfd. So it is
 		// let through, and its stream thrown away.
@@ -535,9 +546,16 @@ func (c *Capture) Abort(ctx context.Context) (err error) {
 		}
 		go func() { _, _ = io.Copy(io.Discard, c.ours) }()
 	}
-	defer c.ours.Close()
-	if err := c.settled(ctx); err != nil {
+	if !c.orphan {
+		defer c.ours.Close()
+	}
+	status, err := c.settled(ctx)
+	if err != nil {
 		return fmt.Errorf("give the capture up: %w", err)
+	}
+	if c.orphan && c.mode == Background && status == "failed" {
+		c.vm.fail(errBroken)
+		return fmt.Errorf("give the capture up: %w", errBroken)
 	}
 	if status, err := c.vm.Status(ctx); err != nil {
 		return fmt.Errorf("give the capture up: %w", err)
@@ -549,21 +567,21 @@ func (c *Capture) Abort(ctx context.Context) (err error) {
 	return nil
 }
 
-// settled returns once QEMU has no migration under way.
-func (c *Capture) settled(ctx context.Context) error {
+// settled returns once QEMU has no migration under way, with how the last one ended.
+func (c *Capture) settled(ctx context.Context) (string, error) {
 	for {
 		var m struct{ Status string }
 		if err := c.vm.qmp.Execute(ctx, "query-migrate", nil, &m); err != nil {
-			return err
+			return "", err
 		}
 		switch m.Status {
 		case "", "none", "completed", "failed", "cancelled":
-			return nil
+			return m.Status, nil
 		}
 		select {
 		case <-time.After(5 * time.Millisecond):
 		case <-ctx.Done():
-			return ctx.Err()
+			return "", ctx.Err()
 		}
 	}
 }

@@ -144,7 +144,7 @@ func (vm *VM) fail(why error) {
 		vm.cause = why
 	}
 	vm.mu.Unlock()
-	if err := vm.cmd.Process.Kill(); err != nil {
+	if err := vm.proc.Kill(); err != nil {
 		vm.log.Debug("QEMU was gone already", "err", err)
 	}
 }

@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"violin/internal/child"
 	"violin/internal/qmp"
 	"violin/internal/topology"
 )
@@ -70,15 +71,23 @@ type Spec struct {
 	Dir        string // sockets, logs and the disks' layers
 }
 
+// Keeper keeps the streams of captures beyond this process; see the keeper package.
+type Keeper interface {
+	Put(name string, reader, writer *os.File) error
+	Release(name string) error
+	Drop(name string) error
+}
+
 // VM is a running QEMU.
 type VM struct {
 	spec Spec
 	log  *slog.Logger
-	cmd  *exec.Cmd
+	proc *child.Process
 	qmp  *qmp.Client
 	cpus []int // the vCPUs' threads
 
-	disks disks
+	disks  disks
+	keeper Keeper // nil for none
 
 	done chan struct{}
 	err  error // valid once done is closed
@@ -134,23 +143,12 @@ func Start(ctx context.Context, l Launcher, spec Spec, incoming bool, log *slog.
 	cmd := exec.Command(Program, vm.args(incoming, config)...)
 	cmd.ExtraFiles = []*os.File{control}
 	cmd.Stdout, cmd.Stderr = output, output
+	child.Mark(cmd, spec.Dir)
 	if err := l.Start(cmd); err != nil {
 		return nil, fmt.Errorf("start %s (is qemu-system-x86 installed?): %w", Program, err)
 	}
-	vm.cmd = cmd
-	go func() {
-		err := cmd.Wait()
-		vm.mu.Lock()
-		switch {
-		case vm.closed:
-		case vm.cause != nil:
-			vm.err = fmt.Errorf("%s was stopped: %w", spec.Name, vm.cause)
-		default:
-			vm.err = fmt.Errorf("QEMU of %s ended: %v%s", spec.Name, exitText(err), vm.logTail())
-		}
-		vm.mu.Unlock()
-		close(vm.done)
-	}()
+	vm.proc = child.Started(cmd)
+	go vm.watch()
 	if vm.qmp, err = qmp.Dial(ctx, vm.path("qmp.sock")); err != nil {
 		tail := vm.logTail()
 		return nil, errors.Join(fmt.Errorf("start QEMU of %s: %w%s", spec.Name, err, tail), vm.Close())
@@ -163,6 +161,24 @@ func Start(ctx context.Context, l Launcher, spec Spec, incoming bool, log *slog.
 	}
 	return vm, nil
 }
+
+// watch waits for the end of QEMU, and keeps why it ended.
+func (vm *VM) watch() {
+	err := vm.proc.Err()
+	vm.mu.Lock()
+	switch {
+	case vm.closed:
+	case vm.cause != nil:
+		vm.err = fmt.Errorf("%s was stopped: %w", vm.spec.Name, vm.cause)
+	default:
+		vm.err = fmt.Errorf("QEMU of %s ended: %v%s", vm.spec.Name, exitText(err), vm.logTail())
+	}
+	vm.mu.Unlock()
+	close(vm.done)
+}
+
+// KeepStreams has the streams of captures kept beyond this process.
+func (vm *VM) KeepStreams(k Keeper) { vm.keeper = k }
 
 // args is QEMU's command line. Every device on it can be migrated; segmentation
 // and checksum offloads are off, since a switch in user space does neither.
@@ -226,7 +242,7 @@ func (vm *VM) AgentPath() string   { return vm.path("agent.sock") }
 func (vm *VM) ConsoleLog() string  { return vm.path("console.log") }
 
 // PID is QEMU's process.
-func (vm *VM) PID() int { return vm.cmd.Process.Pid }
+func (vm *VM) PID() int { return vm.proc.PID() }
 
 // Done is closed when QEMU has ended.
 func (vm *VM) Done() <-chan struct{} { return vm.done }
@@ -249,8 +265,10 @@ func (vm *VM) Close() error {
 	if vm.qmp != nil {
 		vm.qmp.Close()
 	}
-	if err := vm.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
-		return fmt.Errorf("stop QEMU of %s (pid %d): %w", vm.spec.Name, vm.PID(), err)
+	if vm.proc != nil {
+		if err := vm.proc.Kill(); err != nil {
+			return fmt.Errorf("stop QEMU of %s: %w", vm.spec.Name, err)
+		}
 	}
 	<-vm.done
 	if err := vm.removeDisks(); err != nil {

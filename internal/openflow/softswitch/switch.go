@@ -277,6 +277,9 @@ func (s *Switch) Receive(f Frame) error {
 
 // packetOut does actions to a frame of the controller's.
 func (s *Switch) packetOut(m *openflow.PacketOut) error {
+	if m.Buffer != 0 {
+		return fmt.Errorf("packet-out of buffer %d, and the switch keeps no frames", m.Buffer)
+	}
 	if len(m.Match) != 0 {
 		return fmt.Errorf("packet-out with %s is not known", m.Match)
 	}

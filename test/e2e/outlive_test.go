@@ -1,0 +1,282 @@
+package e2e
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"violin/internal/lab"
+)
+
+// The ledger on two machines of their own: two nodes where the agent is killed, one
+// elsewhere.
+const ledgerFar = `version: 1
+slice: ledger
+sites: {west: {hosts: [alpha, beta]}}
+networks:
+  lan: {subnet: 10.30.0.0/24}
+nodes:
+  alice: {host: alpha, image: mpi, memory: 96MiB, interfaces: [{network: lan, address: 10.30.0.1/24}], run: ledger run -r 50}
+  bob:   {host: alpha, image: mpi, memory: 96MiB, interfaces: [{network: lan, address: 10.30.0.2/24}], run: ledger run -r 50}
+  carol: {host: beta,  image: mpi, memory: 96MiB, interfaces: [{network: lan, address: 10.30.0.3/24}], run: ledger run -r 50}
+`
+
+// Where an agent is killed in a cut: everywhere, if VIOLIN_KILLS=all. A snapshot that was
+// sealed stays.
+var killSteps = []struct {
+	at     string
+	sealed bool
+	few    bool // also without VIOLIN_KILLS
+}{
+	{at: "prepare"}, {at: "alice/close"}, {at: "alice/settle"}, {at: "alice/stop", few: true}, {at: "alice/flush"}, {at: "alice/flip"},
+	{at: "alice/capture"}, {at: "alice/resume", few: true}, {at: "alice/open"}, {at: "alice/drain"}, {at: "alice/store"}, {at: "collect"},
+	{at: "commit", sealed: true},
+}
+
+// outlive is a slice on joined hosts whose agent is killed.
+type outlive struct {
+	*soak
+	lab    *lab.Lab
+	hosts  []string
+	join   []string // by host
+	agents map[string]*process
+}
+
+func (o *outlive) start(i int, env ...string) *process {
+	o.t.Helper()
+	name := o.hosts[i]
+	h, own := o.lab.Host(name), filepath.Join(o.runDir, name)
+	p := spawnWith(o.t, h, env, "agent", "--join", o.join[i], "--name", name, "--underlay", h.UnderlayDevice,
+		"--underlay-address", h.UnderlayAddr.String(), "--run-dir", own, "--state-dir", filepath.Join(own, "state"))
+	o.agents[name] = p
+	return p
+}
+
+// kill ends an agent at once, and waits until that has been noticed.
+func (o *outlive) kill(name string) {
+	o.t.Helper()
+	_ = o.agents[name].cmd.Process.Kill() // it may have ended
+	<-o.agents[name].done
+	o.await(1)
+}
+
+// await waits until so many agents are connected.
+func (o *outlive) await(want int) {
+	o.t.Helper()
+	await(o.t, fmt.Sprintf("%d agents are connected", want), func() bool {
+		var list struct{ Hosts []struct{ Connected bool } }
+		if err := json.Unmarshal(must(o.t, o.dirs, "hosts", "--output", "json"), &list); err != nil {
+			o.t.Fatal(err)
+		}
+		n := 0
+		for _, h := range list.Hosts {
+			if h.Connected {
+				n++
+			}
+		}
+		return n == want
+	})
+}
+
+// running are the nodes' processes; all must run. (One that does not say at once how it
+// is, such as while QEMU ends a capture, passes for dead.)
+func (o *outlive) running() (pids map[string]string) {
+	o.t.Helper()
+	await(o.t, "all nodes run", func() bool {
+		pids = map[string]string{}
+		for _, n := range slice(o.t, o.dirs, "ledger").Nodes {
+			if n.State == "NODE_STATE_RUNNING" {
+				pids[n.Name] = n.PID
+			}
+		}
+		return len(pids) == len(o.nodes)
+	})
+	return pids
+}
+
+// unharmed checks that the nodes are those that they were, and that nothing was lost
+// or doubled.
+func (o *outlive) unharmed(what string, before map[string]string) {
+	o.t.Helper()
+	if now := o.running(); !maps.Equal(now, before) {
+		o.t.Errorf("%s: nodes are processes %v, and were %v", what, now, before)
+	}
+	o.freeze()
+	o.rest(what)
+	o.thaw()
+}
+
+func (o *outlive) snapshot() string {
+	o.t.Helper()
+	var snap struct{ ID string }
+	if err := json.Unmarshal(must(o.t, o.dirs, "snapshot", "ledger", "--output", "json"), &snap); err != nil {
+		o.t.Fatal(err)
+	}
+	verified(o.t, o.dirs, "ledger@"+snap.ID)
+	return snap.ID
+}
+
+// An agent is killed, idle and in cuts, and another takes over: the nodes are the same
+// processes, no transfer between them is lost or doubled, the next snapshot succeeds, and
+// nothing is left of a slice that was taken down while there was no agent.
+func TestOutlive(t *testing.T) {
+	dirs, dir := begin(t)
+	l, err := lab.New(t.Context(), lab.Config{
+		Sites:  []lab.Site{{Name: "west", Hosts: []string{"alpha", "beta", "office"}}},
+		Logger: slog.New(slog.DiscardHandler),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	o := &outlive{
+		soak: &soak{t: t, dirs: dirs, runDir: dir, own: filepath.Join(dir, "state"), nodes: []string{"alice", "bob", "carol"}, lossy: nowhere},
+		lab:  l, hosts: []string{"alpha", "beta"}, agents: map[string]*process{},
+	}
+	office := l.Host("office")
+	for i, name := range o.hosts {
+		cable(t, office, l.Host(name), i)
+		if err := os.MkdirAll(filepath.Join(dir, name, "state"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		images, err := filepath.EvalSymlinks(filepath.Join(dir, "state", "images"))
+		if err == nil {
+			err = os.Symlink(images, filepath.Join(dir, name, "state", "images"))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	server := spawn(t, office, append([]string{"server", "--listen", ":7000"}, dirs...)...)
+	await(t, "the server serves", func() bool { return strings.Contains(server.said(), "msg=serving") })
+	token := strings.TrimSpace(string(must(t, dirs, "token", "create", "--ttl", "1h")))
+	for i := range o.hosts {
+		o.join = append(o.join, fmt.Sprintf("%s@10.99.%d.1:7000", token, i))
+		o.start(i)
+	}
+	o.await(2)
+	devices := o.devices()
+	file := filepath.Join(dir, "ledger.yaml")
+	if err := os.WriteFile(file, []byte(ledgerFar), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	must(t, dirs, "up", file)
+	o.underWay()
+	pids := o.running()
+
+	t.Log("killed while idle")
+	o.kill("alpha")
+	second := exec.Command(filepath.Join(root, "bin/violin"), "agent", "--join", o.join[0], "--name", "alpha", "--underlay", l.Host("alpha").UnderlayDevice,
+		"--underlay-address", l.Host("alpha").UnderlayAddr.String(), "--run-dir", filepath.Join(dir, "alpha"), "--state-dir", filepath.Join(dir, "alpha/state"))
+	o.start(0)
+	o.await(2)
+	if out, err := second.CombinedOutput(); err == nil || !bytes.Contains(out, []byte("an agent runs here already")) {
+		t.Errorf("a second agent of one directory: %v: %s", err, out)
+	}
+	o.unharmed("killed while idle", pids)
+	last := o.snapshot()
+
+	for _, k := range killSteps {
+		if !k.few && os.Getenv("VIOLIN_KILLS") != "all" || t.Failed() {
+			continue
+		}
+		began := time.Now()
+		o.kill("alpha")
+		p := o.start(0, "VIOLIN_TEST_KILL_AT="+k.at)
+		o.await(2)
+		type result struct {
+			out []byte
+			err error
+		}
+		taken := make(chan result, 1)
+		go func() {
+			out, err := violin(t.Context(), t, dirs, "snapshot", "ledger", "--output", "json")
+			taken <- result{out, err}
+		}()
+		select {
+		case <-p.done:
+		case r := <-taken:
+			t.Fatalf("%s: the agent was not killed: %s, %v; it said\n%s", k.at, r.out, r.err, p.said())
+		}
+		o.start(0)
+		r := <-taken
+		var exit *exec.ExitError
+		switch {
+		case k.sealed && r.err != nil:
+			t.Errorf("%s: %v", k.at, r.err)
+		case !k.sealed && (!errors.As(r.err, &exit) || exit.ExitCode() != 4):
+			t.Errorf("%s: %s, %v; want exit status 4", k.at, r.out, r.err)
+		}
+		o.await(2)
+		o.unharmed("killed at "+k.at, pids)
+		last = o.snapshot()
+		t.Logf("killed at %s: %s", k.at, time.Since(began).Round(time.Millisecond))
+	}
+
+	must(t, dirs, "restore", "ledger@"+last)
+	o.underWay()
+	o.unharmed("restored", o.running())
+
+	// Taken down while there is no agent.
+	o.kill("alpha")
+	if _, err := violin(t.Context(), t, dirs, "down", "ledger"); err != nil {
+		t.Logf("down without an agent: %v", err)
+	}
+	o.start(0)
+	o.await(2)
+	await(t, "nothing runs any more", func() bool {
+		return !slices.ContainsFunc(ours(t, dir), func(c string) bool {
+			return strings.Contains(c, "qemu") || strings.Contains(c, "ovs") || strings.Contains(c, " keep ")
+		})
+	})
+	await(t, "no device is left", func() bool { return maps.EqualFunc(o.devices(), devices, slices.Equal) })
+	for _, name := range o.hosts {
+		if left, err := filepath.Glob(filepath.Join(dir, name, "*", "*")); err != nil || slices.ContainsFunc(left, func(f string) bool { return !strings.Contains(f, "/state/") }) {
+			t.Errorf("files are left of host %s: %q, %v", name, left, err)
+		}
+	}
+}
+
+// devices are the network devices of the hosts, with their addresses.
+func (o *outlive) devices() map[string][]string {
+	o.t.Helper()
+	all := map[string][]string{}
+	for _, name := range o.hosts {
+		err := o.lab.Host(name).Do(func() error {
+			links, err := netlink.LinkList()
+			if err != nil {
+				return err
+			}
+			for _, link := range links {
+				a := link.Attrs()
+				d := a.Name + " " + a.HardwareAddr.String()
+				addrs, err := netlink.AddrList(link, netlink.FAMILY_V4)
+				if err != nil {
+					return err
+				}
+				for _, addr := range addrs {
+					d += " " + addr.IPNet.String()
+				}
+				all[name] = append(all[name], d)
+			}
+			slices.Sort(all[name])
+			return nil
+		})
+		if err != nil {
+			o.t.Fatal(err)
+		}
+	}
+	return all
+}
