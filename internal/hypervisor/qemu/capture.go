@@ -58,8 +58,11 @@ const nearlyDone = 32 << 20
 // Setting a background snapshot up takes QEMU tens of milliseconds, since it
 // touches every page. So that none of it falls into the pause, QEMU is given a
 // socket that is full: it does its set-up while the VM runs, and then blocks in
-// its first write, until [Capture.Release] makes room. There is nothing to wait
+// in its first write, until [Capture.Release] makes room. There is nothing to wait
 // for in the pause but the devices' state and the protection of memory.
+//
+// QEMU 8.2 and later would do that first write with its big lock held, and hear nothing any
+// more. There the migration begins in the pause, which its set-up makes longer.
 type Capture struct {
 	vm      *VM
 	mode    Mode
@@ -67,6 +70,7 @@ type Capture struct {
 	ours    *os.File
 	theirs  *os.File          // our duplicate of QEMU's end, until the capture is released
 	junk    int               // bytes that fill the socket
+	late    bool              // the migration begins with Release
 	urgency *priority.Urgency // from Stop to Resumed or Abort
 	thread  int               // QEMU's snapshot thread; 0 if it was not seen
 	orphan  bool              // begun by an agent that has died: the stream is the keeper's
@@ -75,7 +79,7 @@ type Capture struct {
 	once     sync.Once
 	frozen   []Frozen
 
-	turn      sync.Mutex // held while a pre-copy is told to switch over
+	turn      sync.Mutex // held while a pre-copy is told to switch over, or a late capture to begin
 	continued bool       // it has been; guarded by turn
 	paused    bool       // pre-copy: QEMU has stopped and waits to switch over
 	stopped   time.Time
@@ -87,7 +91,7 @@ type Capture struct {
 
 // Arm begins to set a capture up; the VM runs on. [Capture.Ready] waits for it.
 func (vm *VM) Arm(ctx context.Context, mode Mode) (_ *Capture, err error) {
-	c := &Capture{vm: vm, mode: mode, released: make(chan struct{})}
+	c := &Capture{vm: vm, mode: mode, released: make(chan struct{}), late: mode == Background && vm.locksSetup()}
 	if c.ours, c.theirs, err = socketpair(); err != nil {
 		return nil, fmt.Errorf("capture: %w", err)
 	}
@@ -119,7 +123,7 @@ func (vm *VM) Arm(ctx context.Context, mode Mode) (_ *Capture, err error) {
 	if err := vm.armDisks(ctx); err != nil {
 		return nil, err
 	}
-	if mode == Background {
+	if mode == Background && !c.late {
 		if c.junk, err = fill(c.theirs); err != nil {
 			return nil, err
 		}
@@ -127,14 +131,10 @@ func (vm *VM) Arm(ctx context.Context, mode Mode) (_ *Capture, err error) {
 	if err := c.keep(); err != nil {
 		return nil, err
 	}
-	vm.mu.Lock()
-	vm.number++
-	name := "capture" + strconv.Itoa(vm.number)
-	vm.mu.Unlock()
-	if err := vm.qmp.ExecuteWithFD(ctx, "getfd", map[string]string{"fdname": name}, nil, c.theirs); err != nil {
-		return nil, err
+	if c.late {
+		return c, nil
 	}
-	if err := vm.qmp.Execute(ctx, "migrate", map[string]string{"uri": "fd:" + name}, nil); err != nil {
+	if err := c.begin(ctx); err != nil {
 		return nil, err
 	}
 	if mode == Precopy {
@@ -144,11 +144,32 @@ func (vm *VM) Arm(ctx context.Context, mode Mode) (_ *Capture, err error) {
 	return c, nil
 }
 
+// locksSetup tells whether QEMU sets a migration up with its big lock held.
+func (vm *VM) locksSetup() bool {
+	v := vm.qmp.Version()
+	return v.Major > 8 || v.Major == 8 && v.Minor >= 2
+}
+
+// begin has QEMU migrate into the socket.
+func (c *Capture) begin(ctx context.Context) error {
+	c.vm.mu.Lock()
+	c.vm.number++
+	name := "capture" + strconv.Itoa(c.vm.number)
+	c.vm.mu.Unlock()
+	if err := c.vm.qmp.ExecuteWithFD(ctx, "getfd", map[string]string{"fdname": name}, nil, c.theirs); err != nil {
+		return err
+	}
+	return c.vm.qmp.Execute(ctx, "migrate", map[string]string{"uri": "fd:" + name}, nil)
+}
+
 // Ready returns once stopping the VM will be short: in the background mode when
-// QEMU has set up, in pre-copy when nearly all memory has been sent, for which the
+// QEMU has set up (at once, if it does that in the pause), in pre-copy when nearly all memory has been sent, for which the
 // stream must be read meanwhile.
 func (c *Capture) Ready(ctx context.Context) error {
-	if c.mode == Background {
+	switch {
+	case c.late:
+		return nil
+	case c.mode == Background:
 		return c.awaitSetup(ctx)
 	}
 	return c.converge(ctx)
@@ -231,7 +252,7 @@ func (vm *VM) snapshotThread() (id int, waits bool) {
 	}
 	for _, t := range tasks {
 		comm, err := os.ReadFile(dir + "/" + t.Name() + "/comm")
-		if err != nil || !strings.HasPrefix(string(comm), "bg_snapshot") {
+		if err != nil || !strings.HasPrefix(string(comm), "bg_snapshot") && !strings.HasPrefix(string(comm), "mig/snapshot") { // the latter from QEMU 9.1 on
 			continue
 		}
 		call, err := os.ReadFile(dir + "/" + t.Name() + "/syscall")
@@ -329,16 +350,34 @@ func (c *Capture) Stop(ctx context.Context) (time.Time, error) {
 	}
 }
 
-// Release freezes the disks and lets QEMU capture. In the background mode it then
-// lets the vCPUs run by itself.
+// Release freezes the disks and lets QEMU capture. In the background mode the vCPUs then
+// run again without being told to; see [Capture.Resumed].
 func (c *Capture) Release(ctx context.Context) (err error) {
 	if c.frozen, err = c.vm.switchDisks(ctx); err != nil {
 		return fmt.Errorf("capture: %w", err)
 	}
-	if c.mode == Precopy {
+	switch {
+	case c.mode == Precopy:
 		return c.switchOver(ctx)
+	case c.late:
+		if err := c.beginLate(ctx); err != nil {
+			return fmt.Errorf("capture: %w", err)
+		}
 	}
 	return c.unblock()
+}
+
+// beginLate begins a migration that is all in the pause.
+func (c *Capture) beginLate(ctx context.Context) error {
+	c.turn.Lock()
+	defer c.turn.Unlock()
+	c.mu.Lock()
+	aborted := c.aborted
+	c.mu.Unlock()
+	if aborted {
+		return errors.New("it was given up")
+	}
+	return c.begin(ctx)
 }
 
 // switchOver lets a pre-copy end. Whether it has been told to must be known, so that
@@ -393,6 +432,11 @@ func (c *Capture) Resumed(ctx context.Context) (time.Time, error) {
 		defer c.relax()
 		return c.vm.Resume(ctx)
 	}
+	if c.late {
+		if err := c.letRun(ctx); err != nil {
+			return time.Time{}, fmt.Errorf("wait for the vCPUs to run again: %w", err)
+		}
+	}
 	for {
 		e, err := c.events.Next(ctx)
 		if err != nil {
@@ -404,6 +448,37 @@ func (c *Capture) Resumed(ctx context.Context) (time.Time, error) {
 		if e.Name == "RESUME" {
 			c.relax()
 			return e.Timestamp, nil
+		}
+	}
+}
+
+// letRun has the vCPUs run once the devices are saved and memory is protected. From 9.0 on
+// QEMU leaves a VM that was stopped before as it was. That they are is seen from the first
+// page that is sent.
+func (c *Capture) letRun(ctx context.Context) error {
+	for {
+		var m struct {
+			Status string
+			RAM    struct{ Normal, Duplicate int64 }
+			Error  string `json:"error-desc"`
+		}
+		if err := c.vm.qmp.Execute(ctx, "query-migrate", nil, &m); err != nil {
+			return err
+		}
+		switch {
+		case m.Status == "failed" || m.Status == "cancelled":
+			return fmt.Errorf("QEMU's migration has %s: %s", m.Status, m.Error)
+		case m.Status == "completed" || m.Status == "active" && m.RAM.Normal+m.RAM.Duplicate > 0:
+			c.thread, _ = c.vm.snapshotThread()
+			if status, err := c.vm.Status(ctx); err != nil || status == "running" {
+				return err
+			}
+			return c.vm.qmp.Execute(ctx, "cont", nil, nil)
+		}
+		select {
+		case <-time.After(time.Millisecond):
+		case <-ctx.Done():
+			return ctx.Err()
 		}
 	}
 }

@@ -44,8 +44,23 @@ func guest(t *testing.T) string {
 	return path
 }
 
+// useProgram has the test run the QEMU that VIOLIN_QEMU names, if it does.
+func useProgram(t *testing.T) {
+	t.Helper()
+	path := os.Getenv("VIOLIN_QEMU")
+	if path == "" {
+		return
+	}
+	dir := t.TempDir()
+	if err := os.Symlink(path, filepath.Join(dir, Program)); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+string(os.PathListSeparator)+os.Getenv("PATH"))
+}
+
 func start(t *testing.T, ctx context.Context, kernel string, incoming bool) *VM {
 	t.Helper()
+	useProgram(t)
 	vm, err := Start(ctx, launcher{}, Spec{
 		Name: "a", Memory: 32 << 20, CPUs: 1, Kernel: kernel, GuestConfig: []byte("{}"), Dir: t.TempDir(), Generation: generation(incoming),
 	}, incoming, slog.New(slog.DiscardHandler))

@@ -59,6 +59,14 @@ type vm struct {
 	serial *bufio.Reader
 }
 
+// program is the QEMU that is tested.
+func program() string {
+	if path := os.Getenv("VIOLIN_QEMU"); path != "" {
+		return path
+	}
+	return "qemu-system-x86_64"
+}
+
 // startVM starts a QEMU that is killed at the end of the test. With incoming
 // it waits for a stream on that file.
 func startVM(t *testing.T, incoming *os.File, args ...string) *vm {
@@ -71,7 +79,7 @@ func startVM(t *testing.T, incoming *os.File, args ...string) *vm {
 		"-chardev", "socket,id=qmp,path=" + qmp.Addr().String(), "-mon", "chardev=qmp,mode=control",
 		"-chardev", "socket,id=serial,path=" + serial.Addr().String(), "-device", "isa-serial,chardev=serial",
 	}, args...)
-	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", args...)
+	cmd := exec.CommandContext(ctx, program(), args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
@@ -218,11 +226,15 @@ func (v *vm) snapshot(mode string) (*qemu.Skeleton, *memory, qemu.Stats) {
 	switch mode {
 	case "background", "stopped":
 		if mode == "stopped" {
-			v.execute("stop", nil) // QEMU resumes it all the same
+			v.execute("stop", nil)
 		}
 		v.setCapabilities("background-snapshot", "events")
 		v.execute("migrate", migrate)
 		v.waitMigration("completed")
+		// A VM that was stopped runs again by itself up to QEMU 8.2.
+		if s := v.execute("query-status", nil); mode == "stopped" && s["status"] == "paused" {
+			v.execute("cont", nil)
+		}
 	case "precopy":
 		v.setCapabilities("pause-before-switchover", "events")
 		v.execute("migrate", migrate)
