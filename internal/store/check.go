@@ -188,7 +188,7 @@ func (c *checker) pack(ctx context.Context, p *pack, o object) error {
 		if buf == nil {
 			buf = make([]byte, 0, ChunkSize)
 		}
-		if _, err := openEntry(buf, stored, e.hash, e.offset, e.plain, p.seal, c.s.codec); err != nil {
+		if _, err := openEntry(buf, stored, e.hash, e.offset, e.plain, p.method, p.seal, c.s.codec); err != nil {
 			bad++
 			if err := found(&Error{Op: "check " + p.kind.String(), Pack: o.name, Hash: e.hash, Offset: int64(e.offset), Err: err}); err != nil {
 				return err

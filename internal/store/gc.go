@@ -271,7 +271,7 @@ func (s *Store) copyLive(ctx context.Context, se *Session, p *pack, entries []en
 			if err != nil {
 				return err
 			}
-			to, no, err := se.pages.add(ctx, e.hash, s.codec.compress(scratch, page), PageSize)
+			to, no, err := se.pages.add(ctx, e.hash, s.codec.compress(kindPages, scratch, page), PageSize)
 			if err != nil {
 				return err
 			}
@@ -286,7 +286,7 @@ func (s *Store) copyLive(ctx context.Context, se *Session, p *pack, entries []en
 		if err != nil {
 			return err
 		}
-		to, no, err := se.chunks.add(ctx, e.hash, s.codec.compress(nil, data), len(data))
+		to, no, err := se.chunks.add(ctx, e.hash, s.codec.compress(kindChunks, nil, data), len(data))
 		if err != nil {
 			return err
 		}

@@ -10,15 +10,15 @@ import (
 	"sync"
 )
 
-// The byte format of a pack, version 1. docs/store.md is the authority; all
+// The byte format of a pack, version 2. Version 1 had no method: it was zstd. docs/store.md is the authority; all
 // integers are big-endian.
 //
-//	header   32 bytes  magic "violpack", version, kind, sealing, 5 zero bytes, pack id
+//	header   32 bytes  magic "violpack", version, kind, sealing, method, 4 zero bytes, pack id
 //	entries            stored bytes, back to back
 //	footer             40 bytes an entry: hash 32, stored length 4, plain length 4
 //	trailer  48 bytes  entry count 4, footer length 4, BLAKE3-256 of all before it, magic "packend\n"
 const (
-	packVersion = 1
+	packVersion = 2
 	headerSize  = 32
 	trailerSize = 48
 	footerEntry = HashSize + 8
@@ -94,6 +94,7 @@ type builder struct {
 	id      packID
 	no      uint32 // number in the store's table
 	kind    kind
+	method  method
 	seal    cipher.AEAD // nil: not encrypted
 	buf     []byte      // never moves: its capacity is fixed
 	limit   int         // reservations end here
@@ -101,10 +102,10 @@ type builder struct {
 	pending sync.WaitGroup // reservations not yet filled
 }
 
-func newBuilder(id packID, k kind, seal cipher.AEAD, buf []byte, limit int) *builder {
-	b := &builder{id: id, kind: k, seal: seal, limit: limit}
+func newBuilder(id packID, k kind, m method, seal cipher.AEAD, buf []byte, limit int) *builder {
+	b := &builder{id: id, kind: k, method: m, seal: seal, limit: limit}
 	b.buf = append(buf[:0], headMagic...)
-	b.buf = append(b.buf, packVersion, byte(k), sealing(seal), 0, 0, 0, 0, 0)
+	b.buf = append(b.buf, packVersion, byte(k), sealing(seal), byte(m), 0, 0, 0, 0)
 	b.buf = append(b.buf, id[:]...)
 	return b
 }
@@ -178,7 +179,7 @@ func (b *builder) finish() ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("parse pack %s again before writing it: %w", b.id, err)
 	}
-	if h.id != b.id || h.kind != b.kind || len(got) != len(b.entries) {
+	if h.id != b.id || h.kind != b.kind || h.method != b.method || len(got) != len(b.entries) {
 		return nil, fmt.Errorf("parse pack %s again before writing it: header or count differs from what was put in", b.id)
 	}
 	for i := range got {
@@ -191,6 +192,7 @@ func (b *builder) finish() ([]byte, error) {
 
 type header struct {
 	kind    kind
+	method  method
 	sealing byte
 	id      packID
 }
@@ -204,8 +206,8 @@ func parseHeader(b []byte) (header, error) {
 	if string(b[:8]) != headMagic {
 		return h, fmt.Errorf("%w: header: byte 0: magic %q, want %q", ErrDamaged, b[:8], headMagic)
 	}
-	if b[8] != packVersion {
-		return h, fmt.Errorf("header: byte 8: pack format version %d, this violin reads version %d; use the violin that wrote it or a later one", b[8], packVersion)
+	if b[8] < 1 || b[8] > packVersion {
+		return h, fmt.Errorf("header: byte 8: pack format version %d, this violin reads versions 1 to %d; use the violin that wrote it or a later one", b[8], packVersion)
 	}
 	k := kind(b[9])
 	if k != kindPages && k != kindChunks {
@@ -214,10 +216,14 @@ func parseHeader(b []byte) (header, error) {
 	if b[10] != sealNone && b[10] != sealAESGCM {
 		return h, fmt.Errorf("%w: header: byte 10: unknown sealing %d", ErrDamaged, b[10])
 	}
-	if !bytes.Equal(b[11:16], make([]byte, 5)) {
-		return h, fmt.Errorf("%w: header: bytes 11-15 are not zero", ErrDamaged)
+	m := method(b[11])
+	if m > methodS2 || m != methodZstd && b[8] == 1 {
+		return h, fmt.Errorf("%w: header: byte 11: unknown compression %d", ErrDamaged, b[11])
 	}
-	return header{kind: k, sealing: b[10], id: packID(b[16:headerSize])}, nil
+	if !bytes.Equal(b[12:16], make([]byte, 4)) {
+		return h, fmt.Errorf("%w: header: bytes 12-15 are not zero", ErrDamaged)
+	}
+	return header{kind: k, method: m, sealing: b[10], id: packID(b[16:headerSize])}, nil
 }
 
 // footerLen reads the trailer in the last bytes of tail and returns how many
@@ -318,7 +324,7 @@ func checkDigest(pack []byte) error {
 
 // openEntry returns the plain bytes of an entry stored as data, appended to
 // buf, verified against the hash. plain is the length they must have.
-func openEntry(buf, data []byte, h Hash, offset, plain uint32, seal cipher.AEAD, codec *codec) ([]byte, error) {
+func openEntry(buf, data []byte, h Hash, offset, plain uint32, m method, seal cipher.AEAD, codec *codec) ([]byte, error) {
 	if seal != nil {
 		var err error
 		data, err = seal.Open(nil, nonce(offset), data, nil)
@@ -331,7 +337,7 @@ func openEntry(buf, data []byte, h Hash, offset, plain uint32, seal cipher.AEAD,
 		out = append(out, data...)
 	} else {
 		var err error
-		out, err = codec.decompress(buf, data, int(plain))
+		out, err = codec.decompress(m, buf, data, int(plain))
 		if err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 		}

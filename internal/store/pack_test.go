@@ -13,7 +13,7 @@ import (
 func makePack(t testing.TB, k kind, key masterKey, contents ...[]byte) []byte {
 	t.Helper()
 	id := packID{1, 2, 3, 15: 16}
-	b := newBuilder(id, k, key.pack(id), make([]byte, 0, 1<<20), 1<<20)
+	b := newBuilder(id, k, methodZstd, key.pack(id), make([]byte, 0, 1<<20), 1<<20)
 	for _, c := range contents {
 		e, place := b.reserve(Sum(c), len(c), len(c))
 		b.fill(e, place, c)
@@ -31,7 +31,7 @@ func TestPackFormat(t *testing.T) {
 	pack := makePack(t, kindChunks, nil, content)
 	h := Sum(content)
 	want := "" +
-		hex.EncodeToString([]byte("violpack")) + "01" + "63" + "00" + "0000000000" + // header
+		hex.EncodeToString([]byte("violpack")) + "02" + "63" + "00" + "0000000000" + // header
 		"01020300000000000000000000000010" + // pack id
 		hex.EncodeToString(content) + // the entry
 		h.String() + "00000005" + "00000005" + // footer
@@ -109,7 +109,9 @@ func TestPackRefuses(t *testing.T) {
 		{"empty", func([]byte) []byte { return nil }, "header"},
 		{"short", func(b []byte) []byte { return b[:40] }, "trailer"},
 		{"torn", func(b []byte) []byte { return b[:len(b)-1] }, "trailer"},
-		{"version", func(b []byte) []byte { b[8] = 2; return b }, "format version 2"},
+		{"version", func(b []byte) []byte { b[8] = 3; return b }, "format version 3"},
+		{"method", func(b []byte) []byte { b[11] = 2; return b }, "unknown compression 2"},
+		{"method of version 1", func(b []byte) []byte { b[8], b[11] = 1, 1; return b }, "unknown compression 1"},
 		{"kind", func(b []byte) []byte { b[9] = 'x'; return b }, "kind"},
 		{"sealing", func(b []byte) []byte { b[10] = 9; return b }, "sealing"},
 		{"sealed elsewhere", func(b []byte) []byte { b[10] = sealAESGCM; return b }, "sealing"},
@@ -132,6 +134,9 @@ func FuzzPack(f *testing.F) {
 	key := masterKey(bytes.Repeat([]byte{7}, 32))
 	f.Add(makePack(f, kindChunks, nil, []byte("hello"), []byte("world")), false)
 	f.Add(makePack(f, kindPages, nil, testPage(1)), false)
+	s2pack := makePack(f, kindPages, nil, testPage(1))
+	s2pack[11] = byte(methodS2)
+	f.Add(s2pack, false)
 	f.Add(makePack(f, kindChunks, key, []byte("hello")), true)
 	f.Add(makePack(f, kindChunks, nil), false)
 	codec, err := newCodec(CompressFast, 1)
@@ -155,7 +160,7 @@ func FuzzPack(f *testing.F) {
 		}
 		h, _ := parseHeader(b)
 		for _, e := range entries {
-			out, err := openEntry(nil, b[e.offset:e.offset+e.stored], e.hash, e.offset, e.plain, k.pack(h.id), codec)
+			out, err := openEntry(nil, b[e.offset:e.offset+e.stored], e.hash, e.offset, e.plain, h.method, k.pack(h.id), codec)
 			if err != nil {
 				if out != nil || !errors.Is(err, ErrDamaged) {
 					t.Errorf("entry: %d bytes, %v", len(out), err)

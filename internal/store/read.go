@@ -56,7 +56,7 @@ func (s *Store) readPage(ctx context.Context, h Hash, loc location, buf []byte) 
 	p := s.packOf(loc.pack())
 	data, err := s.cache.read(ctx, s.bucket, p, int64(loc.offset()), int64(loc.stored()))
 	if err == nil {
-		buf, err = openEntry(buf, data, h, loc.offset(), PageSize, p.seal, s.codec)
+		buf, err = openEntry(buf, data, h, loc.offset(), PageSize, p.method, p.seal, s.codec)
 	}
 	if err != nil {
 		return nil, &Error{Op: "read page", Pack: p.id.name(), Hash: h, Offset: int64(loc.offset()), Err: err}
@@ -96,7 +96,7 @@ func (s *Store) readChunk(ctx context.Context, h Hash, at chunkPlace) ([]byte, e
 	}
 	var out []byte
 	if err == nil {
-		out, err = openEntry(nil, data, h, at.offset, at.plain, p.seal, s.codec)
+		out, err = openEntry(nil, data, h, at.offset, at.plain, p.method, p.seal, s.codec)
 	}
 	if err != nil {
 		return nil, &Error{Op: "read chunk", Pack: p.id.name(), Hash: h, Offset: int64(at.offset), Err: err}

@@ -154,7 +154,7 @@ func (se *Session) place(ctx context.Context, h Hash, page, scratch []byte) (int
 	if se.known(h) || !se.own.add(h, pending) {
 		return 0, nil
 	}
-	stored := se.s.codec.compress(scratch, page)
+	stored := se.s.codec.compress(kindPages, scratch, page)
 	e, no, err := se.pages.add(ctx, h, stored, PageSize)
 	if err != nil {
 		// The hash was claimed and would stay pending: the session is over.
@@ -216,7 +216,7 @@ func (se *Session) putChunk(ctx context.Context, data []byte) (Hash, error) {
 	if claimed {
 		return h, nil
 	}
-	e, no, err := se.chunks.add(ctx, h, se.s.codec.compress(nil, data), len(data))
+	e, no, err := se.chunks.add(ctx, h, se.s.codec.compress(kindChunks, nil, data), len(data))
 	if err != nil {
 		se.fail(err)
 		return Hash{}, err
@@ -459,14 +459,14 @@ func (p *packer) room(ctx context.Context, n int) (*builder, error) {
 		// the buffer, when nobody fills it any more.
 		buf = make([]byte, 0, p.limit+p.limit/16)
 	}
-	pk, err := p.se.s.addPack(randomID(), p.kind)
+	pk, err := p.se.s.addPack(randomID(), p.kind, p.se.s.codec.method(p.kind))
 	if err != nil {
 		return nil, err
 	}
 	p.listMu.Lock()
 	p.all = append(p.all, pk)
 	p.listMu.Unlock()
-	p.cur = newBuilder(pk.id, p.kind, pk.seal, buf, p.limit)
+	p.cur = newBuilder(pk.id, p.kind, pk.method, pk.seal, buf, p.limit)
 	p.cur.no = pk.no
 	return p.cur, nil
 }

@@ -105,6 +105,7 @@ type pack struct {
 	no      uint32
 	id      packID
 	kind    kind
+	method  method
 	size    int64 // bytes of the object; 0 until written
 	entries int
 	state   packState
@@ -279,7 +280,7 @@ func (s *Store) loadPack(ctx context.Context, o object) error {
 	if err != nil {
 		return err
 	}
-	p, err := s.addPack(h.id, h.kind)
+	p, err := s.addPack(h.id, h.kind, h.method)
 	if err != nil {
 		return err
 	}
@@ -342,8 +343,8 @@ func (s *Store) tail(ctx context.Context, o object, n int64) ([]byte, error) {
 }
 
 // addPack gives a pack a number.
-func (s *Store) addPack(id packID, k kind) (*pack, error) {
-	p := &pack{id: id, kind: k, seal: s.key.pack(id)}
+func (s *Store) addPack(id packID, k kind, m method) (*pack, error) {
+	p := &pack{id: id, kind: k, method: m, seal: s.key.pack(id)}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.packs) > maxPacks {

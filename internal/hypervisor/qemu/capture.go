@@ -163,8 +163,8 @@ func (c *Capture) begin(ctx context.Context) error {
 }
 
 // Ready returns once stopping the VM will be short: in the background mode when
-// QEMU has set up (at once, if it does that in the pause), in pre-copy when nearly all memory has been sent, for which the
-// stream must be read meanwhile.
+// QEMU has set up (at once, if it does that in the pause), in pre-copy when nearly all
+// memory has been sent, for which the stream must be read meanwhile.
 func (c *Capture) Ready(ctx context.Context) error {
 	switch {
 	case c.late:
