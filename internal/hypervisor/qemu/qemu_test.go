@@ -345,9 +345,7 @@ func TestLazyDamage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := second.Resume(ctx); err != nil {
-		t.Fatal(err)
-	}
+	_, _ = second.Resume(ctx) // the guest may need the page, and the VM be gone, before this is answered
 	if err := <-ended; !errors.Is(err, errDamaged) {
 		t.Errorf("serving ended with %v", err)
 	}
