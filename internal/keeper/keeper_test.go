@@ -292,3 +292,78 @@ func TestStreams(t *testing.T) {
 type zeros struct{}
 
 func (zeros) Read(b []byte) (int, error) { return len(b), nil }
+
+// BenchmarkBarrier is what the keeper adds to an exchange with the switch, a barrier's: twice
+// the way through it.
+func BenchmarkBarrier(b *testing.B) {
+	echo := func(c net.Conn, r *bufio.Reader) {
+		for {
+			m, err := openflow.ReadRaw(r)
+			if err != nil {
+				return
+			}
+			reply, err := openflow.Marshal(m.XID(), &openflow.BarrierReply{})
+			if err == nil {
+				_, err = c.Write(reply)
+			}
+			if err != nil {
+				return
+			}
+		}
+	}
+	dir := b.TempDir()
+	l, err := net.Listen("unix", filepath.Join(dir, "switch"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				r := bufio.NewReader(c)
+				if greet(c, r) == nil {
+					echo(c, r)
+				}
+			}()
+		}
+	}()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() {
+		done <- Run(ctx, Config{Switch: filepath.Join(dir, "switch"), Dir: dir, Logger: slog.New(slog.DiscardHandler)})
+	}()
+	defer func() { cancel(); <-done }()
+	for _, way := range []string{"direct", "kept"} {
+		b.Run(way, func(b *testing.B) {
+			dial := func() (net.Conn, error) { return DialSession(b.Context(), dir) }
+			if way == "direct" {
+				dial = func() (net.Conn, error) { return net.Dial("unix", filepath.Join(dir, "switch")) }
+			}
+			c, err := dial()
+			for ; err != nil; c, err = dial() {
+				time.Sleep(time.Millisecond)
+			}
+			defer c.Close()
+			r := bufio.NewReader(c)
+			if err := greet(c, r); err != nil {
+				b.Fatal(err)
+			}
+			request, err := openflow.Marshal(1, &openflow.BarrierRequest{})
+			if err != nil {
+				b.Fatal(err)
+			}
+			for b.Loop() {
+				if _, err := c.Write(request); err != nil {
+					b.Fatal(err)
+				}
+				if _, err := openflow.ReadRaw(r); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -168,7 +169,10 @@ func (h *Host) left() (*runEntry, error) {
 		return nil, err
 	}
 	var e runEntry
-	if err := record.Read(files[0], &e); err != nil {
+	switch err := record.Read(files[0], &e); {
+	case errors.Is(err, fs.ErrNotExist): // nothing had been begun
+		return nil, os.RemoveAll(filepath.Dir(files[0]))
+	case err != nil:
 		return nil, fmt.Errorf("%w; stop what runs for it by the agent that wrote it, or remove the file and restart the machine", err)
 	}
 	return &e, nil

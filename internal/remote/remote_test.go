@@ -16,6 +16,7 @@ import (
 	"reflect"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -86,6 +87,8 @@ func (c *cable) unplug(out bool) {
 
 // host is the agent at the far end of the wire, as scripted by a test.
 type host struct {
+	inCut bool
+
 	mu        sync.Mutex
 	orders    []agent.Order
 	report    func(cut.Event)
@@ -114,7 +117,7 @@ func (h *host) SwitchGone() <-chan struct{}                         { return nil
 func (h *host) Gone(_, _ string) (<-chan struct{}, error)           { return h.gone, nil }
 func (h *host) Results(string, string) (agent.HostResult, error)    { return h.results, nil }
 func (h *host) Abandon(slice string)                                { h.abandoned <- slice }
-func (h *host) InCut(string) bool                                   { return false }
+func (h *host) InCut(string) bool                                   { return h.inCut }
 func (h *host) Close() error                                        { close(h.closed); return nil }
 
 func (h *host) AddNode(_ context.Context, spec agent.NodeSpec, _ bool) error {
@@ -163,6 +166,23 @@ type world struct {
 	cable *cable
 	agent *Agent
 	store *store.Store
+
+	cfg   HostConfig
+	end   func() error // of the host's agent
+	leave atomic.Bool  // it then leaves what runs
+	found string       // the directory that an agent took over from
+	lost  error        // why it can't
+}
+
+// serve runs the host's agent until end.
+func (w *world) serve() {
+	ctx, cancel := context.WithCancel(context.Background())
+	served := make(chan error, 1)
+	go func() { served <- ServeHost(ctx, w.cfg) }()
+	w.end = sync.OnceValue(func() error {
+		cancel()
+		return <-served
+	})
 }
 
 func newWorld(t *testing.T) *world {
@@ -190,18 +210,20 @@ func newWorld(t *testing.T) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	served := make(chan error, 1)
-	go func() {
-		served <- ServeHost(ctx, HostConfig{
-			Server: w.cable.l.Addr().String(), Token: token, Identity: identity, Dir: t.TempDir(), Images: "/nowhere",
-			Device: "eth9", Address: netip.MustParsePrefix("10.0.0.1/24"), Version: "test", mac: net.HardwareAddr{2, 0, 0, 0, 0, 9}, Abandon: 500 * time.Millisecond, Logger: log,
-			start: func(context.Context, agent.Config) (runner, error) { return w.host, nil },
-		})
-	}()
+	w.cfg = HostConfig{
+		Server: w.cable.l.Addr().String(), Token: token, Identity: identity, Dir: t.TempDir(), Images: "/nowhere",
+		Device: "eth9", Address: netip.MustParsePrefix("10.0.0.1/24"), Version: "test", mac: net.HardwareAddr{2, 0, 0, 0, 0, 9}, Abandon: 500 * time.Millisecond, Logger: log,
+		start: func(context.Context, agent.Config) (runner, error) { return w.host, nil },
+		// What runs is written down, and left to the next.
+		Keeper: []string{"none"}, Leave: func() bool { return w.leave.Load() },
+		find: func(_ context.Context, c agent.Config) (runner, error) {
+			w.found = c.Dir
+			return w.host, w.lost
+		},
+	}
+	w.serve()
 	t.Cleanup(func() {
-		cancel()
-		if err := <-served; err != nil {
+		if err := w.end(); err != nil {
 			t.Error(err)
 		}
 	})
@@ -618,4 +640,66 @@ func (n noise) Page(_ int, offset uint64, buf []byte) (bool, error) {
 		buf[i] = byte(r.Uint32())
 	}
 	return false, nil
+}
+
+// An agent that follows another goes on with its run, and the server with it.
+func TestTakeOver(t *testing.T) {
+	w := newWorld(t)
+	w.leave.Store(true)
+	for _, inCut := range []bool{false, true} {
+		if err := w.end(); err != nil {
+			t.Fatal(err)
+		}
+		w.await(t, false)
+		select {
+		case <-w.host.closed:
+			t.Fatal("what runs was stopped")
+		default:
+		}
+		w.host.inCut = inCut
+		w.serve()
+		w.await(t, true)
+		if want := filepath.Join(w.cfg.Dir, w.agent.run); w.found != want {
+			t.Errorf("taken over from %q, want %q", w.found, want)
+		}
+		if r, err := w.agent.Exec(t.Context(), "s", "n", []string{"echo", "hello"}, nil); err != nil || string(r.Stdout) != "echo hello" {
+			t.Errorf("%q, %v", r.Stdout, err)
+		}
+	}
+	// Of the cut nobody has spoken since.
+	if slice := <-w.host.abandoned; slice != "s" {
+		t.Errorf("the cut of %q was given up", slice)
+	}
+	// Two agents do not share a directory.
+	if err := ServeHost(t.Context(), w.cfg); err == nil || !strings.Contains(err.Error(), "an agent runs here already") {
+		t.Error(err)
+	}
+	w.leave.Store(false)
+	if err := w.agent.Close(); err != nil {
+		t.Fatal(err)
+	}
+	<-w.host.closed
+	if left, err := filepath.Glob(filepath.Join(w.cfg.Dir, "*", "*")); err != nil || len(left) > 0 {
+		t.Errorf("left: %q, %v", left, err)
+	}
+}
+
+// One that can't says so when it is asked, and leaves nothing.
+func TestTakeOverFails(t *testing.T) {
+	w := newWorld(t)
+	w.leave.Store(true)
+	if err := w.end(); err != nil {
+		t.Fatal(err)
+	}
+	w.await(t, false)
+	w.lost = errors.New("the switch has ended")
+	w.serve()
+	w.await(t, true)
+	if _, err := w.agent.Exec(t.Context(), "s", "n", []string{"echo"}, nil); err == nil || !strings.Contains(err.Error(), "what ran there is gone") {
+		t.Error(err)
+	}
+	if left, err := filepath.Glob(filepath.Join(w.cfg.Dir, "*", "*")); err != nil || len(left) > 0 {
+		t.Errorf("left: %q, %v", left, err)
+	}
+	w.leave.Store(false)
 }

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,8 +11,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -26,24 +29,31 @@ const ledgerFar = `version: 1
 slice: ledger
 sites: {west: {hosts: [alpha, beta]}}
 networks:
-  lan: {subnet: 10.30.0.0/24}
+  lan: {subnet: 10.30.0.0/24, gateway: {nat: 10.30.0.254}}
 nodes:
   alice: {host: alpha, image: mpi, memory: 96MiB, interfaces: [{network: lan, address: 10.30.0.1/24}], run: ledger run -r 50}
   bob:   {host: alpha, image: mpi, memory: 96MiB, interfaces: [{network: lan, address: 10.30.0.2/24}], run: ledger run -r 50}
   carol: {host: beta,  image: mpi, memory: 96MiB, interfaces: [{network: lan, address: 10.30.0.3/24}], run: ledger run -r 50}
 `
 
-// Where an agent is killed in a cut: everywhere, if VIOLIN_KILLS=all. A snapshot that was
-// sealed stays.
+// Where an agent is killed in a cut, and how that is taken. A snapshot that was sealed
+// stays. Some are enough in general; VIOLIN_KILLS is a regular expression of those that
+// are wanted besides: "." for all.
 var killSteps = []struct {
 	at     string
+	args   []string
 	sealed bool
-	few    bool // also without VIOLIN_KILLS
+	always bool
 }{
-	{at: "prepare"}, {at: "alice/close"}, {at: "alice/settle"}, {at: "alice/stop", few: true}, {at: "alice/flush"}, {at: "alice/flip"},
-	{at: "alice/capture"}, {at: "alice/resume", few: true}, {at: "alice/open"}, {at: "alice/drain"}, {at: "alice/store"}, {at: "collect"},
+	{at: "prepare"}, {at: "alice/close"}, {at: "alice/settle"}, {at: "alice/stop", always: true}, {at: "alice/flush"}, {at: "alice/flip"},
+	{at: "alice/capture"}, {at: "alice/resume", always: true}, {at: "alice/open"}, {at: "alice/drain"}, {at: "alice/store"}, {at: "collect"},
 	{at: "commit", sealed: true},
+	{at: "abort", args: []string{"--hold-bytes", "1"}}, // the first frame that has to be held aborts it
+	{at: "prepare", args: precopy}, {at: "alice/stop", args: precopy}, {at: "alice/flip", args: precopy}, {at: "alice/capture", args: precopy},
+	{at: "alice/resume", args: precopy}, {at: "alice/drain", args: precopy},
 }
+
+var precopy = []string{"--mode", "precopy"}
 
 // outlive is a slice on joined hosts whose agent is killed.
 type outlive struct {
@@ -64,10 +74,10 @@ func (o *outlive) start(i int, env ...string) *process {
 	return p
 }
 
-// kill ends an agent at once, and waits until that has been noticed.
-func (o *outlive) kill(name string) {
+// kill ends an agent, and waits until that has been noticed.
+func (o *outlive) kill(name string, how os.Signal) {
 	o.t.Helper()
-	_ = o.agents[name].cmd.Process.Kill() // it may have ended
+	_ = o.agents[name].cmd.Process.Signal(how) // it may have ended
 	<-o.agents[name].done
 	o.await(1)
 }
@@ -177,7 +187,7 @@ func TestOutlive(t *testing.T) {
 	pids := o.running()
 
 	t.Log("killed while idle")
-	o.kill("alpha")
+	o.kill("alpha", os.Kill)
 	second := exec.Command(filepath.Join(root, "bin/violin"), "agent", "--join", o.join[0], "--name", "alpha", "--underlay", l.Host("alpha").UnderlayDevice,
 		"--underlay-address", l.Host("alpha").UnderlayAddr.String(), "--run-dir", filepath.Join(dir, "alpha"), "--state-dir", filepath.Join(dir, "alpha/state"))
 	o.start(0)
@@ -186,14 +196,17 @@ func TestOutlive(t *testing.T) {
 		t.Errorf("a second agent of one directory: %v: %s", err, out)
 	}
 	o.unharmed("killed while idle", pids)
+	sh(t, dirs, "ledger/alice", "ping -c 1 -W 10 10.30.0.254") // the way out, which is in the agent
 	last := o.snapshot()
 
+	wanted := regexp.MustCompile(cmp.Or(os.Getenv("VIOLIN_KILLS"), "^$"))
 	for _, k := range killSteps {
-		if !k.few && os.Getenv("VIOLIN_KILLS") != "all" || t.Failed() {
+		what := strings.Join(append([]string{k.at}, k.args...), " ")
+		if !k.always && !wanted.MatchString(what) || t.Failed() {
 			continue
 		}
 		began := time.Now()
-		o.kill("alpha")
+		o.kill("alpha", os.Kill)
 		p := o.start(0, "VIOLIN_TEST_KILL_AT="+k.at)
 		o.await(2)
 		type result struct {
@@ -202,43 +215,46 @@ func TestOutlive(t *testing.T) {
 		}
 		taken := make(chan result, 1)
 		go func() {
-			out, err := violin(t.Context(), t, dirs, "snapshot", "ledger", "--output", "json")
+			out, err := violin(t.Context(), t, dirs, append([]string{"snapshot", "ledger", "--output", "json"}, k.args...)...)
 			taken <- result{out, err}
 		}()
 		select {
 		case <-p.done:
 		case r := <-taken:
-			t.Fatalf("%s: the agent was not killed: %s, %v; it said\n%s", k.at, r.out, r.err, p.said())
+			t.Fatalf("%s: the agent was not killed: %s, %v; it said\n%s", what, r.out, r.err, p.said())
 		}
 		o.start(0)
 		r := <-taken
 		var exit *exec.ExitError
 		switch {
 		case k.sealed && r.err != nil:
-			t.Errorf("%s: %v", k.at, r.err)
+			t.Errorf("%s: %v", what, r.err)
 		case !k.sealed && (!errors.As(r.err, &exit) || exit.ExitCode() != 4):
-			t.Errorf("%s: %s, %v; want exit status 4", k.at, r.out, r.err)
+			t.Errorf("%s: %s, %v; want exit status 4", what, r.out, r.err)
 		}
 		o.await(2)
-		o.unharmed("killed at "+k.at, pids)
+		o.unharmed("killed at "+what, pids)
 		last = o.snapshot()
-		t.Logf("killed at %s: %s", k.at, time.Since(began).Round(time.Millisecond))
+		t.Logf("killed at %s: %s", what, time.Since(began).Round(time.Millisecond))
 	}
 
 	must(t, dirs, "restore", "ledger@"+last)
 	o.underWay()
 	o.unharmed("restored", o.running())
 
-	// Taken down while there is no agent.
-	o.kill("alpha")
+	// Taken down while there is no agent: it was told to end, and has left what runs.
+	o.kill("alpha", syscall.SIGTERM)
+	if len(o.vms()) != len(o.nodes) {
+		t.Errorf("of %d nodes these run without the agent: %q", len(o.nodes), o.vms())
+	}
 	if _, err := violin(t.Context(), t, dirs, "down", "ledger"); err != nil {
 		t.Logf("down without an agent: %v", err)
 	}
 	o.start(0)
 	o.await(2)
 	await(t, "nothing runs any more", func() bool {
-		return !slices.ContainsFunc(ours(t, dir), func(c string) bool {
-			return strings.Contains(c, "qemu") || strings.Contains(c, "ovs") || strings.Contains(c, " keep ")
+		return len(o.vms()) == 0 && !slices.ContainsFunc(ours(t, dir), func(c string) bool {
+			return strings.Contains(c, "ovs") || strings.Contains(c, " keep ")
 		})
 	})
 	await(t, "no device is left", func() bool { return maps.EqualFunc(o.devices(), devices, slices.Equal) })
@@ -247,6 +263,11 @@ func TestOutlive(t *testing.T) {
 			t.Errorf("files are left of host %s: %q, %v", name, left, err)
 		}
 	}
+}
+
+// vms are the QEMUs there are.
+func (o *outlive) vms() []string {
+	return slices.DeleteFunc(ours(o.t, o.runDir), func(c string) bool { return !strings.HasPrefix(c, "qemu-system") })
 }
 
 // devices are the network devices of the hosts, with their addresses.
