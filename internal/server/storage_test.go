@@ -179,6 +179,41 @@ func TestForgetAndCollect(t *testing.T) {
 
 // One flipped bit in a page: the check names it, what has it is not restored, and
 // none of its bytes come out; what does not have it is as before.
+// A snapshot of which memory still follows is kept, by name or by rules, until the last node has
+// all of it.
+func TestForgetWhileMemoryFollows(t *testing.T) {
+	s := newServer(t, t.TempDir(), Storage{})
+	c := dial(t, s)
+	snap := keep(t, s, "s0", "", noon, 0)
+	keep(t, s, "s1", "", noon.Add(time.Minute), 1)
+	for range 2 {
+		s.following(snap, 1)
+	}
+	for _, request := range []*violinv1.ForgetRequest{
+		{Snapshots: []string{"pair@s0"}},
+		{Slice: "pair", KeepLast: 1},
+	} {
+		r, err := c.Forget(t.Context(), request)
+		if len(request.GetSnapshots()) > 0 {
+			if connect.CodeOf(err) != connect.CodeFailedPrecondition || !strings.Contains(err.Error(), "memory still follows") {
+				t.Errorf("by name: %v", err)
+			}
+			continue
+		}
+		if err != nil || len(r.GetVerdicts()) != 2 || !r.GetVerdicts()[0].GetKept() {
+			t.Errorf("by rules: %v, %v", r, err)
+		}
+	}
+	s.following(snap, -1)
+	if _, err := c.Forget(t.Context(), &violinv1.ForgetRequest{Snapshots: []string{"pair@s0"}}); err == nil {
+		t.Error("forgotten while one node still needs it")
+	}
+	s.following(snap, -1)
+	if _, err := c.Forget(t.Context(), &violinv1.ForgetRequest{Snapshots: []string{"pair@s0"}}); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestDamageIsNamed(t *testing.T) {
 	state := t.TempDir()
 	s := newServer(t, state, Storage{})

@@ -305,14 +305,9 @@ func lazily(t *testing.T, ctx context.Context, vm *VM, skeleton *migration.Skele
 	}
 }
 
-// A VM that cannot be given a page is ended, and says why.
-func TestLazyDamage(t *testing.T) {
-	if os.Getenv("VIOLIN_E2E") != "1" {
-		t.Skip("runs real QEMUs: set VIOLIN_E2E=1")
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	kernel := guest(t)
+// bootedState boots a VM and captures it.
+func bootedState(t *testing.T, ctx context.Context, kernel string) (*migration.Skeleton, pages) {
+	t.Helper()
 	vm := start(t, ctx, kernel, false)
 	if _, err := vm.Resume(ctx); err != nil {
 		t.Fatal(err)
@@ -338,10 +333,22 @@ func TestLazyDamage(t *testing.T) {
 	if err := <-decoded; err != nil {
 		t.Fatal(err)
 	}
+	return skeleton, memory
+}
+
+// A VM that cannot be given a page is ended, and says why.
+func TestLazyDamage(t *testing.T) {
+	if os.Getenv("VIOLIN_E2E") != "1" {
+		t.Skip("runs real QEMUs: set VIOLIN_E2E=1")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	kernel := guest(t)
+	skeleton, memory := bootedState(t, ctx, kernel)
 	second := start(t, ctx, kernel, true)
 	ended := make(chan error, 1)
 	server := pageserver.New(pageserver.Config{Skeleton: skeleton, Source: damaged{source{memory}}})
-	err = second.LoadLazily(ctx, server.Serve, func(err error) { ended <- err })
+	err := second.LoadLazily(ctx, server.Serve, func(err error) { ended <- err })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -351,6 +358,46 @@ func TestLazyDamage(t *testing.T) {
 	}
 	<-second.Done()
 	if err := second.Err(); !errors.Is(err, errDamaged) || !strings.Contains(err.Error(), "0x20000") {
+		t.Errorf("the VM says %v", err)
+	}
+}
+
+// A VM whose connection goes down before it has all its memory is ended, and says why: the guest
+// does not wait for ever for a page that nobody sends.
+func TestLazyConnectionLost(t *testing.T) {
+	if os.Getenv("VIOLIN_E2E") != "1" {
+		t.Skip("runs real QEMUs: set VIOLIN_E2E=1")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	kernel := guest(t)
+	skeleton, memory := bootedState(t, ctx, kernel)
+	second := start(t, ctx, kernel, true)
+	server := pageserver.New(pageserver.Config{Skeleton: skeleton, Source: source{memory}})
+	conns, ended := make(chan io.Closer, 1), make(chan error, 1)
+	err := second.LoadLazily(ctx, func(conn io.ReadWriteCloser) error {
+		conns <- conn
+		return server.Serve(conn)
+	}, func(err error) { ended <- err })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := second.Resume(ctx); err != nil {
+		t.Fatal(err)
+	}
+	wantStatus(t, ctx, second, "running")
+	if err := (<-conns).Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; err == nil || errors.Is(err, ErrClosed) {
+		t.Errorf("serving ended with %v", err)
+	}
+	select {
+	case <-second.Done():
+	case <-ctx.Done():
+		t.Fatal("the VM goes on without its memory")
+	}
+	if err := second.Err(); err == nil || !strings.Contains(err.Error(), "give it its memory") {
 		t.Errorf("the VM says %v", err)
 	}
 }

@@ -379,6 +379,21 @@ func (vm *VM) Load(ctx context.Context, write func(io.Writer) error) error {
 	return nil
 }
 
+// LoadFrom has an incoming VM load a state by itself, from one of QEMU's own URIs. The
+// vCPUs stay stopped.
+func (vm *VM) LoadFrom(ctx context.Context, uri string) error {
+	events := vm.qmp.Subscribe(64, "MIGRATION")
+	defer events.Close()
+	err := vm.qmp.Execute(ctx, "migrate-incoming", map[string]string{"uri": uri}, nil)
+	if err == nil {
+		err = migrated(ctx, events)
+	}
+	if err != nil {
+		return fmt.Errorf("load from %s: %w%s", uri, err, vm.logTail())
+	}
+	return nil
+}
+
 // incoming has an incoming VM take a migration in, which comes over the connection. The
 // events are those of the migration. The caller closes both.
 func (vm *VM) incoming(ctx context.Context) (*os.File, *qmp.Subscription, error) {
