@@ -77,7 +77,10 @@ func spawnWith(t *testing.T, h *lab.Host, env []string, args ...string) *process
 	if err := h.Start(p.cmd); err != nil {
 		t.Fatal(err)
 	}
-	go func() { p.done <- p.cmd.Wait() }()
+	go func() {
+		p.done <- p.cmd.Wait()
+		close(p.done)
+	}()
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("violin %s: %s", strings.Join(args, " "), p.said())
