@@ -47,7 +47,7 @@ func (a *app) remote() (string, error) {
 		return "", nil
 	}
 	if address == "" {
-		if os.Getenv("VIOLIN_RUN_DIR") != "" || os.Getenv("VIOLIN_STATE_DIR") != "" {
+		if os.Getenv("VIOLIN_RUN_DIR") != "" {
 			return "", nil
 		}
 		logins, err := a.logins()

@@ -61,6 +61,7 @@ type HostConfig struct {
 	// is that of Device. find takes one over, as [agent.Find].
 	start, find func(context.Context, agent.Config) (runner, error)
 	mac         net.HardwareAddr
+	now         func() time.Time // nil for the clock
 }
 
 // Host is one machine's agent. It serves one run after the other.
@@ -83,6 +84,9 @@ type Host struct {
 func ServeHost(ctx context.Context, cfg HostConfig) error {
 	if cfg.Abandon == 0 {
 		cfg.Abandon = DefaultAbandon
+	}
+	if cfg.now == nil {
+		cfg.now = time.Now
 	}
 	h := &Host{cfg: cfg, log: cfg.Logger, underlay: agent.Underlay{Device: cfg.Device, Addr: cfg.Address, MAC: cfg.mac}}
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {

@@ -167,11 +167,12 @@ type world struct {
 	agent *Agent
 	store *store.Store
 
-	cfg   HostConfig
-	end   func() error // of the host's agent
-	leave atomic.Bool  // it then leaves what runs
-	found string       // the directory that an agent took over from
-	lost  error        // why it can't
+	identity *trust.Identity
+	cfg      HostConfig
+	end      func() error // of the host's agent
+	leave    atomic.Bool  // it then leaves what runs
+	found    string       // the directory that an agent took over from
+	lost     error        // why it can't
 }
 
 // serve runs the host's agent until end.
@@ -186,6 +187,12 @@ func (w *world) serve() {
 }
 
 func newWorld(t *testing.T) *world {
+	t.Helper()
+	return newWorldAt(t, nil)
+}
+
+// newWorldAt is newWorld whose host has a clock of its own.
+func newWorldAt(t *testing.T, now func() time.Time) *world {
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
 	authority, err := trust.OpenAuthority(t.TempDir())
@@ -210,10 +217,11 @@ func newWorld(t *testing.T) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
+	w.identity = identity
 	w.cfg = HostConfig{
 		Server: w.cable.l.Addr().String(), Token: token, Identity: identity, Dir: t.TempDir(), Images: "/nowhere",
 		Device: "eth9", Address: netip.MustParsePrefix("10.0.0.1/24"), Version: "test", mac: net.HardwareAddr{2, 0, 0, 0, 0, 9}, Abandon: 500 * time.Millisecond, Logger: log,
-		start: func(context.Context, agent.Config) (runner, error) { return w.host, nil },
+		start: func(context.Context, agent.Config) (runner, error) { return w.host, nil }, now: now,
 		// What runs is written down, and left to the next.
 		Keeper: []string{"none"}, Leave: func() bool { return w.leave.Load() },
 		find: func(_ context.Context, c agent.Config) (runner, error) {

@@ -65,7 +65,7 @@ func (h *Host) renewDue(ctx context.Context, client violinv1connect.RenewalServi
 	if err != nil {
 		return renewRetry, err
 	}
-	if due := time.Until(trust.RenewalDue(cert)); due > 0 {
+	if due := trust.RenewalDue(cert).Sub(h.cfg.now()); due > 0 {
 		return min(due, renewCheck), nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, dialBound)

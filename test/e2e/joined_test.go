@@ -61,11 +61,20 @@ func (p *process) said() string {
 // spawn starts a violin on a host. It is told to end with the test, and must.
 func spawn(t *testing.T, h *lab.Host, args ...string) *process {
 	t.Helper()
-	return spawnWith(t, h, nil, args...)
+	return launch(t, h.Start, args...)
 }
 
 // spawnWith does so with more environment.
 func spawnWith(t *testing.T, h *lab.Host, env []string, args ...string) *process {
+	t.Helper()
+	return launch(t, func(cmd *exec.Cmd) error {
+		cmd.Env = append(os.Environ(), env...)
+		return h.Start(cmd)
+	}, args...)
+}
+
+// launch starts a violin by start.
+func launch(t *testing.T, start func(*exec.Cmd) error, args ...string) *process {
 	t.Helper()
 	program, err := filepath.Abs(filepath.Join(root, "bin/violin"))
 	if err != nil {
@@ -73,8 +82,7 @@ func spawnWith(t *testing.T, h *lab.Host, env []string, args ...string) *process
 	}
 	p := &process{cmd: exec.Command(program, args...), done: make(chan error, 1)}
 	p.cmd.Stderr = p
-	p.cmd.Env = append(os.Environ(), env...)
-	if err := h.Start(p.cmd); err != nil {
+	if err := start(p.cmd); err != nil {
 		t.Fatal(err)
 	}
 	go func() {
@@ -92,9 +100,6 @@ func spawnWith(t *testing.T, h *lab.Host, env []string, args ...string) *process
 
 func (p *process) stop(t *testing.T) {
 	t.Helper()
-	if p.cmd.ProcessState != nil {
-		return
-	}
 	_ = p.cmd.Process.Signal(os.Interrupt) // it may have ended; an agent's nodes end with it
 	select {
 	case <-p.done:
@@ -236,7 +241,15 @@ func TestJoined(t *testing.T) {
 		t.Fatal(err)
 	}
 	verified(t, dirs, "far@"+snap.ID)
+	refused(t, 5, dirs, "hosts", "rm", "gamma") // a slice runs there
 	must(t, dirs, "down", "far")
+
+	// Who is put out stays out, until there is a new token.
+	must(t, dirs, "hosts", "rm", "gamma")
+	if !connected(2)() || bytes.Contains(must(t, dirs, "hosts"), []byte("gamma")) {
+		t.Error("gamma was put out, and is still there")
+	}
+	await(t, "gamma is refused", func() bool { return strings.Contains(server.said(), "host gamma has not joined, or was put out again") })
 }
 
 func count(t *testing.T, s string) int {
