@@ -29,6 +29,8 @@ type Storage struct {
 	URL        string // such as s3://bucket?region=...; empty: the directory store below the state directory
 	Passphrase string // unlocks the store; empty: the key file store.key below the state directory does
 	Insecure   bool   // a store that is made is not encrypted
+	// Compression is that of pages which are stored from now on.
+	Compression store.Compression
 }
 
 func (c *Config) location() string {
@@ -47,7 +49,8 @@ func openStore(ctx context.Context, c *Config) (*store.Store, error) {
 		return nil, err
 	}
 	return store.Open(ctx, c.location(), store.Options{
-		Logger: c.Logger, Key: key, StartWorker: func() { priority.Background(c.Logger) },
+		Compression: c.Storage.Compression,
+		Logger:      c.Logger, Key: key, StartWorker: func() { priority.Background(c.Logger) },
 	})
 }
 
