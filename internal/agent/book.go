@@ -150,7 +150,7 @@ func (a *Agent) findNode(ctx context.Context, e nodeEntry) error {
 			a.ports[p.number] = p
 		}
 		ifc := e.Spec.Interfaces[i]
-		spec.NICs = append(spec.NICs, qemu.NIC{Tap: tap, MAC: ifc.Address, MTU: ifc.MTU})
+		spec.NICs = append(spec.NICs, qemu.NIC{Tap: tap, MAC: ifc.Address, MTU: ifc.MTU, Model: ifc.Model})
 	}
 	var err error
 	if n.vm, err = qemu.Find(ctx, spec, a.log); err != nil {

@@ -25,6 +25,7 @@ type Interface struct {
 	Network uint16
 	Address net.HardwareAddr
 	MTU     int
+	Model   string // as in [qemu.NIC]
 }
 
 // NodeSpec is a node to run.
@@ -77,7 +78,7 @@ func (a *Agent) AddNode(ctx context.Context, spec NodeSpec, incoming bool) (err 
 		if err != nil {
 			return err
 		}
-		spec.Machine.NICs = append(spec.Machine.NICs, qemu.NIC{Tap: p.tap, MAC: ifc.Address, MTU: ifc.MTU})
+		spec.Machine.NICs = append(spec.Machine.NICs, qemu.NIC{Tap: p.tap, MAC: ifc.Address, MTU: ifc.MTU, Model: ifc.Model})
 	}
 	if err := a.fabric.Update(ctx, func(st *coloring.State) {
 		st.Nodes[key] = coloring.Color{Epoch: spec.Epoch, Closed: true}

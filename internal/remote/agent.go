@@ -115,7 +115,7 @@ func (a *Agent) AddNode(ctx context.Context, spec agent.NodeSpec, incoming bool)
 	}
 	m := &violinv1.AddNodeRequest{
 		Run: a.run, Node: spec.Name, Epoch: uint32(spec.Epoch), MemoryBytes: spec.Machine.Memory, Cpus: uint32(spec.Machine.CPUs),
-		Append: spec.Machine.Append, GuestConfig: spec.Machine.GuestConfig, Generation: spec.Machine.Generation,
+		Append: spec.Machine.Append, GuestConfig: spec.Machine.GuestConfig, Generation: spec.Machine.Generation, Arguments: spec.Machine.Args,
 		Ports: encodePorts(spec.Interfaces), Incoming: incoming,
 	}
 	for _, f := range []struct{ kind, path string }{{"kernel", spec.Machine.Kernel}, {"initrd", spec.Machine.Initrd}, {"rootfs", spec.Machine.RootFS}} {

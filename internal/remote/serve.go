@@ -134,7 +134,7 @@ func (h *Host) AddNode(ctx context.Context, req *violinv1.AddNodeRequest) (*viol
 	}
 	spec := agent.NodeSpec{Slice: r.slice, Name: req.GetNode(), Machine: qemu.Spec{
 		Name: r.slice + "/" + req.GetNode(), Memory: req.GetMemoryBytes(), CPUs: int(req.GetCpus()), Append: req.GetAppend(),
-		GuestConfig: req.GetGuestConfig(), Generation: req.GetGeneration(),
+		GuestConfig: req.GetGuestConfig(), Generation: req.GetGeneration(), Args: req.GetArguments(),
 	}}
 	if spec.Epoch, err = epoch(req.GetEpoch()); err != nil {
 		return nil, refuse("%w", err)

@@ -224,7 +224,7 @@ type witness struct {
 
 func encodePorts(ifs []agent.Interface) (ports []*violinv1.NodePort) {
 	for _, i := range ifs {
-		ports = append(ports, &violinv1.NodePort{Network: uint32(i.Network), Mac: i.Address, Mtu: uint32(i.MTU)})
+		ports = append(ports, &violinv1.NodePort{Network: uint32(i.Network), Mac: i.Address, Mtu: uint32(i.MTU), Model: i.Model})
 	}
 	return ports
 }
@@ -240,7 +240,7 @@ func decodePorts(ports []*violinv1.NodePort) ([]agent.Interface, error) {
 		if err != nil {
 			return nil, err
 		}
-		ifs = append(ifs, agent.Interface{Network: network, Address: mac, MTU: int(p.GetMtu())})
+		ifs = append(ifs, agent.Interface{Network: network, Address: mac, MTU: int(p.GetMtu()), Model: p.GetModel()})
 	}
 	return ifs, nil
 }

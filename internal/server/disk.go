@@ -19,18 +19,18 @@ import (
 // disksOf are a node's disks. What could not be put back by a restore is refused.
 func disksOf(n *topology.Node) ([]qemu.Disk, error) {
 	var disks []qemu.Disk
-	for _, d := range n.Disks {
+	for i, d := range n.Disks {
 		disk := qemu.Disk{Name: d.Name, Size: d.Size, Base: d.Base}
 		if d.Base != "" {
 			size, format, err := inspectBase(d.Base)
 			if err != nil {
-				return nil, fmt.Errorf("node %q: disk %q: base %s: %w", n.Name, d.Name, d.Base, err)
+				return nil, wrong(n, fmt.Sprintf("disks[%d].base", i), "disk %q: base %s: %w", d.Name, d.Base, err)
 			}
 			if disk.BaseFormat = format; disk.Size == 0 {
 				disk.Size = size
 			}
 			if disk.Size < size {
-				return nil, fmt.Errorf("node %q: disk %q: its base %s has %d bytes, more than the disk's %d; give a larger size, or none", n.Name, d.Name, d.Base, size, disk.Size)
+				return nil, wrong(n, fmt.Sprintf("disks[%d].size", i), "disk %q: its base %s has %d bytes, more than the disk's %d; give a larger size, or none", d.Name, d.Base, size, disk.Size)
 			}
 		}
 		disks = append(disks, disk)

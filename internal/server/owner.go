@@ -167,7 +167,7 @@ var harmlessFields = map[reflect.Type][]string{
 	reflect.TypeFor[topology.Network]():   {"Name", "Subnet", "MTU", "Gateway", "Hold"},
 	reflect.TypeFor[topology.Node]():      {"Name", "Host", "Site", "Image", "Append", "Memory", "CPUs", "Disks", "Interfaces", "Run"},
 	reflect.TypeFor[topology.Disk]():      {"Name", "Size"},
-	reflect.TypeFor[topology.Interface](): {"Network", "Address", "MAC"},
+	reflect.TypeFor[topology.Interface](): {"Network", "Address", "MAC", "Model"},
 }
 
 // harmless refuses a topology that takes an operator.

@@ -238,7 +238,7 @@ func (s *Server) Up(ctx context.Context, req *violinv1.UpRequest, stream *connec
 	s.settle(topo.Slice, sl)
 	if err != nil {
 		s.freeName(context.WithoutCancel(ctx), topo.Slice)
-		return err
+		return placeError(req.GetFile(), req.GetTopology(), err)
 	}
 	s.tell(events.Event{Slice: topo.Slice, Kind: events.Up, Text: req.GetFile()})
 	return stream.Send(&violinv1.UpResponse{Event: &violinv1.UpResponse_Slice{Slice: s.message(ctx, sl)}})

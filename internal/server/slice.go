@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -21,8 +20,6 @@ import (
 	"violin/internal/coordinator"
 	"violin/internal/cut"
 	"violin/internal/fabric"
-	"violin/internal/hypervisor/qemu"
-	"violin/internal/image"
 	"violin/internal/lab"
 	"violin/internal/store"
 	"violin/internal/topology"
@@ -124,7 +121,7 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 			}
 			for _, ifc := range n.Interfaces {
 				spec.Interfaces = append(spec.Interfaces, agent.Interface{
-					Network: numbers[ifc.Network], Address: ifc.MAC, MTU: topo.Network(ifc.Network).MTU,
+					Network: numbers[ifc.Network], Address: ifc.MAC, MTU: topo.Network(ifc.Network).MTU, Model: ifc.Model,
 				})
 			}
 			if snap != nil {
@@ -160,45 +157,6 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 		return nil, err
 	}
 	return sl, nil
-}
-
-// machines are the nodes' VMs, by name.
-func (s *Server) machines(topo *topology.Topology) (map[string]qemu.Spec, error) {
-	machines := map[string]qemu.Spec{}
-	for i := range topo.Nodes {
-		spec, err := s.machine(topo, &topo.Nodes[i])
-		if err != nil {
-			return nil, connect.NewError(connect.CodeFailedPrecondition, err)
-		}
-		machines[topo.Nodes[i].Name] = spec
-	}
-	return machines, nil
-}
-
-// machine is a node's VM. What it boots from must be there before anything starts.
-func (s *Server) machine(topo *topology.Topology, n *topology.Node) (qemu.Spec, error) {
-	spec := qemu.Spec{
-		Name: topo.Slice + "/" + n.Name, Memory: n.Memory, CPUs: n.CPUs,
-		Kernel: n.Kernel, Initrd: n.Initrd, RootFS: n.RootFS, Append: n.Append, GuestConfig: topo.GuestConfig(n),
-	}
-	if n.Image != "" {
-		if _, err := image.Open(s.images(), n.Image); err != nil {
-			return spec, fmt.Errorf("node %q: %w", n.Name, err)
-		}
-		dir := filepath.Join(s.images(), n.Image)
-		spec.Kernel, spec.Initrd, spec.RootFS = filepath.Join(dir, image.KernelFile), filepath.Join(dir, image.InitrdFile), filepath.Join(dir, image.RootFile)
-	}
-	for _, f := range []string{spec.Kernel, spec.Initrd, spec.RootFS} {
-		if f == "" {
-			continue
-		}
-		if _, err := os.Stat(f); err != nil {
-			return spec, fmt.Errorf("node %q: %w", n.Name, err)
-		}
-	}
-	var err error
-	spec.Disks, err = disksOf(n)
-	return spec, err
 }
 
 func labConfig(topo *topology.Topology, s *Server) lab.Config {

@@ -40,9 +40,12 @@
 //	nodes*.NAME.cpus        1 if not given
 //	nodes*.NAME.disks       list of {name*, size, base}: size such as 1GiB, of an empty disk; or base, the file of
 //	                        a read-only qcow2 or raw image that the disk begins as, and size if it is to be larger
-//	nodes*.NAME.interfaces  list of {network*, address, mac}: address in CIDR form;
-//	                        mac derived from slice, node and position if not given
+//	nodes*.NAME.interfaces  list of {network*, address, mac, model}: address in CIDR form;
+//	                        mac derived from slice, node and position if not given; model e1000, e1000e or
+//	                        rtl8139 rather than virtio
 //	nodes*.NAME.run         command line that the guest starts at boot
+//	nodes*.NAME.qemu        list of arguments for QEMU, as the way out where the fields above don't suffice; those
+//	                        that would break a snapshot are refused
 //
 // A name is what DNS takes for a label: a-z, 0-9 and '-', at most 63 of them, 20 for a disk.
 // YAML's anchors, aliases and merge keys (<<) work; tags do not.

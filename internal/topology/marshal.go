@@ -80,13 +80,29 @@ func (t *Topology) Marshal() []byte {
 			if i.Address.IsValid() {
 				fmt.Fprintf(&b, "address: %s, ", text(i.Address.String()))
 			}
-			fmt.Fprintf(&b, "mac: %s}\n", text(i.MAC.String()))
+			fmt.Fprintf(&b, "mac: %s", text(i.MAC.String()))
+			if i.Model != "" {
+				fmt.Fprintf(&b, ", model: %s", text(i.Model))
+			}
+			b.WriteString("}\n")
 		}
 		if n.Run != "" {
 			fmt.Fprintf(&b, "    run: %s\n", text(n.Run))
 		}
+		if len(n.QEMU) > 0 {
+			fmt.Fprintf(&b, "    qemu: %s\n", list(n.QEMU))
+		}
 	}
 	return b.Bytes()
+}
+
+// list is strings as a YAML list.
+func list(texts []string) string {
+	all := make([]string, len(texts))
+	for i, s := range texts {
+		all[i] = text(s)
+	}
+	return "[" + strings.Join(all, ", ") + "]"
 }
 
 // text is a string as YAML: in quotes always, for the rules of when they can be

@@ -343,7 +343,7 @@ func (r *reader) nodes(e entry) {
 
 func (r *reader) node(n entry) {
 	node := Node{Name: n.name, CPUs: 1}
-	f := r.record(n, "host", "image", "kernel", "initrd", "rootfs", "append", "memory", "cpus", "disks", "interfaces", "run")
+	f := r.record(n, "host", "image", "kernel", "initrd", "rootfs", "append", "memory", "cpus", "disks", "interfaces", "run", "qemu")
 
 	hosts := r.hosts()
 	if v, ok := r.required(n, f, "host", "say which host runs it: "+suggest("", hosts)); ok {
@@ -389,6 +389,9 @@ func (r *reader) node(n entry) {
 		}
 	}
 	node.Run, _ = r.line(f, "run")
+	if v, ok := f["qemu"]; ok {
+		node.QEMU = r.texts(v, `write QEMU's arguments one by one, such as [-device, "usb-ehci,id=usb"]`)
+	}
 	r.t.Nodes = append(r.t.Nodes, node)
 }
 
@@ -486,9 +489,31 @@ func (r *reader) diskSize(v entry) uint64 {
 	return n
 }
 
+// maxArguments bounds what a node's QEMU is given beside what is Violin's.
+const maxArguments = 64
+
+// texts reads a list of texts of one line each.
+func (r *reader) texts(e entry, hint string) []string {
+	elements, _ := r.sequence(e)
+	if len(elements) > maxArguments {
+		r.wrong(e, fmt.Sprintf("%s has %d elements, more than %d", e.label(), len(elements), maxArguments), "remove some")
+	}
+	var all []string
+	for _, el := range elements {
+		if s, ok := r.text(el, hint); ok {
+			if s, ok = r.oneLine(el, s); ok && s == "" {
+				r.wrong(el, fmt.Sprintf("%s is empty", el.label()), hint)
+			} else if ok {
+				all = append(all, s)
+			}
+		}
+	}
+	return all
+}
+
 func (r *reader) iface(e entry, node Node, index int) Interface {
 	var i Interface
-	f := r.record(e, "network", "address", "mac")
+	f := r.record(e, "network", "address", "mac", "model")
 	owner := fmt.Sprintf("interface %d of %s", index, plain(node.Name))
 
 	var network *Network
@@ -526,6 +551,17 @@ func (r *reader) iface(e entry, node Node, index int) Interface {
 			default:
 				r.macs[string(mac)] = owner
 				i.MAC = mac
+			}
+		}
+	}
+	if v, ok := f["model"]; ok {
+		const hint = "name what QEMU shows the guest, such as model: e1000"
+		if s, ok := r.text(v, hint); ok {
+			if !slices.Contains(Models, s) {
+				r.wrong(v, fmt.Sprintf("model %s is not known", quoted(s)), suggest(s, Models))
+			}
+			if i.Model = s; s == Models[0] {
+				i.Model = "" // so that it is written as it was by those who know no models
 			}
 		}
 	}
@@ -644,6 +680,12 @@ func (r *reader) line(f map[string]entry, name string) (string, bool) {
 	if !ok {
 		return "", false
 	}
+	return r.oneLine(v, s)
+}
+
+// oneLine checks that a text is one line without control characters.
+func (r *reader) oneLine(v entry, s string) (string, bool) {
+	name := v.label()
 	s = strings.TrimRight(s, "\n") // of a block scalar
 	switch {
 	case strings.Contains(s, "\n"):

@@ -98,6 +98,12 @@ nodes:                         # before what they refer to
   1:
     <<: *leaf
     run: "echo 'a: b' #c"
+  vm:
+    host: b2
+    image: old
+    memory: 1GiB
+    interfaces: [{network: left, address: 10.0.0.9/24, model: e1000}, {network: left, model: virtio}]
+    qemu: [-device, "usb-ehci,id=usb"]
 wan:
   - {between: [b, a], delay: 30ms, jitter: 1.5ms, loss: 0.07%, reorder: 1%, rate: 1500kbit}
   - between: [b, c]
@@ -136,6 +142,14 @@ version: 1
 			},
 			{Name: "leaf", Disks: disks, Host: "a1", Site: "a", Image: "mpi", Memory: 64 << 20, CPUs: 1, Run: "sleep 1"},
 			{Name: "1", Disks: disks, Host: "a1", Site: "a", Image: "mpi", Memory: 64 << 20, CPUs: 1, Run: "echo 'a: b' #c"},
+			{
+				Name: "vm", Host: "b2", Site: "b", Image: "old", Memory: 1 << 30, CPUs: 1,
+				Interfaces: []Interface{
+					{Network: "left", Address: netip.MustParsePrefix("10.0.0.9/24"), MAC: deriveMAC("s", "vm", 0, 0), Model: "e1000"},
+					{Network: "left", MAC: deriveMAC("s", "vm", 1, 0)},
+				},
+				QEMU: []string{"-device", "usb-ehci,id=usb"},
+			},
 		},
 	}
 	if d := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Prefix{})); d != "" {
@@ -259,4 +273,22 @@ func FuzzParse(f *testing.F) {
 			topo.GuestConfig(&topo.Nodes[i])
 		}
 	})
+}
+
+// What is found wrong only later is told where the file says it, or would.
+func TestPlace(t *testing.T) {
+	src := []byte("version: 1\nnodes:\n  a: &a\n    image: x\n    disks:\n      - {name: d, base: b}\n  b: *a\n")
+	for field, want := range map[string]string{
+		"nodes.a.image":         "f.yaml:4:12: gone",
+		"nodes.a.disks[0].base": "f.yaml:6:25: gone",
+		"nodes.a.disks[0].size": "f.yaml:6:9: gone",
+		"nodes.a.disks[7]":      "f.yaml:5:5: gone",
+		"nodes.c":               "f.yaml:2:1: gone",
+		"nodes.b.image":         "f.yaml:4:12: gone",
+	} {
+		err := Place("f.yaml", src, field, errors.New("gone"))
+		if err.Error() != want {
+			t.Errorf("%s: %v, want %s", field, err, want)
+		}
+	}
 }

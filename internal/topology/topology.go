@@ -107,7 +107,8 @@ type Node struct {
 	CPUs       int
 	Disks      []Disk
 	Interfaces []Interface
-	Run        string // command line started at boot; may be empty
+	Run        string   // command line started at boot; may be empty
+	QEMU       []string // arguments for QEMU, beside those that are Violin's
 }
 
 // Disk is a disk of a node, which is part of its snapshots.
@@ -122,7 +123,11 @@ type Interface struct {
 	Network string
 	Address netip.Prefix // with the subnet's length; the zero Prefix if none is given
 	MAC     net.HardwareAddr
+	Model   string // one of Models; empty for virtio
 }
+
+// Models are the network interfaces that a node can have. All can be migrated.
+var Models = []string{"virtio", "e1000", "e1000e", "rtl8139"}
 
 // Node returns the node of that name, or nil.
 func (t *Topology) Node(name string) *Node {

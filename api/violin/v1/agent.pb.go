@@ -936,6 +936,7 @@ type AddNodeRequest struct {
 	Generation    string                 `protobuf:"bytes,9,opt,name=generation,proto3" json:"generation,omitempty"`
 	Ports         []*NodePort            `protobuf:"bytes,10,rep,name=ports,proto3" json:"ports,omitempty"`
 	Incoming      bool                   `protobuf:"varint,11,opt,name=incoming,proto3" json:"incoming,omitempty"`
+	Arguments     []string               `protobuf:"bytes,12,rep,name=arguments,proto3" json:"arguments,omitempty"` // for QEMU, beside Violin's own
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1047,6 +1048,13 @@ func (x *AddNodeRequest) GetIncoming() bool {
 	return false
 }
 
+func (x *AddNodeRequest) GetArguments() []string {
+	if x != nil {
+		return x.Arguments
+	}
+	return nil
+}
+
 type NodeFile struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"` // kernel, initrd or rootfs
@@ -1120,6 +1128,7 @@ type NodePort struct {
 	Network       uint32                 `protobuf:"varint,1,opt,name=network,proto3" json:"network,omitempty"`
 	Mac           []byte                 `protobuf:"bytes,2,opt,name=mac,proto3" json:"mac,omitempty"`
 	Mtu           uint32                 `protobuf:"varint,3,opt,name=mtu,proto3" json:"mtu,omitempty"`
+	Model         string                 `protobuf:"bytes,4,opt,name=model,proto3" json:"model,omitempty"` // as in a topology; empty for virtio
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1173,6 +1182,13 @@ func (x *NodePort) GetMtu() uint32 {
 		return x.Mtu
 	}
 	return 0
+}
+
+func (x *NodePort) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
 }
 
 type AddNodeResponse struct {
@@ -4432,7 +4448,7 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"\x03mac\x18\x04 \x01(\fR\x03mac\x12\x10\n" +
 	"\x03mtu\x18\x05 \x01(\rR\x03mtu\x12\x12\n" +
 	"\x04hold\x18\x06 \x01(\bR\x04hold\"\x14\n" +
-	"\x12AddGatewayResponse\"\xd0\x02\n" +
+	"\x12AddGatewayResponse\"\xee\x02\n" +
 	"\x0eAddNodeRequest\x12\x10\n" +
 	"\x03run\x18\x01 \x01(\tR\x03run\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x14\n" +
@@ -4447,16 +4463,18 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"generation\x12)\n" +
 	"\x05ports\x18\n" +
 	" \x03(\v2\x13.violin.v1.NodePortR\x05ports\x12\x1a\n" +
-	"\bincoming\x18\v \x01(\bR\bincoming\"\\\n" +
+	"\bincoming\x18\v \x01(\bR\bincoming\x12\x1c\n" +
+	"\targuments\x18\f \x03(\tR\targuments\"\\\n" +
 	"\bNodeFile\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x14\n" +
 	"\x05image\x18\x03 \x01(\bR\x05image\x12\x12\n" +
-	"\x04hash\x18\x04 \x01(\fR\x04hash\"H\n" +
+	"\x04hash\x18\x04 \x01(\fR\x04hash\"^\n" +
 	"\bNodePort\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\rR\anetwork\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\fR\x03mac\x12\x10\n" +
-	"\x03mtu\x18\x03 \x01(\rR\x03mtu\"\x11\n" +
+	"\x03mtu\x18\x03 \x01(\rR\x03mtu\x12\x14\n" +
+	"\x05model\x18\x04 \x01(\tR\x05model\"\x11\n" +
 	"\x0fAddNodeResponse\"G\n" +
 	"\vLoadRequest\x12\x10\n" +
 	"\x03run\x18\x01 \x01(\tR\x03run\x12\x12\n" +

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -46,11 +47,12 @@ const endBound = time.Second
 // Launcher starts a child where the node's TAP devices are.
 type Launcher interface{ Start(cmd *exec.Cmd) error }
 
-// NIC is one virtio network interface on a TAP device that exists.
+// NIC is one network interface on a TAP device that exists.
 type NIC struct {
-	Tap string
-	MAC net.HardwareAddr
-	MTU int
+	Tap   string
+	MAC   net.HardwareAddr
+	MTU   int
+	Model string // one of topology.Models; empty for virtio
 }
 
 // Spec is a VM.
@@ -68,7 +70,8 @@ type Spec struct {
 	Generation string
 	NICs       []NIC
 	Disks      []Disk
-	Dir        string // sockets, logs and the disks' layers
+	Args       []string // more of QEMU's arguments: see [CheckArgs]
+	Dir        string   // sockets, logs and the disks' layers
 }
 
 // Keeper keeps the streams of captures beyond this process; see the keeper package.
@@ -101,6 +104,9 @@ type VM struct {
 // Start starts QEMU with its vCPUs stopped. An incoming VM then waits for
 // [VM.Load]; the other boots with the first [VM.Resume].
 func Start(ctx context.Context, l Launcher, spec Spec, incoming bool, log *slog.Logger) (_ *VM, err error) {
+	if err := spec.check(); err != nil {
+		return nil, fmt.Errorf("start QEMU of %s: %w", spec.Name, err)
+	}
 	if err := os.MkdirAll(spec.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("start QEMU: %w", err)
 	}
@@ -156,6 +162,9 @@ func Start(ctx context.Context, l Launcher, spec Spec, incoming bool, log *slog.
 	if err = vm.setCapabilities(ctx, nil); err == nil {
 		err = vm.findVCPUs(ctx)
 	}
+	if err == nil && !incoming {
+		err = vm.checkCapture(ctx)
+	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("start QEMU of %s: %w", spec.Name, err), vm.Close())
 	}
@@ -187,6 +196,7 @@ func (vm *VM) args(incoming bool, config string) []string {
 	args := []string{
 		"-name", strings.ReplaceAll(s.Name, ",", ",,") + ",debug-threads=on",
 		"-nodefaults", "-no-user-config", "-display", "none", "-vga", "none",
+		"-only-migratable", // a device that can't be in a snapshot ends QEMU at once, and says so
 		"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max",
 		"-m", strconv.FormatUint(s.Memory>>10+oddMemory, 10) + "K", "-smp", strconv.Itoa(s.CPUs), "-S",
 		"-chardev", "socket,id=qmp,fd=3,server=on,wait=off", "-mon", "chardev=qmp,mode=control",
@@ -212,17 +222,61 @@ func (vm *VM) args(incoming bool, config string) []string {
 		args = append(args, "-device", "vmgenid,guid="+s.Generation)
 	}
 	for i, n := range s.NICs {
-		id := "net" + strconv.Itoa(i)
-		args = append(args,
-			"-netdev", "tap,id="+id+",ifname="+n.Tap+",script=no,downscript=no,vhost=off",
-			"-device", "virtio-net-pci,netdev="+id+",mac="+n.MAC.String()+",romfile=,"+
-				"csum=off,gso=off,guest_csum=off,guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off,"+
-				"host_tso4=off,host_tso6=off,host_ecn=off,host_ufo=off")
+		args = append(args, n.args("net"+strconv.Itoa(i))...)
 	}
+	args = append(args, s.Args...)
 	if incoming {
 		args = append(args, "-incoming", "defer")
 	}
 	return args
+}
+
+// check refuses what would break snapshots, or is no part of QEMU's command line.
+func (s *Spec) check() error {
+	for i, n := range s.NICs {
+		if n.Model != "" && !slices.Contains(topology.Models, n.Model) {
+			return fmt.Errorf("interface %d: model %q is none of %s", i, n.Model, strings.Join(topology.Models, ", "))
+		}
+	}
+	_, err := CheckArgs(s.Args)
+	return err
+}
+
+func (n NIC) args(id string) []string {
+	tap := "tap,id=" + id + ",ifname=" + n.Tap + ",script=no,downscript=no,vhost=off"
+	device := "netdev=" + id + ",mac=" + n.MAC.String() + ",romfile="
+	if n.Model != "" && n.Model != topology.Models[0] {
+		// Without this header QEMU itself does what it offers the guest to leave to it.
+		return []string{"-netdev", tap + ",vnet_hdr=off", "-device", n.Model + "," + device}
+	}
+	return []string{"-netdev", tap, "-device", "virtio-net-pci," + device + "," +
+		"csum=off,gso=off,guest_csum=off,guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off," +
+		"host_tso4=off,host_tso6=off,host_ecn=off,host_ufo=off"}
+}
+
+// checkCapture refuses a VM of which no state can be captured, before its vCPUs run.
+func (vm *VM) checkCapture(ctx context.Context) error {
+	var m struct {
+		Blocked []string `json:"blocked-reasons"`
+	}
+	if err := vm.qmp.Execute(ctx, "query-migrate", nil, &m); err != nil {
+		return err
+	}
+	if len(m.Blocked) > 0 {
+		return fmt.Errorf("no snapshot of it could be taken: %s", strings.Join(m.Blocked, "; "))
+	}
+	// QEMU looks at the guest's memory, and at what the kernel has, when it is asked for
+	// the capability.
+	err := vm.setCapabilities(ctx, []string{"background-snapshot"})
+	switch {
+	case err == nil:
+		return vm.setCapabilities(ctx, nil)
+	case len(vm.spec.Args) > 0: // what else?
+		return fmt.Errorf("no live snapshot of it could be taken, with its arguments %q: %w", vm.spec.Args, err)
+	default:
+		vm.log.Warn("this host takes no background snapshots: take them with --mode precopy", "err", err)
+		return nil
+	}
 }
 
 func quote(s string) string {
