@@ -95,11 +95,15 @@ func (a *app) explain(ctx context.Context, verb *cobra.Command, err error) *fail
 		return &failure{code: exitUsage, err: message}
 	case connect.CodeNotFound:
 		hint := "'violin ps' lists what runs."
-		if verb.HasParent() && verb.Parent().Name() == "image" {
-			hint = "'violin image ls' lists the images."
-		}
-		if verb.HasParent() && slices.Contains([]string{"users", "hosts"}, verb.Parent().Name()) {
-			hint = fmt.Sprintf("'violin %s' lists the %s.", map[string]string{"users": "users ls", "hosts": "hosts"}[verb.Parent().Name()], verb.Parent().Name())
+		if verb.HasParent() {
+			switch verb.Parent().Name() {
+			case "image":
+				hint = "'violin image ls' lists the images."
+			case "users":
+				hint = "'violin users ls' lists the users."
+			case "hosts":
+				hint = "'violin hosts' lists the hosts."
+			}
 		}
 		if slices.Contains([]string{"restore", "snapshots", "verify", "frames", "forget", "export", "log", "tag", "fork", "replay"}, verb.Name()) {
 			hint = "'violin snapshots' lists the snapshots."

@@ -149,8 +149,6 @@ func (a *Agent) findNode(ctx context.Context, e nodeEntry) error {
 		if p.number != 0 {
 			a.ports[p.number] = p
 		}
-		ifc := e.Spec.Interfaces[i]
-		spec.NICs = append(spec.NICs, qemu.NIC{Tap: tap, MAC: ifc.Address, MTU: ifc.MTU, Model: ifc.Model})
 	}
 	var err error
 	if n.vm, err = qemu.Find(ctx, spec, a.log); err != nil {

@@ -138,7 +138,7 @@ func (a *Agent) Handle(o Order, report func(cut.Event)) {
 		a.cuts[o.Slice] = hc
 		hc.spawn(hc.prepare)
 	case cut.SendCut:
-		if hc != nil && hc.id == e.Cut && !hc.ended && !hc.taken {
+		if hc.goesOn(e.Cut) {
 			for _, name := range e.Nodes {
 				hc.spawn(func() {
 					if hc.await(o.At.Add(-closeLead)) {
@@ -148,11 +148,11 @@ func (a *Agent) Handle(o Order, report func(cut.Event)) {
 			}
 		}
 	case cut.SendPoll:
-		if hc != nil && hc.id == e.Cut && !hc.ended && !hc.taken {
+		if hc.goesOn(e.Cut) {
 			hc.spawn(func() { hc.poll(e.Round, e.Epoch) })
 		}
 	case cut.SendCollect:
-		if hc != nil && hc.id == e.Cut && !hc.ended && !hc.taken {
+		if hc.goesOn(e.Cut) {
 			hc.spawn(hc.collect)
 		}
 	case cut.SendCommit:
@@ -172,6 +172,12 @@ func (a *Agent) Handle(o Order, report func(cut.Event)) {
 			go hc.abort(e.To)
 		}
 	}
+}
+
+// goesOn tells whether the cut, which may be nil, is the one that is meant and takes more
+// than its end. The agent's mu is held.
+func (hc *hostCut) goesOn(id string) bool {
+	return hc != nil && hc.id == id && !hc.ended && !hc.taken
 }
 
 // conclude says that the end has begun, and who is to be told of it: of a cut that was

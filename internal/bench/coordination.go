@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"slices"
 	"strconv"
 	"time"
 
@@ -54,8 +53,7 @@ func Coordinate(ctx context.Context, hosts, cuts int) (Coordination, error) {
 		}
 		took = append(took, time.Since(began))
 	}
-	slices.Sort(took)
-	return Coordination{Hosts: hosts, Took: took[len(took)/2]}, nil
+	return Coordination{Hosts: hosts, Took: median(took)}, nil
 }
 
 // simulatedHost answers every order as an agent does, and does nothing.

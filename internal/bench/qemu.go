@@ -7,15 +7,14 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"violin/internal/hypervisor/qemu"
+	"violin/internal/machine"
 	migration "violin/internal/migration/qemu"
 	"violin/internal/pageserver"
 	"violin/internal/store"
@@ -119,8 +118,9 @@ func AgainstQEMU(ctx context.Context, cfg QEMUConfig, done func(Comparison)) (er
 		return fmt.Errorf("compare with QEMU: %w", err)
 	}
 	defer os.RemoveAll(dir)
+	this := machine.New()
 	for _, memory := range slices.Concat(cfg.Memory, cfg.Lazy) {
-		n := &benchNode{dir: dir, memory: memory, plain: cfg.Plain, log: slog.New(slog.DiscardHandler)}
+		n := &benchNode{dir: dir, memory: memory, plain: cfg.Plain, machine: this, log: slog.New(slog.DiscardHandler)}
 		err := n.measure(ctx, cfg.Runs, slices.Contains(cfg.Memory, memory), done)
 		if err = errors.Join(err, n.close()); err != nil {
 			return fmt.Errorf("compare with QEMU on a node of %d MiB: %w", memory>>20, err)
@@ -136,6 +136,7 @@ type benchNode struct {
 	plain  bool
 	log    *slog.Logger
 
+	machine  *machine.Machine
 	vms      int // started so far
 	vm       *qemu.VM
 	skeleton *migration.Skeleton
@@ -150,13 +151,6 @@ type benchNode struct {
 type place struct {
 	block  int
 	offset uint64
-}
-
-type benchLauncher struct{}
-
-func (benchLauncher) Start(cmd *exec.Cmd) error {
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	return cmd.Start()
 }
 
 // counter is where the guest counts: a page that it needs at once.
@@ -183,7 +177,7 @@ func (n *benchNode) start(ctx context.Context, incoming bool) (*qemu.VM, error) 
 		return nil, err
 	}
 	n.vms++
-	return qemu.Start(ctx, benchLauncher{}, qemu.Spec{
+	return qemu.Start(ctx, n.machine, qemu.Spec{
 		Name: "bench", Memory: n.memory, CPUs: 1, Kernel: kernel, GuestConfig: []byte("{}"), Dir: filepath.Join(n.dir, fmt.Sprint("vm", n.vms)),
 	}, incoming, n.log)
 }

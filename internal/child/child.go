@@ -25,17 +25,8 @@ const Variable = "VIOLIN_CHILD"
 // Mark gives a command that has not been started its name. Names are paths: what
 // belongs together is below the same one.
 func Mark(cmd *exec.Cmd, name string) {
-	env := cmd.Env
-	if env == nil {
-		env = os.Environ()
-	}
-	cmd.Env = nil
-	for _, v := range env {
-		if !strings.HasPrefix(v, Variable+"=") {
-			cmd.Env = append(cmd.Env, v)
-		}
-	}
-	cmd.Env = append(cmd.Env, Variable+"="+name)
+	cmd.Env = append(cmd.Environ(), Variable+"="+name)
+	cmd.Env = cmd.Environ() // of two of a name, the last is kept
 }
 
 // Process is a child, of this process or of one that it takes over from.

@@ -68,19 +68,16 @@ func Raise(pid int, keep func(thread int, nice int) bool) (*Urgency, error) {
 // Calm takes the urgency of all of a process's threads back that somebody made urgent who
 // has died since. They get the niceness of this process.
 func Calm(pid int) error {
-	own, err := unix.SchedGetAttr(os.Getpid(), 0)
-	if err != nil {
-		return fmt.Errorf("read the own priority: %w", err)
-	}
-	u := &Urgency{pid: pid, saved: map[int]unix.SchedAttr{pid: {}}}
-	main, err := unix.SchedGetAttr(pid, 0)
+	calm, err := unix.SchedGetAttr(pid, 0)
 	if err != nil {
 		return fmt.Errorf("read the priority of process %d: %w", pid, err)
 	}
-	if main.Policy == unix.SCHED_NORMAL {
-		own = main
+	if calm.Policy != unix.SCHED_NORMAL {
+		if calm, err = unix.SchedGetAttr(os.Getpid(), 0); err != nil {
+			return fmt.Errorf("read the own priority: %w", err)
+		}
 	}
-	u.saved[pid] = unix.SchedAttr{Nice: own.Nice}
+	u := &Urgency{pid: pid, saved: map[int]unix.SchedAttr{pid: {Nice: calm.Nice}}}
 	return u.Lower()
 }
 

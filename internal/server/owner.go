@@ -72,9 +72,14 @@ func (s *Server) mayTake(ctx context.Context, name string) error {
 		return err
 	}
 	if used {
-		return connect.NewError(connect.CodeAlreadyExists, fmt.Errorf("slice %q: the name is taken; choose another", name))
+		return nameTaken(name)
 	}
 	return nil
+}
+
+// nameTaken tells nothing of who has it.
+func nameTaken(name string) error {
+	return connect.NewError(connect.CodeAlreadyExists, fmt.Errorf("slice %q: the name is taken; choose another", name))
 }
 
 // inUse tells whether anything has a slice's name.
@@ -105,7 +110,7 @@ func (s *Server) takeName(ctx context.Context, name string) error {
 	}
 	switch {
 	case found && !caller.Owns(s.Owner(name)):
-		return connect.NewError(connect.CodeAlreadyExists, fmt.Errorf("slice %q: the name is taken; choose another", name))
+		return nameTaken(name)
 	case found || s.Owner(name) == caller.Name:
 		return nil
 	}

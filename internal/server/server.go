@@ -437,38 +437,21 @@ func (s *Server) Version(context.Context, *violinv1.VersionRequest) (*violinv1.V
 }
 
 // resolvePaths makes the topology's paths independent of where it was read. Without a
-// directory they are so already.
+// directory it refuses one that means a file of its reader's.
 func resolvePaths(t *topology.Topology, dir string) error {
-	if dir == "" {
-		return absolute(t)
-	}
 	for i := range t.Nodes {
 		n := &t.Nodes[i]
-		for _, p := range []*string{&n.Kernel, &n.Initrd, &n.RootFS} {
-			if *p != "" && !filepath.IsAbs(*p) {
-				*p = filepath.Join(dir, *p)
-			}
-		}
+		paths := []*string{&n.Kernel, &n.Initrd, &n.RootFS}
 		for k := range n.Disks {
-			if p := &n.Disks[k].Base; *p != "" && !filepath.IsAbs(*p) {
-				*p = filepath.Join(dir, *p)
-			}
-		}
-	}
-	return nil
-}
-
-// absolute refuses a topology with a path that means a file of its reader's.
-func absolute(t *topology.Topology) error {
-	for i := range t.Nodes {
-		n := &t.Nodes[i]
-		paths := []string{n.Kernel, n.Initrd, n.RootFS}
-		for _, d := range n.Disks {
-			paths = append(paths, d.Base)
+			paths = append(paths, &n.Disks[k].Base)
 		}
 		for _, p := range paths {
-			if p != "" && !filepath.IsAbs(p) {
-				return fmt.Errorf("node %q: %s is to be a file of the server's, with its whole path there; or boot from an image", n.Name, p)
+			switch {
+			case *p == "" || filepath.IsAbs(*p):
+			case dir == "":
+				return fmt.Errorf("node %q: %s is to be a file of the server's, with its whole path there; or boot from an image", n.Name, *p)
+			default:
+				*p = filepath.Join(dir, *p)
 			}
 		}
 	}

@@ -197,7 +197,9 @@ func (s *Server) Forget(ctx context.Context, req *violinv1.ForgetRequest) (*viol
 		return nil, apiError(err)
 	}
 	resp := &violinv1.ForgetResponse{DryRun: req.GetDryRun()}
+	names := map[string]bool{}
 	for _, v := range verdicts {
+		names[v.Snapshot.Slice] = true
 		if !v.Kept() && !req.GetDryRun() {
 			if err := s.catalog.Delete(ctx, v.Snapshot.Slice, v.Snapshot.ID); err != nil {
 				return nil, apiError(err)
@@ -214,8 +216,8 @@ func (s *Server) Forget(ctx context.Context, req *violinv1.ForgetRequest) (*viol
 		resp.Verdicts = append(resp.Verdicts, m)
 	}
 	if !req.GetDryRun() {
-		for _, v := range verdicts {
-			s.freeName(ctx, v.Snapshot.Slice)
+		for name := range names {
+			s.freeName(ctx, name)
 		}
 	}
 	return resp, nil

@@ -358,17 +358,34 @@ func (c *Capture) Release(ctx context.Context) (err error) {
 	}
 	switch {
 	case c.mode == Precopy:
-		return c.switchOver(ctx)
+		err = c.switchOver(ctx)
 	case c.late:
-		if err := c.beginLate(ctx); err != nil {
-			return fmt.Errorf("capture: %w", err)
-		}
+		err = c.beginLate(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("capture: %w", err)
 	}
 	return c.unblock()
 }
 
 // beginLate begins a migration that is all in the pause.
 func (c *Capture) beginLate(ctx context.Context) error {
+	return c.unlessAborted(func() error { return c.begin(ctx) })
+}
+
+// switchOver lets a pre-copy end. Whether it has been told to must be known, so that
+// it is not cancelled then; see [Capture.Abort].
+func (c *Capture) switchOver(ctx context.Context) error {
+	return c.unlessAborted(func() error {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), switchBound)
+		defer cancel()
+		c.continued = true
+		return c.vm.qmp.Execute(ctx, "migrate-continue", map[string]string{"state": "pre-switchover"}, nil)
+	})
+}
+
+// unlessAborted lets QEMU capture, which [Capture.Abort] waits for, unless that came first.
+func (c *Capture) unlessAborted(capture func() error) error {
 	c.turn.Lock()
 	defer c.turn.Unlock()
 	c.mu.Lock()
@@ -377,27 +394,7 @@ func (c *Capture) beginLate(ctx context.Context) error {
 	if aborted {
 		return errors.New("it was given up")
 	}
-	return c.begin(ctx)
-}
-
-// switchOver lets a pre-copy end. Whether it has been told to must be known, so that
-// it is not cancelled then; see [Capture.Abort].
-func (c *Capture) switchOver(ctx context.Context) error {
-	c.turn.Lock()
-	defer c.turn.Unlock()
-	c.mu.Lock()
-	aborted := c.aborted
-	c.mu.Unlock()
-	if aborted {
-		return errors.New("capture: it was given up")
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), switchBound)
-	defer cancel()
-	c.continued = true
-	if err := c.vm.qmp.Execute(ctx, "migrate-continue", map[string]string{"state": "pre-switchover"}, nil); err != nil {
-		return fmt.Errorf("capture: %w", err)
-	}
-	return nil
+	return capture()
 }
 
 // unblock makes room in the stream and throws away what filled it.

@@ -159,11 +159,14 @@ func Start(ctx context.Context, l Launcher, spec Spec, incoming bool, log *slog.
 		tail := vm.logTail()
 		return nil, errors.Join(fmt.Errorf("start QEMU of %s: %w%s", spec.Name, err, tail), vm.Close())
 	}
-	if err = vm.setCapabilities(ctx, nil); err == nil {
-		err = vm.findVCPUs(ctx)
-	}
-	if err == nil && !incoming {
+	if !incoming {
 		err = vm.checkCapture(ctx)
+	}
+	if err == nil {
+		err = vm.setCapabilities(ctx, nil)
+	}
+	if err == nil {
+		err = vm.findVCPUs(ctx)
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("start QEMU of %s: %w", spec.Name, err), vm.Close())
@@ -254,7 +257,8 @@ func (n NIC) args(id string) []string {
 		"host_tso4=off,host_tso6=off,host_ecn=off,host_ufo=off"}
 }
 
-// checkCapture refuses a VM of which no state can be captured, before its vCPUs run.
+// checkCapture refuses a VM of which no state can be captured, before its vCPUs run. It
+// leaves the capabilities to be set.
 func (vm *VM) checkCapture(ctx context.Context) error {
 	var m struct {
 		Blocked []string `json:"blocked-reasons"`
@@ -268,15 +272,13 @@ func (vm *VM) checkCapture(ctx context.Context) error {
 	// QEMU looks at the guest's memory, and at what the kernel has, when it is asked for
 	// the capability.
 	err := vm.setCapabilities(ctx, []string{"background-snapshot"})
-	switch {
-	case err == nil:
-		return vm.setCapabilities(ctx, nil)
-	case len(vm.spec.Args) > 0: // what else?
+	if err != nil && len(vm.spec.Args) > 0 { // what else?
 		return fmt.Errorf("no live snapshot of it could be taken, with its arguments %q: %w", vm.spec.Args, err)
-	default:
-		vm.log.Warn("this host takes no background snapshots: take them with --mode precopy", "err", err)
-		return nil
 	}
+	if err != nil {
+		vm.log.Warn("this host takes no background snapshots: take them with --mode precopy", "err", err)
+	}
+	return nil
 }
 
 func quote(s string) string {
