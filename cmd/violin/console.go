@@ -64,14 +64,13 @@ func (a *app) console(ctx context.Context, name string) error {
 		keys, left = k, k.left
 	}
 	// A read of the keyboard cannot be interrupted, so nobody waits for this goroutine.
-	go send(keys, stream)
+	go send(ctx, keys, left, stream)
 	received := make(chan error, 1)
 	go func() { received <- receive(a.out, stream) }()
 	select {
 	case <-left:
-		cancel()
 		fmt.Fprint(a.out, "\r\n")
-		return nil
+		return nil // which ends ctx
 	case err = <-received:
 	}
 	if left != nil {
@@ -83,18 +82,25 @@ func (a *app) console(ctx context.Context, name string) error {
 	return err
 }
 
-// send sends what is typed, until the end of input or of the stream.
-func send(keys io.Reader, stream *connect.BidiStreamForClientSimple[violinv1.ConsoleRequest, violinv1.ConsoleResponse]) {
+// send sends what is typed, until the end of input or of the stream. Who has left is done
+// with the terminal, which ends ctx, before the server hears of an end and may answer.
+func send(ctx context.Context, keys io.Reader, left <-chan struct{}, stream *connect.BidiStreamForClientSimple[violinv1.ConsoleRequest, violinv1.ConsoleResponse]) {
 	buf := make([]byte, 4096)
 	for {
 		n, err := keys.Read(buf)
 		if n > 0 && stream.Send(&violinv1.ConsoleRequest{Data: buf[:n]}) != nil {
 			return // receive tells why
 		}
-		if err != nil {
-			_ = stream.CloseRequest()
-			return
+		if err == nil {
+			continue
 		}
+		select {
+		case <-left:
+			<-ctx.Done()
+		default:
+		}
+		_ = stream.CloseRequest()
+		return
 	}
 }
 
