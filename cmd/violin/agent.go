@@ -224,13 +224,13 @@ func (a *app) hostsCommand() *cobra.Command {
 				return err
 			}
 			return a.print(r, func(w io.Writer) {
-				t := newTable("HOST", "STATE", "SINCE", "FROM", "UNDERLAY", "SLICE", "VERSION")
+				t := newTable("HOST", "STATE", "SINCE", "FROM", "UNDERLAY", "SLICES", "VERSION")
 				for _, h := range r.GetHosts() {
 					state := "away"
 					if h.GetConnected() {
 						state = "connected"
 					}
-					t.row(h.GetName(), state, a.formatTime(h.GetSince()), h.GetAddress(), h.GetUnderlay(), h.GetSlice(), h.GetVersion())
+					t.row(h.GetName(), state, a.formatTime(h.GetSince()), h.GetAddress(), h.GetUnderlay(), strings.Join(h.GetSlices(), " "), h.GetVersion())
 				}
 				t.write(w)
 			})

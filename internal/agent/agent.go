@@ -84,11 +84,14 @@ type Agent struct {
 	book    *book
 	keeping *keeping // nil if nothing outlives the agent
 
+	sharing sync.Mutex // held while what slices share is made and removed
+
 	mu    sync.Mutex // guards the maps; a node guards itself
 	nodes map[coloring.NodeKey]*node
 	ports map[uint32]*port
 	cuts  map[string]*hostCut // by slice
 	peers map[uint16]string   // host by peer number
+	uses  map[string]use      // by slice
 	taps  int                 // taps made so far, for their names
 	exits []*exit
 }
@@ -117,7 +120,7 @@ func newAgent(cfg Config) *Agent {
 	a := &Agent{
 		cfg: cfg, log: cfg.Logger.With("host", cfg.Host), book: newBook(cfg),
 		nodes: map[coloring.NodeKey]*node{}, ports: map[uint32]*port{},
-		cuts: map[string]*hostCut{}, peers: map[uint16]string{},
+		cuts: map[string]*hostCut{}, peers: map[uint16]string{}, uses: map[string]use{},
 	}
 	a.keeping = newKeeping(cfg, a.log)
 	return a
@@ -144,26 +147,6 @@ func (a *Agent) closeSwitch() error {
 	return errors.Join(err, a.keeping.close())
 }
 
-// AddPeer joins the host to another one.
-func (a *Agent) AddPeer(ctx context.Context, peer fabric.Peer) error {
-	a.mu.Lock()
-	a.peers[peer.ID] = peer.Host
-	a.mu.Unlock()
-	if err := a.fabric.AddPeer(ctx, peer); err != nil {
-		return fmt.Errorf("host %s: %w", a.cfg.Host, err)
-	}
-	return nil
-}
-
-// SetRemotes tells where the interfaces on other hosts are; it takes effect
-// with the next node that is added.
-func (a *Agent) SetRemotes(_ context.Context, remotes []coloring.Remote) error {
-	if err := a.fabric.SetRemotes(remotes); err != nil {
-		return fmt.Errorf("host %s: %w", a.cfg.Host, err)
-	}
-	return nil
-}
-
 // SwitchGone is closed when the host's switch has ended: without it the host's nodes
 // reach nothing.
 func (a *Agent) SwitchGone() <-chan struct{} { return a.fabric.Gone() }
@@ -176,7 +159,7 @@ func (a *Agent) Close() error {
 		keys = append(keys, k)
 	}
 	a.mu.Unlock()
-	errs := []error{a.closeGateways()}
+	errs := []error{a.closeGateways("")}
 	for _, k := range keys {
 		errs = append(errs, a.stopNode(k))
 	}

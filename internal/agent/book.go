@@ -31,6 +31,7 @@ type page struct {
 	Nodes []nodeEntry
 	Exits []exitEntry
 	Cuts  []cutEntry
+	Uses  map[string]use // by slice
 }
 
 type nodeEntry struct {
@@ -105,6 +106,7 @@ func Find(ctx context.Context, cfg Config) (_ *Agent, err error) {
 		return nil, err
 	}
 	a.taps = a.book.page.Taps
+	maps.Copy(a.uses, a.book.page.Uses)
 	if a.fabric, err = fabric.Find(ctx, a.fabricConfig()); err != nil {
 		return nil, err
 	}
@@ -209,7 +211,7 @@ func (a *Agent) findExits(ctx context.Context) error {
 	a.book.mu.Unlock()
 	var errs []error
 	for _, e := range entries {
-		x := &exit{tap: e.Tap, plugged: a.fabric.Tap(e.Tap) != 0}
+		x := &exit{slice: e.Spec.Slice, tap: e.Tap, plugged: a.fabric.Tap(e.Tap) != 0}
 		if !e.Whole {
 			errs = append(errs, a.closeGateway(x))
 			continue

@@ -242,7 +242,7 @@ func (hc *hostCut) prepare() {
 		hc.fail("", err)
 		return
 	}
-	counters, err := hc.a.fabric.Counters(hc.ctx)
+	counters, err := hc.counters(hc.ctx)
 	if err != nil {
 		hc.fail("", err)
 		return
@@ -500,7 +500,7 @@ func (hc *hostCut) step(nc *nodeCut, step cut.Step) error {
 func (hc *hostCut) level(ctx context.Context, n *node) error {
 	for range levelTries {
 		before := n.copies()
-		counters, err := hc.a.fabric.Counters(ctx)
+		counters, err := hc.counters(ctx)
 		if err != nil {
 			return err
 		}
@@ -583,7 +583,7 @@ func (hc *hostCut) poll(round int, epoch cut.Epoch) {
 	hc.a.mu.Lock()
 	hc.reads[round] = time.Now()
 	hc.a.mu.Unlock()
-	counters, err := hc.a.fabric.Counters(hc.ctx)
+	counters, err := hc.counters(hc.ctx)
 	if err != nil {
 		hc.fail("", err)
 		return

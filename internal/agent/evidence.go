@@ -71,13 +71,29 @@ func (hc *hostCut) witness(nc *nodeCut, step cut.Step, began time.Time, from cut
 	})
 }
 
+// counters are the switch's, as far as they are of this slice: another's cut is none of
+// this one's business.
+func (hc *hostCut) counters(ctx context.Context) (fabric.Counters, error) {
+	c, err := hc.a.fabric.Counters(ctx)
+	if err != nil {
+		return c, err
+	}
+	var ports []uint32
+	for _, nc := range hc.nodes {
+		for _, p := range nc.n.ports {
+			ports = append(ports, p.number)
+		}
+	}
+	return c.For(ports), nil
+}
+
 // awaitSeen waits until all frames that the switch has handed over have come. What
 // does not come was dropped between the two, and is then in no memory and no
 // record: there must be no such snapshot.
 func (hc *hostCut) awaitSeen() error {
 	began := time.Now()
 	for {
-		counters, err := hc.a.fabric.Counters(hc.ctx)
+		counters, err := hc.counters(hc.ctx)
 		if err != nil {
 			return err
 		}
@@ -169,13 +185,13 @@ func (hc *hostCut) dropped(now fabric.Counters) int64 {
 func (hc *hostCut) excuse(ctx context.Context) error {
 	hc.excusing.Lock() // two gates must not excuse the same frames
 	defer hc.excusing.Unlock()
-	last, err := hc.a.fabric.Counters(ctx)
+	last, err := hc.counters(ctx)
 	if err != nil {
 		return err
 	}
 	var bound int64
 	for try := 1; ; try++ {
-		now, err := hc.a.fabric.Counters(ctx)
+		now, err := hc.counters(ctx)
 		if err != nil {
 			return err
 		}

@@ -26,15 +26,16 @@ type GatewaySpec struct {
 
 // exit is a gateway and its device.
 type exit struct {
+	slice   string
 	tap     string
 	plugged bool
 	gateway *gateway.Gateway
 }
 
-// AddGateway gives a network a way out. It stays until the agent is closed; a
+// AddGateway gives a network a way out. It stays until its slice leaves; a
 // failure leaves nothing behind.
 func (a *Agent) AddGateway(ctx context.Context, spec GatewaySpec) (err error) {
-	x := &exit{tap: a.tapName()}
+	x := &exit{slice: spec.Slice, tap: a.tapName()}
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("host %s: gateway %v: %w", a.cfg.Host, spec.Address, errors.Join(err, a.closeGateway(x)))
@@ -83,33 +84,49 @@ func (a *Agent) startGateway(x *exit, spec GatewaySpec) error {
 	return err
 }
 
-// MarkOutput says where the frames end that wait at the host's gateways now, a mark a
-// gateway. A frame before its mark was sent before now.
-func (a *Agent) MarkOutput(context.Context) ([]uint64, error) {
+// exitsOf are the gateways of a slice.
+func (a *Agent) exitsOf(slice string) (exits []*exit) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	var marks []uint64
 	for _, x := range a.exits {
+		if x.slice == slice {
+			exits = append(exits, x)
+		}
+	}
+	return exits
+}
+
+// MarkOutput says where the frames end that wait at the slice's gateways on this host
+// now, a mark a gateway. A frame before its mark was sent before now.
+func (a *Agent) MarkOutput(_ context.Context, slice string) ([]uint64, error) {
+	var marks []uint64
+	for _, x := range a.exitsOf(slice) {
 		marks = append(marks, x.gateway.Mark())
 	}
 	return marks, nil
 }
 
 // ReleaseOutput lets the frames before their marks go to the outside.
-func (a *Agent) ReleaseOutput(_ context.Context, marks []uint64) error {
-	a.mu.Lock()
-	exits := a.exits
-	a.mu.Unlock()
+func (a *Agent) ReleaseOutput(_ context.Context, slice string, marks []uint64) error {
+	exits := a.exitsOf(slice)
 	for i, x := range exits[:min(len(exits), len(marks))] {
 		x.gateway.Release(marks[i])
 	}
 	return nil
 }
 
-func (a *Agent) closeGateways() error {
+// closeGateways closes those of a slice; of all, if it is empty.
+func (a *Agent) closeGateways(slice string) error {
 	a.mu.Lock()
-	exits := a.exits
-	a.exits = nil
+	var exits, others []*exit
+	for _, x := range a.exits {
+		if slice == "" || x.slice == slice {
+			exits = append(exits, x)
+		} else {
+			others = append(others, x)
+		}
+	}
+	a.exits = others
 	a.mu.Unlock()
 	var errs []error
 	for _, x := range exits {

@@ -286,6 +286,9 @@ type NodeStatus struct {
 	PID     int
 	Status  string // QEMU's run state; empty if the hypervisor is gone
 	Problem string // why it is gone
+	// Resident is, of a node on another machine, what the hypervisor has of its memory, in
+	// bytes.
+	Resident uint64
 }
 
 // Status tells how a node is.

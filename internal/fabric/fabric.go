@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -93,9 +94,22 @@ type Counters struct {
 	// alone, by hold and closed entries, and those that came here. A difference
 	// is frames that the session between the two has dropped.
 	Handed, Seen uint64
+	// HandedFor and SeenFor are those of each port.
+	HandedFor, SeenFor map[uint32]uint64
 	// Refused counts the messages that the switch would not obey: each may have
 	// been a frame to give out.
 	Refused uint64
+}
+
+// For returns the counters with Handed and Seen of some ports alone: slices that share
+// a switch have nothing to do with each other's frames.
+func (c Counters) For(ports []uint32) Counters {
+	c.Handed, c.Seen = 0, 0
+	for _, p := range ports {
+		c.Handed += c.HandedFor[p]
+		c.Seen += c.SeenFor[p]
+	}
+	return c
 }
 
 // Switch is one host's running Open vSwitch.
@@ -114,6 +128,8 @@ type Switch struct {
 	lifetime context.Context // until Close
 	end      context.CancelFunc
 
+	peering sync.Mutex // held while tunnels are made and removed
+
 	mu        sync.Mutex // guards the desired and the installed state
 	sw        coloring.Switch
 	state     coloring.State
@@ -122,8 +138,8 @@ type Switch struct {
 	behind    map[string]uint64 // by TAP device: how many frames it had been given with the last of [Switch.Settle]
 
 	counts  sync.Mutex
-	handed  uint64 // by entries that are gone
-	seen    uint64
+	handed  map[uint32]uint64 // by port: by entries that are gone
+	seen    map[uint32]uint64 // by port
 	refused uint64
 	pending map[uint32]struct{} // buffers of the frames that OnPacket was given, and the keeper has
 }
@@ -174,6 +190,7 @@ func newSwitch(cfg Config) *Switch {
 		cfg: cfg, log: cfg.Logger,
 		state:     coloring.State{Nodes: map[coloring.NodeKey]coloring.Color{}, Counted: map[uint16][]cut.Epoch{}},
 		installed: coloring.FlowSet{}, taps: map[string]uint32{}, behind: map[string]uint64{}, pending: map[uint32]struct{}{},
+		handed: map[uint32]uint64{}, seen: map[uint32]uint64{},
 	}
 	s.lifetime, s.end = context.WithCancel(context.Background())
 	return s
@@ -258,14 +275,14 @@ func (s *Switch) handle(m openflow.Message) {
 			s.log.Warn("packet-in", "err", err)
 			return
 		}
-		if !p.Delivered() && !s.news(p.Buffer) {
+		if !p.Delivered() && !s.news(p.Buffer, p.Port) {
 			return
 		}
 		s.cfg.OnPacket(p, m.Data)
 	case *openflow.FlowRemoved:
 		if k := coloring.UnpackCookie(m.Cookie); k.Run == s.run {
 			s.counts.Lock()
-			s.handed += m.Packets
+			s.handed[uint32(k.Port)] += m.Packets
 			s.counts.Unlock()
 		}
 	case *openflow.ErrorMessage:
@@ -278,8 +295,14 @@ func (s *Switch) handle(m openflow.Message) {
 
 func tunnelName(peer uint16) string { return fmt.Sprintf("vx%d", peer) }
 
-// AddPeer adds the tunnel to another host; it carries frames from the next Update on.
+// AddPeer adds the tunnel to another host, unless it is there; it carries frames from
+// the next Update on.
 func (s *Switch) AddPeer(ctx context.Context, p Peer) error {
+	s.peering.Lock()
+	defer s.peering.Unlock()
+	if slices.ContainsFunc(s.Peers(), func(have coloring.Peer) bool { return have.ID == p.ID }) {
+		return nil
+	}
 	number, err := s.db.addPort(ctx, integration, tunnelName(p.ID), "vxlan", map[string]string{
 		"remote_ip": p.Addr.String(), "local_ip": s.cfg.UnderlayAddr.Addr().String(), "key": "flow",
 	})
@@ -295,6 +318,28 @@ func (s *Switch) AddPeer(ctx context.Context, p Peer) error {
 	defer s.mu.Unlock()
 	s.sw.Peers = append(s.sw.Peers, coloring.Peer{ID: p.ID, Host: p.Host, Port: number})
 	return s.writeWiring()
+}
+
+// RemovePeer removes the tunnel to another host, which no slice uses any more.
+func (s *Switch) RemovePeer(ctx context.Context, id uint16) error {
+	s.peering.Lock()
+	defer s.peering.Unlock()
+	s.mu.Lock()
+	s.sw.Peers = slices.DeleteFunc(s.sw.Peers, func(p coloring.Peer) bool { return p.ID == id })
+	err := s.writeWiring()
+	s.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	if err := s.Update(ctx, func(*coloring.State) {}); err != nil {
+		return err
+	}
+	select {
+	case <-s.Gone(): // as in Detach
+		return nil
+	default:
+	}
+	return s.db.removePort(ctx, integration, tunnelName(id))
 }
 
 // SetRemotes tells where the interfaces on other hosts are, from the next Update on.
@@ -413,16 +458,22 @@ func (s *Switch) Counters(ctx context.Context) (Counters, error) {
 	c := Counters{Counters: coloring.ReadCounters(stats), Records: map[uint32]uint64{}}
 	s.counts.Lock()
 	defer s.counts.Unlock()
-	c.Handed = s.handed
+	c.HandedFor, c.SeenFor = maps.Clone(s.handed), maps.Clone(s.seen)
 	for _, st := range stats {
 		switch k := coloring.UnpackCookie(st.Cookie); k.Kind {
 		case coloring.KindRecord:
 			c.Records[uint32(k.Port)] += st.Packets
 		case coloring.KindHold, coloring.KindClosed:
-			c.Handed += st.Packets
+			c.HandedFor[uint32(k.Port)] += st.Packets
 		}
 	}
-	c.Seen, c.Refused = s.seen, s.refused
+	for _, n := range c.HandedFor {
+		c.Handed += n
+	}
+	for _, n := range c.SeenFor {
+		c.Seen += n
+	}
+	c.Refused = s.refused
 	return c, nil
 }
 
@@ -482,7 +533,7 @@ func (s *Switch) retire(buffer uint32, m *openflow.PacketOut) error {
 
 // news counts a frame that was handed over. It tells whether it is a new one: a keeper
 // gives a session that is opened again all that it has.
-func (s *Switch) news(buffer uint32) bool {
+func (s *Switch) news(buffer, port uint32) bool {
 	s.counts.Lock()
 	defer s.counts.Unlock()
 	if buffer != 0 {
@@ -491,7 +542,7 @@ func (s *Switch) news(buffer uint32) bool {
 		}
 		s.pending[buffer] = struct{}{}
 	}
-	s.seen++
+	s.seen[port]++
 	return true
 }
 

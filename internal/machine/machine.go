@@ -239,6 +239,20 @@ func (d *Device) Restore() error {
 	return nil
 }
 
+// Resident is what a process has of the machine's memory, in bytes; 0 if it is gone.
+func Resident(pid int) uint64 {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
+	if err != nil {
+		return 0
+	}
+	f := strings.Fields(string(b))
+	if len(f) < 2 {
+		return 0
+	}
+	pages, _ := strconv.ParseUint(f[1], 10, 64)
+	return pages * uint64(os.Getpagesize())
+}
+
 // Memory is what the machine has and what can be had of it now, in bytes.
 func Memory() (total, available uint64, err error) {
 	b, err := os.ReadFile("/proc/meminfo")

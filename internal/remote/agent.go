@@ -77,8 +77,12 @@ func (a *Agent) Underlay() agent.Underlay {
 	return a.host.machine.Underlay
 }
 
+// Peer is the host's number among those that have joined: the same for all of them, as
+// long as the server runs.
+func (a *Agent) Peer() uint16 { return a.host.number }
+
 // AddPeer joins the host to another one.
-func (a *Agent) AddPeer(ctx context.Context, p fabric.Peer) error {
+func (a *Agent) AddPeer(ctx context.Context, _ string, p fabric.Peer) error {
 	return a.call(ctx, func(ctx context.Context, c violinv1connect.AgentServiceClient) error {
 		_, err := c.AddPeer(ctx, &violinv1.AddPeerRequest{Run: a.run, Id: uint32(p.ID), Host: p.Host, Address: p.Addr.String(), Mac: p.MAC})
 		return err
@@ -86,7 +90,7 @@ func (a *Agent) AddPeer(ctx context.Context, p fabric.Peer) error {
 }
 
 // SetRemotes tells where the interfaces on other hosts are.
-func (a *Agent) SetRemotes(ctx context.Context, remotes []coloring.Remote) error {
+func (a *Agent) SetRemotes(ctx context.Context, _ string, remotes []coloring.Remote) error {
 	m := &violinv1.SetRemotesRequest{Run: a.run}
 	for _, r := range remotes {
 		m.Remotes = append(m.Remotes, &violinv1.Remote{Network: uint32(r.Network), Mac: r.Address, Peer: uint32(r.Peer), Outside: r.Outside})
@@ -240,7 +244,7 @@ func (a *Agent) Status(ctx context.Context, _, name string) (s agent.NodeStatus,
 		if err != nil {
 			return err
 		}
-		s = agent.NodeStatus{PID: int(r.GetPid()), Status: r.GetStatus(), Problem: r.GetProblem()}
+		s = agent.NodeStatus{PID: int(r.GetPid()), Status: r.GetStatus(), Problem: r.GetProblem(), Resident: r.GetResidentBytes()}
 		s.Epoch, err = epoch(r.GetEpoch())
 		return err
 	})
@@ -306,7 +310,7 @@ func (a *Agent) Console(ctx context.Context, _, name string) (net.Conn, error) {
 }
 
 // MarkOutput says where the frames end that wait at the host's gateways now.
-func (a *Agent) MarkOutput(ctx context.Context) (marks []uint64, err error) {
+func (a *Agent) MarkOutput(ctx context.Context, _ string) (marks []uint64, err error) {
 	err = a.call(ctx, func(ctx context.Context, c violinv1connect.AgentServiceClient) error {
 		r, err := c.MarkOutput(ctx, &violinv1.MarkOutputRequest{Run: a.run})
 		marks = r.GetMarks()
@@ -316,7 +320,7 @@ func (a *Agent) MarkOutput(ctx context.Context) (marks []uint64, err error) {
 }
 
 // ReleaseOutput lets the frames before their marks go to the outside.
-func (a *Agent) ReleaseOutput(ctx context.Context, marks []uint64) error {
+func (a *Agent) ReleaseOutput(ctx context.Context, _ string, marks []uint64) error {
 	return a.call(ctx, func(ctx context.Context, c violinv1connect.AgentServiceClient) error {
 		_, err := c.ReleaseOutput(ctx, &violinv1.ReleaseOutputRequest{Run: a.run, Marks: marks})
 		return err
@@ -385,8 +389,8 @@ func (a *Agent) Results(_, id string) (agent.HostResult, error) {
 	return r, nil
 }
 
-// Close stops the host's nodes and its switch. An agent that is away does so when it is
-// back.
+// Close stops the slice's nodes on the host, and if it runs no other, its switch. An
+// agent that is away does so when it is back.
 func (a *Agent) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), closeBound)
 	defer cancel()
@@ -402,9 +406,7 @@ func (a *Agent) Close() error {
 		return err
 	})
 	a.host.mu.Lock()
-	if a.host.running == a {
-		a.host.running = nil
-	}
+	delete(a.host.running, a.run)
 	a.host.mu.Unlock()
 	return err
 }

@@ -7,12 +7,14 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
@@ -64,7 +66,8 @@ type HostConfig struct {
 	now         func() time.Time // nil for the clock
 }
 
-// Host is one machine's agent. It serves one run after the other.
+// Host is one machine's agent. It serves a run a slice; the runs share the machine's
+// switch, and so one [agent.Agent].
 type Host struct {
 	cfg  HostConfig
 	log  *slog.Logger
@@ -73,8 +76,11 @@ type Host struct {
 	underlay agent.Underlay
 	device   *machine.Device // nil where a test has none
 
+	sharing sync.Mutex // held while runs begin and end
+
 	mu     sync.Mutex
-	run    *hostRun
+	agent  runner                              // nil while there is no run
+	runs   map[string]*hostRun                 // by id
 	ingest violinv1connect.IngestServiceClient // by the connection there is; nil for none
 }
 
@@ -88,7 +94,7 @@ func ServeHost(ctx context.Context, cfg HostConfig) error {
 	if cfg.now == nil {
 		cfg.now = time.Now
 	}
-	h := &Host{cfg: cfg, log: cfg.Logger, underlay: agent.Underlay{Device: cfg.Device, Addr: cfg.Address, MAC: cfg.mac}}
+	h := &Host{cfg: cfg, log: cfg.Logger, runs: map[string]*hostRun{}, underlay: agent.Underlay{Device: cfg.Device, Addr: cfg.Address, MAC: cfg.mac}}
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return fmt.Errorf("run an agent: %w", err)
 	}
@@ -97,17 +103,17 @@ func ServeHost(ctx context.Context, cfg HostConfig) error {
 		return err
 	}
 	defer lock.Close()
-	run, err := h.left()
+	device, runs, err := h.left()
 	if err != nil {
 		return err
 	}
 	if cfg.start == nil {
-		if err := h.onThisMachine(run); err != nil {
+		if err := h.onThisMachine(device); err != nil {
 			return err
 		}
 	}
-	if run != nil {
-		h.takeOver(ctx, run)
+	if len(runs) > 0 {
+		h.takeOver(ctx, runs)
 	}
 	if err := h.join(ctx); err != nil {
 		return err
@@ -136,12 +142,12 @@ func ServeHost(ctx context.Context, cfg HostConfig) error {
 	if cfg.Leave != nil && cfg.Leave() {
 		h.mu.Lock()
 		defer h.mu.Unlock()
-		if h.run != nil {
-			h.log.Info("what runs is left to the next agent", "slice", h.run.slice)
+		for _, r := range h.runs {
+			h.log.Info("what runs is left to the next agent", "slice", r.slice)
 		}
 		return nil
 	}
-	return h.end("")
+	return h.endOthers(nil)
 }
 
 // lock sees to it that there is one agent a directory.
@@ -158,57 +164,78 @@ func (h *Host) lock() (*os.File, error) {
 }
 
 // runEntry is what is written down of a run, before it begins and until it has ended.
-type runEntry struct {
-	Run, Slice string
-	Device     *machine.Device // as it was before the switch took it
-}
+type runEntry struct{ Run, Slice string }
 
-const runFile = "run.json"
+// Below the agent's directory: what the runs share, and a file for each run.
+const (
+	sharedDir  = "host"
+	deviceFile = "device.json" // the underlay's device as it was before the switch took it
+	runsDir    = "runs"
+	runSuffix  = ".json"
+)
 
-// left finds the run that an agent before this one has left; nil for none. (There is one
-// at most: a run begins when the one before has ended.)
-func (h *Host) left() (*runEntry, error) {
-	files, err := filepath.Glob(filepath.Join(h.cfg.Dir, "*", runFile))
-	if err != nil || len(files) == 0 {
-		return nil, err
+func (h *Host) dir() string { return filepath.Join(h.cfg.Dir, sharedDir) }
+
+func (h *Host) runFile(run string) string { return filepath.Join(h.cfg.Dir, runsDir, run+runSuffix) }
+
+// left finds the runs that an agent before this one has left, and the device.
+func (h *Host) left() (device *machine.Device, runs []runEntry, err error) {
+	const help = "stop what runs by the agent that wrote it, or remove the file and restart the machine"
+	if old, err := filepath.Glob(filepath.Join(h.cfg.Dir, "*", "run.json")); err != nil || len(old) > 0 {
+		return nil, nil, errors.Join(fmt.Errorf("take over what runs: %q are of another version of violin; %s", old, help), err)
 	}
-	var e runEntry
-	switch err := record.Read(files[0], &e); {
-	case errors.Is(err, fs.ErrNotExist): // nothing had been begun
-		return nil, os.RemoveAll(filepath.Dir(files[0]))
-	case err != nil:
-		return nil, fmt.Errorf("%w; stop what runs for it by the agent that wrote it, or remove the file and restart the machine", err)
+	files, err := filepath.Glob(h.runFile("*"))
+	if err != nil {
+		return nil, nil, err
 	}
-	return &e, nil
+	for _, f := range files {
+		var e runEntry
+		switch err := record.Read(f, &e); {
+		case errors.Is(err, fs.ErrNotExist): // nothing had been begun
+		case err != nil:
+			return nil, nil, fmt.Errorf("%w; %s", err, help)
+		default:
+			runs = append(runs, e)
+		}
+	}
+	if len(runs) == 0 {
+		return nil, nil, errors.Join(os.RemoveAll(filepath.Join(h.cfg.Dir, runsDir)), os.RemoveAll(h.dir()))
+	}
+	if err := record.Read(filepath.Join(h.dir(), deviceFile), &device); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, fmt.Errorf("%w; %s", err, help)
+	}
+	return device, runs, nil
 }
 
 // takeOver goes on with what an agent before this one has left running. If that can't
 // be, nothing is left of it, and the server is told so when it asks.
-func (h *Host) takeOver(ctx context.Context, e *runEntry) {
-	dir := filepath.Join(h.cfg.Dir, e.Run)
-	a, err := h.cfg.find(ctx, h.agentConfig(dir, e.Slice))
+func (h *Host) takeOver(ctx context.Context, runs []runEntry) {
+	a, err := h.cfg.find(ctx, h.agentConfig())
 	if err != nil {
-		h.log.Error("what an agent before this one left running is lost", "slice", e.Slice, "err", err)
-		if err := errors.Join(h.restore(), os.RemoveAll(dir)); err != nil {
+		h.log.Error("what an agent before this one left running is lost", "err", err)
+		if err := errors.Join(h.restore(), os.RemoveAll(h.dir()), os.RemoveAll(filepath.Join(h.cfg.Dir, runsDir))); err != nil {
 			h.log.Error("its remains were not removed", "err", err)
 		}
 		return
 	}
-	r := &hostRun{id: e.Run, slice: e.Slice, agent: a}
-	r.box.init(h.cfg.Abandon, func() { a.Abandon(r.slice) })
-	if a.InCut(r.slice) {
-		r.box.open()
-		r.box.detach(r.box.attach()) // the server has not come yet
-	}
 	h.mu.Lock()
-	h.run = r
-	h.mu.Unlock()
-	h.log.Info("taken over from the agent before", "slice", r.slice)
+	defer h.mu.Unlock()
+	h.agent = a
+	for _, e := range runs {
+		r := &hostRun{id: e.Run, slice: e.Slice, agent: a}
+		r.box.init(h.cfg.Abandon, func() { a.Abandon(r.slice) })
+		if a.InCut(r.slice) {
+			r.box.open()
+			r.box.detach(r.box.attach()) // the server has not come yet
+		}
+		h.runs[r.id] = r
+		h.log.Info("taken over from the agent before", "slice", r.slice)
+	}
 }
 
-func (h *Host) agentConfig(dir, slice string) agent.Config {
+func (h *Host) agentConfig() agent.Config {
 	return agent.Config{
-		Host: h.cfg.Identity.Host, Dir: dir, Underlay: h.underlay, Keeper: h.cfg.Keeper, Passed: h.cfg.Passed, Logger: h.log.With("slice", slice),
+		Host: h.cfg.Identity.Host, Dir: h.dir(), Underlay: h.underlay, Keeper: h.cfg.Keeper, Passed: h.cfg.Passed, Logger: h.log,
 	}
 }
 
@@ -220,11 +247,11 @@ func (h *Host) restore() error {
 	return h.device.Restore()
 }
 
-// onThisMachine makes the runs' agents real ones. While a run goes on the device is not
+// onThisMachine makes the runs' agent a real one. While a run goes on the device is not
 // as it was.
-func (h *Host) onThisMachine(run *runEntry) (err error) {
-	if run != nil && run.Device != nil && run.Device.Name == h.cfg.Device {
-		h.device = run.Device
+func (h *Host) onThisMachine(before *machine.Device) (err error) {
+	if before != nil && before.Name == h.cfg.Device {
+		h.device = before
 	} else if h.device, err = machine.FindDevice(h.cfg.Device); err != nil {
 		return err
 	}
@@ -342,30 +369,74 @@ type hostRun struct {
 func (h *Host) running(id string) (*hostRun, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.run == nil || h.run.id != id || h.run.agent == nil {
+	r := h.runs[id]
+	if r == nil {
 		return nil, gone(h.cfg.Identity.Host)
 	}
-	return h.run, nil
+	return r, nil
 }
 
-// end stops what runs, unless that is the run to be kept.
-func (h *Host) end(keep string) error {
+// endOthers ends the runs that are not to be kept.
+func (h *Host) endOthers(keep []string) error {
 	h.mu.Lock()
-	r := h.run
-	if r == nil || r.id == keep || r.agent == nil {
-		h.mu.Unlock()
+	ids := slices.Sorted(maps.Keys(h.runs))
+	h.mu.Unlock()
+	var errs []error
+	for _, id := range ids {
+		if !slices.Contains(keep, id) {
+			errs = append(errs, h.end(id))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// end stops what runs of a slice; after the last one, the switch.
+func (h *Host) end(id string) error {
+	h.sharing.Lock()
+	defer h.sharing.Unlock()
+	return h.endLocked(id)
+}
+
+// endLocked does so with sharing held.
+func (h *Host) endLocked(id string) error {
+	h.mu.Lock()
+	r := h.runs[id]
+	delete(h.runs, id)
+	last := len(h.runs) == 0
+	h.mu.Unlock()
+	if r == nil {
 		return nil
 	}
-	h.run = nil
-	h.mu.Unlock()
 	h.log.Info("stopping", "slice", r.slice)
 	r.box.close()
-	return errors.Join(r.agent.Close(), h.restore(), os.RemoveAll(filepath.Join(h.cfg.Dir, r.id)))
+	err := r.agent.Leave(r.slice)
+	if last {
+		err = errors.Join(err, h.stopSharing(r.agent))
+	}
+	return errors.Join(err, h.forget(id))
+}
+
+// stopSharing stops the switch, with all that is left on it.
+func (h *Host) stopSharing(a runner) error {
+	h.mu.Lock()
+	h.agent = nil
+	h.mu.Unlock()
+	return errors.Join(a.Close(), h.restore(), os.RemoveAll(h.dir()))
+}
+
+// forget removes what is written down of a run.
+func (h *Host) forget(id string) error {
+	paths, err := filepath.Glob(h.runFile(id) + "*")
+	errs := []error{err}
+	for _, p := range paths {
+		errs = append(errs, os.Remove(p))
+	}
+	return errors.Join(errs...)
 }
 
 // Describe implements the agents' protocol.
 func (h *Host) Describe(_ context.Context, req *violinv1.DescribeRequest) (*violinv1.DescribeResponse, error) {
-	if err := h.end(req.GetRun()); err != nil {
+	if err := h.endOthers(req.GetRuns()); err != nil {
 		h.log.Error("what ran for a server that is gone was not stopped cleanly", "err", err)
 	}
 	total, available, err := machine.Memory()
@@ -384,51 +455,62 @@ func (h *Host) Begin(ctx context.Context, req *violinv1.BeginRequest) (*violinv1
 	if len(req.GetRun()) < 16 || filepath.Base(req.GetRun()) != req.GetRun() {
 		return nil, refuse("%q is no name for a run", req.GetRun())
 	}
-	if err := h.end(""); err != nil {
+	h.sharing.Lock()
+	defer h.sharing.Unlock()
+	h.mu.Lock()
+	old := ""
+	for id, r := range h.runs {
+		if r.slice == req.GetSlice() {
+			old = id // of a time before
+		}
+	}
+	h.mu.Unlock()
+	if err := h.endLocked(old); err != nil {
 		h.log.Error("what ran before was not stopped cleanly", "err", err)
 	}
 	r := &hostRun{id: req.GetRun(), slice: req.GetSlice()}
-	h.mu.Lock()
-	if h.run != nil {
-		h.mu.Unlock()
-		return nil, refuse("host %s: another slice is being started there", h.cfg.Identity.Host)
+	var err error
+	if r.agent, err = h.begin(ctx, r); err != nil {
+		return nil, errors.Join(err, h.forget(r.id))
 	}
-	h.run = r
-	h.mu.Unlock()
-	a, err := h.begin(ctx, r)
+	r.box.init(h.cfg.Abandon, func() { r.agent.Abandon(r.slice) })
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if err != nil {
-		h.run = nil
-		return nil, err
-	}
-	r.agent = a
-	r.box.init(h.cfg.Abandon, func() { a.Abandon(r.slice) })
+	h.agent, h.runs[r.id] = r.agent, r
 	h.log.Info("started", "slice", r.slice)
 	return &violinv1.BeginResponse{}, nil
 }
 
-func (h *Host) begin(ctx context.Context, r *hostRun) (_ runner, err error) {
-	dir := filepath.Join(h.cfg.Dir, r.id)
+// begin writes a run down, and starts the switch unless another run has. sharing is held.
+func (h *Host) begin(ctx context.Context, r *hostRun) (runner, error) {
 	if h.cfg.Keeper != nil {
-		if err = os.MkdirAll(dir, 0o700); err == nil {
-			err = record.Write(filepath.Join(dir, runFile), runEntry{Run: r.id, Slice: r.slice, Device: h.device})
+		if err := os.MkdirAll(filepath.Dir(h.runFile(r.id)), 0o700); err != nil {
+			return nil, fmt.Errorf("begin with slice %q: %w", r.slice, err)
+		}
+		if err := record.Write(h.runFile(r.id), runEntry{Run: r.id, Slice: r.slice}); err != nil {
+			return nil, err
 		}
 	}
-	var a runner
+	h.mu.Lock()
+	a := h.agent
+	h.mu.Unlock()
+	if a != nil {
+		return a, nil
+	}
+	err := os.MkdirAll(h.dir(), 0o700)
+	if err == nil && h.cfg.Keeper != nil {
+		err = record.Write(filepath.Join(h.dir(), deviceFile), h.device)
+	}
 	if err == nil {
-		a, err = h.cfg.start(ctx, h.agentConfig(dir, r.slice))
+		a, err = h.cfg.start(ctx, h.agentConfig())
 	}
 	if err != nil {
-		return nil, errors.Join(err, os.RemoveAll(dir))
+		return nil, errors.Join(err, os.RemoveAll(h.dir()))
 	}
 	return a, nil
 }
 
 // End implements the agents' protocol.
 func (h *Host) End(_ context.Context, req *violinv1.EndRequest) (*violinv1.EndResponse, error) {
-	if _, err := h.running(req.GetRun()); err != nil {
-		return &violinv1.EndResponse{}, nil
-	}
-	return &violinv1.EndResponse{}, h.end("")
+	return &violinv1.EndResponse{}, h.end(req.GetRun())
 }

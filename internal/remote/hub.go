@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	mathrand "math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
@@ -20,6 +22,7 @@ import (
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
 	"violin/internal/agent"
+	"violin/internal/coloring"
 	"violin/internal/store"
 	"violin/internal/trust"
 )
@@ -43,14 +46,16 @@ type Hub struct {
 	lifetime context.Context
 	end      context.CancelFunc
 
-	mu    sync.Mutex
-	hosts map[string]*joined
+	mu     sync.Mutex
+	hosts  map[string]*joined
+	number uint16 // of the network that was numbered last
 }
 
 // joined is a host that has joined, connected or not.
 type joined struct {
 	hub    *Hub
 	name   string
+	number uint16 // among the hosts, from 1
 	log    *slog.Logger
 	ingest *ingest
 
@@ -60,8 +65,8 @@ type joined struct {
 	since   time.Time // that it is connected, or is not; zero for never
 	address string
 	machine Machine
-	running *Agent
-	changed chan struct{} // closed, and replaced, when link changes
+	running map[string]*Agent // by run
+	changed chan struct{}     // closed, and replaced, when link changes
 }
 
 // Machine is what a host's agent tells of its machine.
@@ -79,7 +84,7 @@ type HostInfo struct {
 	Address   string // of its connection
 	Connected bool
 	Since     time.Time // that it is, or is not; zero if it has not been since the server started
-	Slice     string    // that runs there; may be empty
+	Slices    []string  // that run there, by name
 	Machine   Machine
 }
 
@@ -89,7 +94,7 @@ func Listen(ctx context.Context, cfg HubConfig) (*Hub, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &Hub{cfg: cfg, log: cfg.Logger, hosts: map[string]*joined{}}
+	h := &Hub{cfg: cfg, log: cfg.Logger, hosts: map[string]*joined{}, number: uint16(mathrand.N(coloring.MaxNetwork))}
 	var lc net.ListenConfig
 	if h.listener, err = lc.Listen(ctx, "tcp", cfg.Address); err != nil {
 		return nil, fmt.Errorf("listen for agents on %s: %w", cfg.Address, err)
@@ -197,7 +202,7 @@ func (h *Hub) host(name string) *joined {
 	j := h.hosts[name]
 	if j == nil {
 		j = &joined{
-			hub: h, name: name, log: h.log.With("host", name), changed: make(chan struct{}),
+			hub: h, name: name, number: uint16(len(h.hosts) + 1), running: map[string]*Agent{}, log: h.log.With("host", name), changed: make(chan struct{}),
 			ingest: &ingest{sessions: map[string]*store.Session{}},
 		}
 		h.hosts[name] = j
@@ -244,9 +249,7 @@ func (j *joined) describe(ctx context.Context, client violinv1connect.AgentServi
 	defer cancel()
 	req := &violinv1.DescribeRequest{}
 	j.mu.Lock()
-	if j.running != nil {
-		req.Run = j.running.run
-	}
+	req.Runs = slices.Collect(maps.Keys(j.running))
 	j.mu.Unlock()
 	d, err := client.Describe(ctx, req)
 	if err != nil {
@@ -339,10 +342,7 @@ func (h *Hub) Hosts() ([]HostInfo, error) {
 	for _, name := range names {
 		j := h.host(name)
 		j.mu.Lock()
-		i := HostInfo{Name: name, Address: j.address, Connected: j.link != nil, Since: j.since, Machine: j.machine}
-		if j.running != nil {
-			i.Slice = j.running.slice
-		}
+		i := HostInfo{Name: name, Address: j.address, Connected: j.link != nil, Since: j.since, Machine: j.machine, Slices: j.slices()}
 		j.mu.Unlock()
 		all = append(all, i)
 	}
@@ -386,18 +386,47 @@ func (h *Hub) Measure(ctx context.Context, name string) (Machine, error) {
 	return m, nil
 }
 
-// Begin starts a host's switch for a slice. One slice at a time runs on a host.
+// Number numbers a slice's networks: it returns the first of n numbers in a row, of which
+// none is in use. They are not given again until all have been, and a server begins
+// anywhere: a host that comes back still running what has gone on elsewhere meanwhile
+// reaches nobody.
+func (h *Hub) Number(n int, used map[uint16]bool) (first uint16, err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	n = max(n, 1)
+	at, row := int(h.number), 0
+	for range 2 * coloring.MaxNetwork {
+		if at++; at > coloring.MaxNetwork {
+			at, row = 1, 0
+		}
+		if row++; used[uint16(at)] {
+			row = 0
+		}
+		if row == n {
+			h.number = uint16(at)
+			return uint16(at - n + 1), nil
+		}
+	}
+	return 0, fmt.Errorf("number %d networks: the joined hosts' slices have too many of %d; take one down", n, coloring.MaxNetwork)
+}
+
+// slices are those that run on the host. j's mu is held.
+func (j *joined) slices() []string {
+	var names []string
+	for _, a := range j.running {
+		names = append(names, a.slice)
+	}
+	slices.Sort(names)
+	return names
+}
+
+// Begin makes a host ready for a slice.
 func (h *Hub) Begin(ctx context.Context, name, slice string) (*Agent, error) {
 	j := h.host(name)
 	a := &Agent{host: j, slice: slice, run: rand.Text()}
 	a.life, a.end = context.WithCancel(context.Background())
 	j.mu.Lock()
-	if j.running != nil {
-		other := j.running.slice
-		j.mu.Unlock()
-		return nil, fmt.Errorf("host %s: slice %q runs there, and a host that has joined runs one at a time", name, other)
-	}
-	j.running = a
+	j.running[a.run] = a
 	j.mu.Unlock()
 	err := a.call(ctx, func(ctx context.Context, c violinv1connect.AgentServiceClient) error {
 		_, err := c.Begin(ctx, &violinv1.BeginRequest{Run: a.run, Slice: slice})

@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -100,25 +101,27 @@ type host struct {
 	ran       []frames.Frame
 	results   agent.HostResult
 	gone      chan struct{}
+	left      []string // slices, in their order
 }
 
 func newHost() *host {
 	return &host{arrived: make(chan agent.Order, 64), abandoned: make(chan string, 4), closed: make(chan struct{}), gone: make(chan struct{})}
 }
 
-func (h *host) AddPeer(context.Context, fabric.Peer) error          { return nil }
-func (h *host) SetRemotes(context.Context, []coloring.Remote) error { return nil }
-func (h *host) AddGateway(context.Context, agent.GatewaySpec) error { return nil }
-func (h *host) ContinueNode(context.Context, string, string) error  { return nil }
-func (h *host) SetClock(context.Context, string, string) error      { return nil }
-func (h *host) MarkOutput(context.Context) ([]uint64, error)        { return []uint64{7}, nil }
-func (h *host) ReleaseOutput(context.Context, []uint64) error       { return nil }
-func (h *host) SwitchGone() <-chan struct{}                         { return nil }
-func (h *host) Gone(_, _ string) (<-chan struct{}, error)           { return h.gone, nil }
-func (h *host) Results(string, string) (agent.HostResult, error)    { return h.results, nil }
-func (h *host) Abandon(slice string)                                { h.abandoned <- slice }
-func (h *host) InCut(string) bool                                   { return h.inCut }
-func (h *host) Close() error                                        { close(h.closed); return nil }
+func (h *host) AddPeer(context.Context, string, fabric.Peer) error          { return nil }
+func (h *host) SetRemotes(context.Context, string, []coloring.Remote) error { return nil }
+func (h *host) AddGateway(context.Context, agent.GatewaySpec) error         { return nil }
+func (h *host) ContinueNode(context.Context, string, string) error          { return nil }
+func (h *host) SetClock(context.Context, string, string) error              { return nil }
+func (h *host) MarkOutput(context.Context, string) ([]uint64, error)        { return []uint64{7}, nil }
+func (h *host) ReleaseOutput(context.Context, string, []uint64) error       { return nil }
+func (h *host) SwitchGone() <-chan struct{}                                 { return nil }
+func (h *host) Gone(_, _ string) (<-chan struct{}, error)                   { return h.gone, nil }
+func (h *host) Results(string, string) (agent.HostResult, error)            { return h.results, nil }
+func (h *host) Abandon(slice string)                                        { h.abandoned <- slice }
+func (h *host) Leave(slice string) error                                    { h.left = append(h.left, slice); return nil }
+func (h *host) InCut(string) bool                                           { return h.inCut }
+func (h *host) Close() error                                                { close(h.closed); return nil }
 
 func (h *host) AddNode(_ context.Context, spec agent.NodeSpec, _ bool) error {
 	h.spec = spec
@@ -300,7 +303,7 @@ func TestCalls(t *testing.T) {
 	if _, err := w.agent.Status(ctx, "s", "n"); err == nil || err.Error() != "host alpha: there is no such node" {
 		t.Error(err)
 	}
-	if marks, err := w.agent.MarkOutput(ctx); err != nil || len(marks) != 1 || marks[0] != 7 {
+	if marks, err := w.agent.MarkOutput(ctx, "s"); err != nil || len(marks) != 1 || marks[0] != 7 {
 		t.Error(marks, err)
 	}
 	channel := []frames.Frame{{Receiver: 0, Data: []byte("other's")}, {Receiver: 2, Epoch: 255, At: time.Second, Data: []byte("x")}}
@@ -328,15 +331,53 @@ func TestCalls(t *testing.T) {
 	close(w.host.gone)
 	<-gone
 
-	if _, err := w.hub.Begin(ctx, "alpha", "other"); err == nil || !strings.Contains(err.Error(), `slice "s" runs there`) {
-		t.Error(err)
+	// Another slice beside it, and the first goes.
+	other, err := w.hub.Begin(ctx, "alpha", "other")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if hosts, err := w.hub.Hosts(); err != nil || !slices.Equal(hosts[0].Slices, []string{"other", "s"}) {
+		t.Error(hosts, err)
 	}
 	if err := w.agent.Close(); err != nil {
 		t.Error(err)
 	}
-	<-w.host.closed
+	select {
+	case <-w.host.closed:
+		t.Error("the switch was stopped under the other slice")
+	default:
+	}
+	if _, err := other.Exec(ctx, "other", "n", []string{"true"}, nil); err != nil {
+		t.Error(err)
+	}
+	defer func() {
+		if err := other.Close(); err != nil || !slices.Equal(w.host.left, []string{"s", "other"}) {
+			t.Error(w.host.left, err)
+		}
+		<-w.host.closed
+	}()
 	if _, err := w.agent.Exec(ctx, "s", "n", []string{"true"}, nil); err == nil || !strings.Contains(err.Error(), "is gone") {
 		t.Error(err)
+	}
+}
+
+// Networks of different slices have different numbers, and those of one are in a row.
+func TestNumber(t *testing.T) {
+	h := &Hub{number: coloring.MaxNetwork - 2}
+	used := map[uint16]bool{2: true}
+	for _, want := range []uint16{3, 6} { // past the end, and past what is in use
+		if first, err := h.Number(3, used); err != nil || first != want {
+			t.Error(first, err)
+		}
+	}
+	for n := range uint16(coloring.MaxNetwork) {
+		used[n+1] = n%2 == 0
+	}
+	if first, err := h.Number(1, used); err != nil || used[first] {
+		t.Error(first, err)
+	}
+	if first, err := h.Number(2, used); err == nil {
+		t.Error(first)
 	}
 }
 
@@ -667,7 +708,7 @@ func TestTakeOver(t *testing.T) {
 		w.host.inCut = inCut
 		w.serve()
 		w.await(t, true)
-		if want := filepath.Join(w.cfg.Dir, w.agent.run); w.found != want {
+		if want := filepath.Join(w.cfg.Dir, sharedDir); w.found != want {
 			t.Errorf("taken over from %q, want %q", w.found, want)
 		}
 		if r, err := w.agent.Exec(t.Context(), "s", "n", []string{"echo", "hello"}, nil); err != nil || string(r.Stdout) != "echo hello" {

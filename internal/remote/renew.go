@@ -89,13 +89,10 @@ func (h *Host) renewDue(ctx context.Context, client violinv1connect.RenewalServi
 func (h *Hub) Remove(name string, force bool) (found bool, err error) {
 	j := h.host(name)
 	j.mu.Lock()
-	running := ""
-	if j.running != nil {
-		running = j.running.slice
-	}
+	running := j.slices()
 	j.mu.Unlock()
-	if running != "" && !force {
-		return true, &RunsThereError{Host: name, Slice: running}
+	if len(running) > 0 && !force {
+		return true, &RunsThereError{Host: name, Slice: running[0]}
 	}
 	if found, err = h.cfg.Authority.RemoveMachine(name); err != nil || !found {
 		return found, err

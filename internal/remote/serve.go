@@ -23,14 +23,15 @@ import (
 	"violin/internal/fabric"
 	"violin/internal/frames"
 	"violin/internal/hypervisor/qemu"
+	"violin/internal/machine"
 	"violin/internal/qga"
 	"violin/internal/store"
 )
 
-// runner is what a host runs of a slice: an [agent.Agent].
+// runner is what a host runs of its slices: an [agent.Agent].
 type runner interface {
-	AddPeer(ctx context.Context, peer fabric.Peer) error
-	SetRemotes(ctx context.Context, remotes []coloring.Remote) error
+	AddPeer(ctx context.Context, slice string, peer fabric.Peer) error
+	SetRemotes(ctx context.Context, slice string, remotes []coloring.Remote) error
 	AddGateway(ctx context.Context, spec agent.GatewaySpec) error
 	AddNode(ctx context.Context, spec agent.NodeSpec, incoming bool) error
 	LoadStream(ctx context.Context, slice, name string, write func(io.Writer) error) error
@@ -42,12 +43,13 @@ type runner interface {
 	Console(ctx context.Context, slice, name string) (net.Conn, error)
 	Handle(o agent.Order, report func(cut.Event))
 	Results(slice, id string) (agent.HostResult, error)
-	MarkOutput(ctx context.Context) ([]uint64, error)
-	ReleaseOutput(ctx context.Context, marks []uint64) error
+	MarkOutput(ctx context.Context, slice string) ([]uint64, error)
+	ReleaseOutput(ctx context.Context, slice string, marks []uint64) error
 	Gone(slice, name string) (<-chan struct{}, error)
 	SwitchGone() <-chan struct{}
 	Abandon(slice string)
 	InCut(slice string) bool
+	Leave(slice string) error
 	Close() error
 }
 
@@ -77,7 +79,7 @@ func (h *Host) AddPeer(ctx context.Context, req *violinv1.AddPeerRequest) (*viol
 	if p.MAC, err = decodeMAC(req.GetMac()); err != nil {
 		return nil, refuse("%w", err)
 	}
-	return &violinv1.AddPeerResponse{}, r.agent.AddPeer(ctx, p)
+	return &violinv1.AddPeerResponse{}, r.agent.AddPeer(ctx, r.slice, p)
 }
 
 // SetRemotes implements the agents' protocol.
@@ -101,7 +103,7 @@ func (h *Host) SetRemotes(ctx context.Context, req *violinv1.SetRemotesRequest) 
 		c.Outside = m.GetOutside()
 		all = append(all, c)
 	}
-	return &violinv1.SetRemotesResponse{}, r.agent.SetRemotes(ctx, all)
+	return &violinv1.SetRemotesResponse{}, r.agent.SetRemotes(ctx, r.slice, all)
 }
 
 // AddGateway implements the agents' protocol.
@@ -280,7 +282,7 @@ func (h *Host) NodeStatus(ctx context.Context, req *violinv1.NodeStatusRequest) 
 	if err != nil {
 		return nil, err
 	}
-	return &violinv1.NodeStatusResponse{Epoch: uint32(s.Epoch), Pid: int64(s.PID), Status: s.Status, Problem: s.Problem}, nil
+	return &violinv1.NodeStatusResponse{Epoch: uint32(s.Epoch), Pid: int64(s.PID), Status: s.Status, Problem: s.Problem, ResidentBytes: machine.Resident(s.PID)}, nil
 }
 
 // ExecNode implements the agents' protocol.
@@ -370,7 +372,7 @@ func (h *Host) MarkOutput(ctx context.Context, req *violinv1.MarkOutputRequest) 
 	if err != nil {
 		return nil, err
 	}
-	marks, err := r.agent.MarkOutput(ctx)
+	marks, err := r.agent.MarkOutput(ctx, r.slice)
 	return &violinv1.MarkOutputResponse{Marks: marks}, err
 }
 
@@ -380,7 +382,7 @@ func (h *Host) ReleaseOutput(ctx context.Context, req *violinv1.ReleaseOutputReq
 	if err != nil {
 		return nil, err
 	}
-	return &violinv1.ReleaseOutputResponse{}, r.agent.ReleaseOutput(ctx, req.GetMarks())
+	return &violinv1.ReleaseOutputResponse{}, r.agent.ReleaseOutput(ctx, r.slice, req.GetMarks())
 }
 
 // Now implements the agents' protocol.

@@ -30,8 +30,8 @@ import (
 // hostAgent is a host's agent: in this process, or on a machine that has joined.
 type hostAgent interface {
 	coordinator.Host
-	AddPeer(ctx context.Context, peer fabric.Peer) error
-	SetRemotes(ctx context.Context, remotes []coloring.Remote) error
+	AddPeer(ctx context.Context, slice string, peer fabric.Peer) error
+	SetRemotes(ctx context.Context, slice string, remotes []coloring.Remote) error
 	AddGateway(ctx context.Context, spec agent.GatewaySpec) error
 	AddNode(ctx context.Context, spec agent.NodeSpec, incoming bool) error
 	LoadNode(ctx context.Context, slice, name string, skeleton *stream.Skeleton, pages stream.PageSource) error
@@ -44,8 +44,8 @@ type hostAgent interface {
 	Status(ctx context.Context, slice, name string) (agent.NodeStatus, error)
 	Exec(ctx context.Context, slice, name string, command []string, stdin []byte) (qga.Result, error)
 	Console(ctx context.Context, slice, name string) (net.Conn, error)
-	MarkOutput(ctx context.Context) ([]uint64, error)
-	ReleaseOutput(ctx context.Context, marks []uint64) error
+	MarkOutput(ctx context.Context, slice string) ([]uint64, error)
+	ReleaseOutput(ctx context.Context, slice string, marks []uint64) error
 	Gone(slice, name string) (<-chan struct{}, error)
 	SwitchGone() <-chan struct{}
 	io.Closer
@@ -77,24 +77,20 @@ func hostsOf(topo *topology.Topology) []string {
 	return slices.Sorted(maps.Keys(hosts))
 }
 
-// joinedMachines measures the hosts that have joined and that VMs are to run on. As a host
-// runs one slice at a time, all that a slice which is replaced has there is free.
-func (s *Server) joinedMachines(ctx context.Context, topo *topology.Topology, replaces *slice) ([]admission.Machine, error) {
+// joinedMachine is what a host that has joined is called where there must be room.
+func joinedMachine(host string) string { return "host " + host }
+
+// joinedMachines measures the hosts that have joined and that VMs are to run on, as if
+// one slice were gone.
+func (s *Server) joinedMachines(ctx context.Context, topo *topology.Topology, without *slice) ([]admission.Machine, error) {
 	var all []admission.Machine
 	for _, name := range hostsOf(topo) {
 		m, err := s.hub.Measure(ctx, name)
 		if err != nil {
 			return nil, connect.NewError(connect.CodeFailedPrecondition, err)
 		}
-		a := admission.Machine{Name: "host " + name, Free: m.Available, Reserve: min(m.Memory/20, 1<<30), CPUs: m.CPUs}
-		if replaces != nil && replaces.joined {
-			for _, n := range replaces.topo.Nodes {
-				if n.Host == name {
-					a.Free += n.Memory // of which it may have used less: QEMU says so if it does not fit
-				}
-			}
-			a.Free = min(a.Free, m.Memory)
-		}
+		a := admission.Machine{Name: joinedMachine(name), Free: m.Available, Reserve: min(m.Memory/20, 1<<30), CPUs: m.CPUs}
+		s.reckon(ctx, &a, name, without)
 		all = append(all, a)
 	}
 	return all, nil
@@ -136,7 +132,7 @@ func (s *Server) ListHosts(context.Context, *violinv1.ListHostsRequest) (*violin
 	}
 	r := &violinv1.ListHostsResponse{}
 	for _, h := range hosts {
-		m := &violinv1.Host{Name: h.Name, Address: h.Address, Connected: h.Connected, Since: timestamp(h.Since), Slice: h.Slice, Version: h.Machine.Version}
+		m := &violinv1.Host{Name: h.Name, Address: h.Address, Connected: h.Connected, Since: timestamp(h.Since), Slices: h.Slices, Version: h.Machine.Version}
 		if h.Machine.Underlay.Addr.IsValid() {
 			m.Underlay = h.Machine.Underlay.Addr.String()
 		}

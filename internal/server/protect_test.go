@@ -192,7 +192,7 @@ func TestAdmit(t *testing.T) {
 	for _, r := range []func(){release, first, over} {
 		r()
 	}
-	if s.arriving != (demand{}) {
+	if len(s.arriving) > 0 {
 		t.Errorf("after all have come up: %+v", s.arriving)
 	}
 }

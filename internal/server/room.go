@@ -3,10 +3,7 @@ package server
 import (
 	"context"
 	"fmt"
-	"os"
 	"runtime"
-	"strconv"
-	"strings"
 
 	"connectrpc.com/connect"
 
@@ -38,19 +35,19 @@ func (s *Server) admit(ctx context.Context, topo *topology.Topology, replaces *s
 			return nil, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("slice %q: %w", topo.Slice, err))
 		}
 	}
-	if joined {
-		return func() {}, nil // a host that has joined runs one slice at a time
-	}
 	for _, vm := range vms {
-		s.arriving.memory += vm.Memory + admission.Overhead
-		s.arriving.cpus += vm.CPUs
+		d := s.arriving[vm.Machine]
+		s.arriving[vm.Machine] = demand{d.memory + vm.Memory + admission.Overhead, d.cpus + vm.CPUs}
 	}
 	return func() {
 		s.admitting.Lock()
 		defer s.admitting.Unlock()
 		for _, vm := range vms {
-			s.arriving.memory -= vm.Memory + admission.Overhead
-			s.arriving.cpus -= vm.CPUs
+			d := s.arriving[vm.Machine]
+			d = demand{d.memory - vm.Memory - admission.Overhead, d.cpus - vm.CPUs}
+			if s.arriving[vm.Machine] = d; d == (demand{}) {
+				delete(s.arriving, vm.Machine)
+			}
 		}
 	}, nil
 }
@@ -66,7 +63,7 @@ func vmsOf(topo *topology.Topology, joined bool) []admission.VM {
 	for _, n := range topo.Nodes {
 		machine := thisMachine
 		if joined {
-			machine = "host " + n.Host
+			machine = joinedMachine(n.Host)
 		}
 		vms = append(vms, admission.VM{Name: n.Name, Machine: machine, Memory: n.Memory, CPUs: n.CPUs})
 	}
@@ -90,27 +87,38 @@ func (s *Server) machineNow(ctx context.Context, without *slice) (admission.Mach
 	}
 	m := admission.Machine{
 		Name: thisMachine, Free: free, Reserve: min(total/20, 1<<30), CPUs: runtime.NumCPU(),
-		Promised: s.arriving.memory, Virtual: s.arriving.cpus,
 	}
+	s.reckon(ctx, &m, "", without)
+	return m, nil
+}
+
+// reckon adds to a machine what slices take of it: those that run on the host that has
+// joined, or for no host on this machine, and those that are coming up.
+func (s *Server) reckon(ctx context.Context, m *admission.Machine, host string, without *slice) {
+	d := s.arriving[m.Name]
+	m.Promised, m.Virtual = d.memory, d.cpus
 	s.mu.Lock()
 	var running []*slice
 	for _, sl := range s.slices {
-		if sl != nil {
+		if sl != nil && sl.joined == (host != "") {
 			running = append(running, sl)
 		}
 	}
 	s.mu.Unlock()
 	for _, sl := range running {
-		if sl.joined {
-			continue // it takes nothing here
-		}
 		for i := range sl.topo.Nodes {
 			n := &sl.topo.Nodes[i]
+			if host != "" && n.Host != host {
+				continue
+			}
 			st, err := sl.agents[n.Host].Status(ctx, sl.topo.Slice, n.Name)
 			if err != nil || st.PID == 0 {
 				continue // it has died, and takes nothing
 			}
-			has := resident(st.PID)
+			has := st.Resident
+			if host == "" {
+				has = machine.Resident(st.PID)
+			}
 			if sl == without {
 				m.Free += has
 				continue
@@ -119,19 +127,4 @@ func (s *Server) machineNow(ctx context.Context, without *slice) (admission.Mach
 			m.Virtual += n.CPUs
 		}
 	}
-	return m, nil
-}
-
-// resident is what a process has of the machine's memory, in bytes; 0 if it is gone.
-func resident(pid int) uint64 {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
-	if err != nil {
-		return 0
-	}
-	f := strings.Fields(string(b))
-	if len(f) < 2 {
-		return 0
-	}
-	pages, _ := strconv.ParseUint(f[1], 10, 64)
-	return pages * uint64(os.Getpagesize())
 }

@@ -79,8 +79,8 @@ type Server struct {
 	posting atomic.Int64   // webhooks that are being posted
 	expired atomic.Int64   // checkpoints forgotten since space was freed last
 
-	admitting sync.Mutex // held from measuring until the room is taken
-	arriving  demand
+	admitting sync.Mutex        // held from measuring until the room is taken
+	arriving  map[string]demand // by machine
 
 	boot image.Hashes
 }
@@ -94,7 +94,7 @@ func New(ctx context.Context, config Config) (*Server, error) {
 		return nil, err
 	}
 	s := &Server{
-		cfg: config, log: config.Logger, store: st, catalog: catalog.New(st), slices: map[string]*slice{}, forsaken: map[string]bool{}, followed: map[string]int{},
+		cfg: config, log: config.Logger, store: st, catalog: catalog.New(st), slices: map[string]*slice{}, forsaken: map[string]bool{}, followed: map[string]int{}, arriving: map[string]demand{},
 		urgency: &priority.Shared{PID: os.Getpid(), Keep: priority.Lowered, Log: config.Logger},
 	}
 	if s.records, err = s.catalog.Records(ctx, func(_ string, err error) {

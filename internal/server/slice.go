@@ -30,6 +30,7 @@ type slice struct {
 	topo    *topology.Topology
 	created time.Time
 	joined  bool
+	first   uint16               // of its networks' numbers; 0 for 1
 	lab     *lab.Lab             // nil on hosts that have joined
 	agents  map[string]hostAgent // by host
 	coord   *coordinator.Coordinator
@@ -81,6 +82,9 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 	}
 	underlays := sl.startAgents
 	if sl.joined {
+		if sl.first, err = s.hub.Number(len(topo.Networks), s.networksInUse()); err != nil {
+			return nil, err
+		}
 		tell("hosts", "", "those that have joined; the network between them is as it is")
 		underlays = sl.beginAgents
 	} else {
@@ -213,7 +217,7 @@ func (sl *slice) beginAgents(ctx context.Context, s *Server) (map[string]underla
 	at := map[string]underlay{}
 	var mu sync.Mutex
 	g, gctx := errgroup.WithContext(ctx)
-	for i, host := range slices.Sorted(maps.Keys(sl.nodesByHost())) {
+	for _, host := range slices.Sorted(maps.Keys(sl.nodesByHost())) {
 		g.Go(func() error {
 			a, err := s.hub.Begin(gctx, host, sl.topo.Slice)
 			if err != nil {
@@ -221,7 +225,7 @@ func (sl *slice) beginAgents(ctx context.Context, s *Server) (map[string]underla
 			}
 			mu.Lock()
 			defer mu.Unlock()
-			sl.agents[host], at[host] = a, underlay{uint16(i + 1), a.Underlay()}
+			sl.agents[host], at[host] = a, underlay{a.Peer(), a.Underlay()}
 			return nil
 		})
 	}
@@ -237,14 +241,14 @@ func (sl *slice) joinAgents(ctx context.Context, at map[string]underlay) error {
 	g, gctx := errgroup.WithContext(ctx)
 	for name, a := range sl.agents {
 		g.Go(func() error {
-			if err := a.SetRemotes(gctx, sl.remotes(name, ids)); err != nil {
+			if err := a.SetRemotes(gctx, sl.topo.Slice, sl.remotes(name, ids)); err != nil {
 				return err
 			}
 			for peer, u := range at {
 				if peer == name {
 					continue
 				}
-				if err := a.AddPeer(gctx, fabric.Peer{ID: u.id, Host: peer, Addr: u.Addr.Addr(), MAC: u.MAC}); err != nil {
+				if err := a.AddPeer(gctx, sl.topo.Slice, fabric.Peer{ID: u.id, Host: peer, Addr: u.Addr.Addr(), MAC: u.MAC}); err != nil {
 					return err
 				}
 			}
@@ -299,13 +303,28 @@ func (sl *slice) remotes(host string, ids map[string]uint16) []coloring.Remote {
 	return rs
 }
 
-// networks numbers the slice's networks.
+// networks numbers the slice's networks, which no other has that shares a switch with it.
 func (sl *slice) networks() map[uint16]string {
 	m := map[uint16]string{}
 	for i, n := range sl.topo.Networks {
-		m[uint16(i+1)] = n.Name
+		m[max(sl.first, 1)+uint16(i)] = n.Name
 	}
 	return m
+}
+
+// networksInUse are the numbers of the networks on hosts that have joined.
+func (s *Server) networksInUse() map[uint16]bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	used := map[uint16]bool{}
+	for _, sl := range s.slices {
+		if sl != nil && sl.joined {
+			for n := range sl.networks() {
+				used[n] = true
+			}
+		}
+	}
+	return used
 }
 
 func (sl *slice) nodesByHost() map[string][]string {

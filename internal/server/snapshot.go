@@ -151,7 +151,7 @@ func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequ
 func (s *Server) outputUntilNow(ctx context.Context, sl *slice) (release func(context.Context), err error) {
 	marks := map[string][]uint64{}
 	for host, a := range sl.agents {
-		if marks[host], err = a.MarkOutput(ctx); err != nil {
+		if marks[host], err = a.MarkOutput(ctx, sl.topo.Slice); err != nil {
 			return nil, err
 		}
 	}
@@ -160,7 +160,7 @@ func (s *Server) outputUntilNow(ctx context.Context, sl *slice) (release func(co
 			if len(marks[host]) == 0 {
 				continue
 			}
-			if err := a.ReleaseOutput(ctx, marks[host]); err != nil {
+			if err := a.ReleaseOutput(ctx, sl.topo.Slice, marks[host]); err != nil {
 				s.log.Error("frames to the outside wait for the next snapshot", "slice", sl.topo.Slice, "err", err)
 			}
 		}

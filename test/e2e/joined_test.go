@@ -9,14 +9,18 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/vishvananda/netlink"
 
+	"violin/internal/admission"
 	"violin/internal/lab"
 )
 
@@ -149,6 +153,7 @@ func TestJoined(t *testing.T) {
 		return []string{"agent", "--join", join, "--name", machines[i], "--underlay", h.UnderlayDevice, "--underlay-address", h.UnderlayAddr.String(),
 			"--run-dir", own, "--state-dir", filepath.Join(own, "state")}
 	}
+	var agents []*process
 	for i, name := range machines {
 		state := filepath.Join(dir, name, "state")
 		if err := os.MkdirAll(state, 0o700); err != nil {
@@ -168,7 +173,7 @@ func TestJoined(t *testing.T) {
 				t.Errorf("%v: %s", err, refused.said())
 			}
 		}
-		spawn(t, l.Host(name), args(i, token+"@"+address)...)
+		agents = append(agents, spawn(t, l.Host(name), args(i, token+"@"+address)...))
 	}
 	connected := func(want int) func() bool {
 		return func() bool {
@@ -214,6 +219,14 @@ func TestJoined(t *testing.T) {
 	}
 	await(t, "frames go from site to site", func() bool { return strings.Contains(sh(t, dirs, "far/n1", "tail -1 /run/ping"), "time=") })
 
+	besides(t, dirs, dir, snap.ID, func() {
+		_ = agents[0].cmd.Process.Signal(syscall.SIGTERM) // it leaves what runs
+		<-agents[0].done
+		await(t, "the agent is gone", connected(2))
+		spawn(t, l.Host(machines[0]), args(0, token+"@10.99.0.1:7000")...)
+		await(t, "the next agent is there", connected(3))
+	})
+
 	// The connection of an agent is lost between a cut's preparation and its instant.
 	at := time.Now().Add(5 * time.Second)
 	aborted := make(chan error, 1)
@@ -250,6 +263,68 @@ func TestJoined(t *testing.T) {
 		t.Error("gamma was put out, and is still there")
 	}
 	await(t, "gamma is refused", func() bool { return strings.Contains(server.said(), "host gamma has not joined, or was put out again") })
+}
+
+// besides has a fork of a slice beside it on the same hosts, with the same addresses.
+func besides(t *testing.T, dirs []string, dir, id string, restart func()) {
+	t.Helper()
+	must(t, dirs, "fork", "far@"+id, "--as", "twin")
+	sh(t, dirs, "twin/n1", "echo twin > /run/mark")
+	if got := sh(t, dirs, "far/n1", "cat /run/mark"); got == "twin" {
+		t.Error("a fork writes to the original's memory")
+	}
+	both := func(what string) {
+		t.Helper()
+		var cuts sync.WaitGroup
+		for _, name := range []string{"far", "twin"} {
+			cuts.Go(func() {
+				out, err := violin(t.Context(), t, dirs, "snapshot", name, "--tag", what)
+				if err != nil {
+					t.Errorf("%s: snapshot of %s: %v: %s", what, name, err, out)
+				}
+			})
+		}
+		cuts.Wait()
+		for _, name := range []string{"far", "twin"} {
+			verified(t, dirs, name+"@"+what)
+		}
+	}
+	both("together")
+
+	// What is to come beside them must fit beside them: alone, it would.
+	big := "version: 1\nslice: big\nsites: {east: {hosts: [gamma]}}\nnetworks:\n  lan: {subnet: 10.20.0.0/24}\nnodes:\n"
+	for i := range admission.Ratio {
+		big += fmt.Sprintf("  n%d: {host: gamma, image: mpi, memory: 96MiB, cpus: %d, interfaces: [{network: lan, address: 10.20.0.%d/24}]}\n", i, runtime.NumCPU(), i+1)
+	}
+	file := filepath.Join(dir, "big.yaml")
+	if err := os.WriteFile(file, []byte(big), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command(filepath.Join(root, "bin/violin"), append(slices.Clone(dirs), "up", file)...).CombinedOutput()
+	if err == nil || !bytes.Contains(out, []byte("CPUs on host gamma, where 2 of at most")) {
+		t.Errorf("a slice that does not fit: %v: %s", err, out)
+	}
+
+	pids := func() (all []string) {
+		for _, name := range []string{"far", "twin"} {
+			for _, n := range slice(t, dirs, name).Nodes {
+				all = append(all, n.PID+" "+n.State)
+			}
+		}
+		return all
+	}
+	before := pids()
+	restart()
+	if now := pids(); !slices.Equal(now, before) {
+		t.Errorf("an agent has taken over %v, and there were %v", now, before)
+	}
+	both("adopted")
+
+	// A host is drained of all.
+	must(t, dirs, "suspend", "--all", "--host", "gamma")
+	must(t, dirs, "resume", "far")
+	must(t, dirs, "down", "twin")
+	sh(t, dirs, "far/n1", "ping -c 1 -W 5 10.20.0.3")
 }
 
 func count(t *testing.T, s string) int {

@@ -225,7 +225,7 @@ func (x *RenewHostResponse) GetCertificate() []byte {
 
 type DescribeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Run           string                 `protobuf:"bytes,1,opt,name=run,proto3" json:"run,omitempty"` // that the server knows of: any other is of a server or a slice that is gone, and is ended
+	Runs          []string               `protobuf:"bytes,1,rep,name=runs,proto3" json:"runs,omitempty"` // that the server knows of: any other is of a server or a slice that is gone, and is ended
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -260,11 +260,11 @@ func (*DescribeRequest) Descriptor() ([]byte, []int) {
 	return file_violin_v1_agent_proto_rawDescGZIP(), []int{4}
 }
 
-func (x *DescribeRequest) GetRun() string {
+func (x *DescribeRequest) GetRuns() []string {
 	if x != nil {
-		return x.Run
+		return x.Runs
 	}
-	return ""
+	return nil
 }
 
 type DescribeResponse struct {
@@ -1729,6 +1729,7 @@ type NodeStatusResponse struct {
 	Pid           int64                  `protobuf:"varint,2,opt,name=pid,proto3" json:"pid,omitempty"`
 	Status        string                 `protobuf:"bytes,3,opt,name=status,proto3" json:"status,omitempty"`
 	Problem       string                 `protobuf:"bytes,4,opt,name=problem,proto3" json:"problem,omitempty"`
+	ResidentBytes uint64                 `protobuf:"varint,5,opt,name=resident_bytes,json=residentBytes,proto3" json:"resident_bytes,omitempty"` // what the hypervisor has of its host's memory
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1789,6 +1790,13 @@ func (x *NodeStatusResponse) GetProblem() string {
 		return x.Problem
 	}
 	return ""
+}
+
+func (x *NodeStatusResponse) GetResidentBytes() uint64 {
+	if x != nil {
+		return x.ResidentBytes
+	}
+	return 0
 }
 
 type ExecNodeRequest struct {
@@ -4405,9 +4413,9 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"\x10RenewHostRequest\x12\x18\n" +
 	"\arequest\x18\x01 \x01(\fR\arequest\"5\n" +
 	"\x11RenewHostResponse\x12 \n" +
-	"\vcertificate\x18\x01 \x01(\fR\vcertificate\"#\n" +
-	"\x0fDescribeRequest\x12\x10\n" +
-	"\x03run\x18\x01 \x01(\tR\x03run\"\xe2\x01\n" +
+	"\vcertificate\x18\x01 \x01(\fR\vcertificate\"%\n" +
+	"\x0fDescribeRequest\x12\x12\n" +
+	"\x04runs\x18\x01 \x03(\tR\x04runs\"\xe2\x01\n" +
 	"\x10DescribeResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x16\n" +
 	"\x06device\x18\x02 \x01(\tR\x06device\x12\x18\n" +
@@ -4502,12 +4510,13 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"\x10SetClockResponse\"9\n" +
 	"\x11NodeStatusRequest\x12\x10\n" +
 	"\x03run\x18\x01 \x01(\tR\x03run\x12\x12\n" +
-	"\x04node\x18\x02 \x01(\tR\x04node\"n\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\"\x95\x01\n" +
 	"\x12NodeStatusResponse\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\rR\x05epoch\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\x03R\x03pid\x12\x16\n" +
 	"\x06status\x18\x03 \x01(\tR\x06status\x12\x18\n" +
-	"\aproblem\x18\x04 \x01(\tR\aproblem\"g\n" +
+	"\aproblem\x18\x04 \x01(\tR\aproblem\x12%\n" +
+	"\x0eresident_bytes\x18\x05 \x01(\x04R\rresidentBytes\"g\n" +
 	"\x0fExecNodeRequest\x12\x10\n" +
 	"\x03run\x18\x01 \x01(\tR\x03run\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x18\n" +

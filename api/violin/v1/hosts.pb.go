@@ -232,8 +232,8 @@ type Host struct {
 	Address       string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`   // that its agent's connection comes from
 	Underlay      string                 `protobuf:"bytes,3,opt,name=underlay,proto3" json:"underlay,omitempty"` // its address there
 	Connected     bool                   `protobuf:"varint,4,opt,name=connected,proto3" json:"connected,omitempty"`
-	Since         *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=since,proto3" json:"since,omitempty"` // that it is so
-	Slice         string                 `protobuf:"bytes,6,opt,name=slice,proto3" json:"slice,omitempty"` // that runs there; empty for none
+	Since         *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=since,proto3" json:"since,omitempty"`   // that it is so
+	Slices        []string               `protobuf:"bytes,8,rep,name=slices,proto3" json:"slices,omitempty"` // that run there, by name
 	Version       string                 `protobuf:"bytes,7,opt,name=version,proto3" json:"version,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -304,11 +304,11 @@ func (x *Host) GetSince() *timestamppb.Timestamp {
 	return nil
 }
 
-func (x *Host) GetSlice() string {
+func (x *Host) GetSlices() []string {
 	if x != nil {
-		return x.Slice
+		return x.Slices
 	}
-	return ""
+	return nil
 }
 
 func (x *Host) GetVersion() string {
@@ -421,15 +421,15 @@ const file_violin_v1_hosts_proto_rawDesc = "" +
 	"\aexpires\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"\x12\n" +
 	"\x10ListHostsRequest\":\n" +
 	"\x11ListHostsResponse\x12%\n" +
-	"\x05hosts\x18\x01 \x03(\v2\x0f.violin.v1.HostR\x05hosts\"\xd0\x01\n" +
+	"\x05hosts\x18\x01 \x03(\v2\x0f.violin.v1.HostR\x05hosts\"\xd8\x01\n" +
 	"\x04Host\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x1a\n" +
 	"\bunderlay\x18\x03 \x01(\tR\bunderlay\x12\x1c\n" +
 	"\tconnected\x18\x04 \x01(\bR\tconnected\x120\n" +
-	"\x05since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x14\n" +
-	"\x05slice\x18\x06 \x01(\tR\x05slice\x12\x18\n" +
-	"\aversion\x18\a \x01(\tR\aversion\"=\n" +
+	"\x05since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x16\n" +
+	"\x06slices\x18\b \x03(\tR\x06slices\x12\x18\n" +
+	"\aversion\x18\a \x01(\tR\aversionJ\x04\b\x06\x10\a\"=\n" +
 	"\x11RemoveHostRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\"\x14\n" +

@@ -260,9 +260,9 @@ func (UnimplementedRenewalServiceHandler) RenewHost(context.Context, *v1.RenewHo
 // AgentServiceClient is a client for the violin.v1.AgentService service.
 type AgentServiceClient interface {
 	Describe(context.Context, *v1.DescribeRequest) (*v1.DescribeResponse, error)
-	// Begin starts the host's switch for a slice. What another server began, which is gone, is stopped first.
+	// Begin makes the host ready for a slice: it starts the switch, which the slices of a host share, if none runs yet.
 	Begin(context.Context, *v1.BeginRequest) (*v1.BeginResponse, error)
-	// End stops the nodes and the switch.
+	// End stops a slice's nodes, and with the last slice the switch.
 	End(context.Context, *v1.EndRequest) (*v1.EndResponse, error)
 	AddPeer(context.Context, *v1.AddPeerRequest) (*v1.AddPeerResponse, error)
 	SetRemotes(context.Context, *v1.SetRemotesRequest) (*v1.SetRemotesResponse, error)
@@ -613,9 +613,9 @@ func (c *agentServiceClient) Results(ctx context.Context, req *v1.ResultsRequest
 // AgentServiceHandler is an implementation of the violin.v1.AgentService service.
 type AgentServiceHandler interface {
 	Describe(context.Context, *v1.DescribeRequest) (*v1.DescribeResponse, error)
-	// Begin starts the host's switch for a slice. What another server began, which is gone, is stopped first.
+	// Begin makes the host ready for a slice: it starts the switch, which the slices of a host share, if none runs yet.
 	Begin(context.Context, *v1.BeginRequest) (*v1.BeginResponse, error)
-	// End stops the nodes and the switch.
+	// End stops a slice's nodes, and with the last slice the switch.
 	End(context.Context, *v1.EndRequest) (*v1.EndResponse, error)
 	AddPeer(context.Context, *v1.AddPeerRequest) (*v1.AddPeerResponse, error)
 	SetRemotes(context.Context, *v1.SetRemotesRequest) (*v1.SetRemotesResponse, error)
