@@ -326,8 +326,14 @@ func checkDigest(pack []byte) error {
 // buf, verified against the hash. plain is the length they must have.
 func openEntry(buf, data []byte, h Hash, offset, plain uint32, m method, seal cipher.AEAD, codec *codec) ([]byte, error) {
 	if seal != nil {
+		var room []byte
+		if len(data) <= len(pageBuf{}) { // a page: no memory for each, it is copied out below
+			scratch := pageBufs.Get().(*pageBuf)
+			defer pageBufs.Put(scratch)
+			room = scratch[:0]
+		}
 		var err error
-		data, err = seal.Open(nil, nonce(offset), data, nil)
+		data, err = seal.Open(room, nonce(offset), data, nil)
 		if err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 		}
