@@ -7,7 +7,8 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 GO      ?= go
 
 PACKAGES = qemu-system-x86 openvswitch-switch mmdebstrap squashfs-tools cpio kmod gcc libc6-dev \
-	libopenmpi-dev busybox-static iproute2 ca-certificates
+	libopenmpi-dev busybox-static iproute2 ca-certificates qemu-utils ovmf \
+	e2fsprogs dosfstools mtools fdisk syslinux syslinux-common systemd-boot-efi
 
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
@@ -56,6 +57,7 @@ fuzz:
 
 # Real QEMU, Open vSwitch and namespaces; as root.
 e2e: image
+	bin/violin --state-dir $(STATE) image build disk -f images/disk/image.yaml
 	VIOLIN_E2E=1 VIOLIN_STATE_DIR=$(STATE) $(GO) test -p 1 -timeout 30m ./internal/lab ./internal/openflow ./internal/fabric ./internal/gateway ./internal/qmp ./internal/migration/... ./internal/hypervisor/... ./internal/agent ./test/...
 
 # The long forms: a thousand cuts of real VMs under load (more than an hour), and the

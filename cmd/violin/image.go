@@ -15,17 +15,18 @@ import (
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
 	"violin/internal/image"
+	"violin/internal/topology"
 )
 
 func (a *app) imageCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "image",
-		Short: "Build and look after what nodes boot from",
-		Long: `Build and look after images: what a topology's 'image: NAME' stands for. They are in
+		Short: "Build, import and look after what nodes boot from",
+		Long: `Build, import and look after images: what a topology's 'image: NAME' stands for. They are in
 the state directory. A snapshot is restored on the very build that its nodes booted
 from, and on no other, since their memory refers to its blocks.`,
 	}
-	cmd.AddCommand(a.imageBuildCommand(), a.imageListCommand(), a.imageRemoveCommand())
+	cmd.AddCommand(a.imageBuildCommand(), a.imageImportCommand(), a.imageListCommand(), a.imageRemoveCommand())
 	return cmd
 }
 
@@ -50,6 +51,8 @@ A recipe is YAML:
     - {path: /etc/motd, content: "welcome\n"}
   commands:                           # in the image, after packages and files
     - useradd -m alice
+  boot: disk                          # all on a disk, for BIOS and UEFI; kernel by default
+  size: 2GiB                          # of the disk's root file system
 
 An image of the same name is replaced once the new one is whole; nodes that run from
 it are not disturbed, but snapshots of theirs need the old one: 'violin image ls'
@@ -107,6 +110,81 @@ func (a *app) imageBuild(ctx context.Context, name, recipe string, verbose bool)
 	})
 }
 
+func (a *app) imageImportCommand() *cobra.Command {
+	var m image.Import
+	cmd := &cobra.Command{
+		Use:   "import FILE",
+		Short: "Make an image of a disk image of your own",
+		Long: `Make an image of a qcow2 or raw disk image, such as a distribution's cloud image. It is
+copied as it is. A node that has it begins with what is on it, on a disk named root, which
+is part of the node's snapshots; the image itself is only read.
+
+The disk is booted by the BIOS, or by UEFI (which takes Debian's package ovmf on the
+hosts); a node's 'firmware' in the topology overrides that.`,
+		Example: `  violin image import debian-12-genericcloud-amd64.qcow2 --name debian
+  violin image import appliance.raw --firmware uefi --sha256 9f86d081...`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			m.File = args[0]
+			return a.imageImport(cmd.Context(), m)
+		},
+	}
+	cmd.Flags().StringVar(&m.Name, "name", "", "the image's `name`; that of the file, without what follows its last dot, by default")
+	cmd.Flags().StringVar(&m.Firmware, "firmware", topology.Firmwares[0], strings.Join(topology.Firmwares, " or "))
+	cmd.Flags().StringVar(&m.SHA256, "sha256", "", "refuse a file that has not this `hash`")
+	return cmd
+}
+
+func (a *app) imageImport(ctx context.Context, m image.Import) error {
+	if m.Name == "" {
+		m.Name = strings.ToLower(strings.TrimSuffix(filepath.Base(m.File), filepath.Ext(m.File)))
+	}
+	if err := image.CheckName(m.Name); err != nil {
+		return &failure{code: exitUsage, err: fmt.Errorf("%w; give one by --name", err)}
+	}
+	if err := a.here("image import", "writes to the state directory of the server's machine"); err != nil {
+		return err
+	}
+	dirs, err := a.dirs()
+	if err != nil {
+		return err
+	}
+	m.Dir = filepath.Join(dirs.State, "images")
+	p := a.progress()
+	defer p.done()
+	percent := int64(-1)
+	m.Copied = func(done, of int64) {
+		if now := done * 100 / max(of, 1); now/25 != percent/25 {
+			percent = now
+			p.step("copy", "", fmt.Sprintf("%d %%", now))
+		}
+	}
+	info, err := m.Run(ctx)
+	var unfit *image.UnfitError
+	switch {
+	case errors.As(err, &unfit):
+		return &failure{code: exitUsage, err: err}
+	case err != nil:
+		return err
+	}
+	p.done()
+	i := &violinv1.Image{
+		Name: info.Name, Bytes: uint64(info.Bytes), Built: timestamppb.New(info.Built),
+		Disk: &violinv1.ImageDisk{Format: info.Disk.Format, Bytes: info.Disk.Size, Firmware: info.Disk.Firmware},
+	}
+	return a.print(i, func(w io.Writer) {
+		fmt.Fprintf(w, "%s  %s, %s\n", i.GetName(), bootsFrom(i), formatBytes(i.GetBytes()))
+	})
+}
+
+// bootsFrom says in a few words what an image is.
+func bootsFrom(i *violinv1.Image) string {
+	if d := i.GetDisk(); d != nil {
+		return fmt.Sprintf("disk of %s, %s, %s", formatBytes(d.GetBytes()), d.GetFormat(), d.GetFirmware())
+	}
+	return "kernel " + i.GetKernel()
+}
+
 func (a *app) imageListCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "ls",
@@ -134,15 +212,15 @@ func (a *app) imageList(ctx context.Context) error {
 		a.note("%s", printable(b))
 	}
 	if len(list.GetImages()) == 0 {
-		a.note("no images; 'violin image build' makes one")
+		a.note("no images; 'violin image build' and 'violin image import' make one")
 	}
 	return a.print(list, func(w io.Writer) {
 		if len(list.GetImages()) == 0 {
 			return
 		}
-		t := newTable("IMAGE", "KERNEL", ">SIZE", "BUILT", "SLICES", ">SNAPSHOTS")
+		t := newTable("IMAGE", "BOOTS", ">SIZE", "BUILT", "SLICES", ">SNAPSHOTS")
 		for _, i := range list.GetImages() {
-			t.row(i.GetName(), i.GetKernel(), formatBytes(i.GetBytes()), a.formatTime(i.GetBuilt()), strings.Join(i.GetSlices(), " "), fmt.Sprint(len(i.GetSnapshots())))
+			t.row(i.GetName(), bootsFrom(i), formatBytes(i.GetBytes()), a.formatTime(i.GetBuilt()), strings.Join(i.GetSlices(), " "), fmt.Sprint(len(i.GetSnapshots())))
 		}
 		t.write(w)
 	})

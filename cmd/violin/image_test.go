@@ -19,6 +19,8 @@ var imageCommands = []command{
 	{why: "no such image", args: []string{"image", "rm", "missing"}},
 	{why: "no image's name", args: []string{"image", "build", "../x", "-f", "x.yaml"}},
 	{why: "no recipe", args: []string{"image", "build", "web", "-f", "/nonexistent/image.yaml"}},
+	{why: "a name that a file's name does not give", args: []string{"image", "import", "/nonexistent/My Disk.qcow2"}},
+	{why: "no file", args: []string{"image", "import", "/nonexistent/disk.qcow2"}},
 	{why: "not told which recipe", args: []string{"image", "build", "web"}},
 }
 
@@ -26,6 +28,10 @@ func (f *fakeServer) ListImages(context.Context, *violinv1.ListImagesRequest) (*
 	return &violinv1.ListImagesResponse{
 		Images: []*violinv1.Image{
 			{Name: "mpi", Kernel: "6.1.0-56-cloud-amd64", Bytes: 104_000_000, Built: timestamppb.New(created), Slices: []string{"mandelbrot", "pair"}, Snapshots: []string{"pair@s1"}},
+			{
+				Name: "debian", Bytes: 340_000_000, Built: timestamppb.New(created), Slices: []string{"cloud"},
+				Disk: &violinv1.ImageDisk{Format: "qcow2", Bytes: 3 << 30, Firmware: "uefi"},
+			},
 			{Name: "old", Kernel: "6.1.0-9-amd64", Bytes: 80_000_000, Built: timestamppb.New(created.Add(-time.Hour))},
 		},
 		Broken: []string{`image "half" is not whole`},

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path"
@@ -22,7 +23,7 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"violin/internal/topology"
 )
 
 //go:embed guest
@@ -105,6 +106,10 @@ func (b Build) Run(ctx context.Context) (_ *Info, made bool, err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(w.work)) }()
 	w.root, w.kernel = filepath.Join(w.work, "root"), filepath.Join(w.work, "kernel")
+	last := w.squash
+	if w.recipe.Boot == bootDisk {
+		last = w.disk
+	}
 	for i, step := range [steps]struct {
 		what string
 		do   func(context.Context) error
@@ -114,7 +119,7 @@ func (b Build) Run(ctx context.Context) (_ *Info, made bool, err error) {
 		{"initrd", w.initrd},
 		{"files", w.files},
 		{"commands", w.commands},
-		{"root file system", w.squash},
+		{"root file system", last},
 	} {
 		b.Step(i+1, steps, step.what)
 		if err := step.do(ctx); err != nil {
@@ -171,8 +176,16 @@ func (w *builder) check() error {
 		return errors.New("it takes root, to make files that belong to others; run it by sudo")
 	}
 	var missing []string
-	for tool, pkg := range tools {
-		if _, err := exec.LookPath(tool); err != nil {
+	needed := maps.Clone(tools)
+	if w.recipe.Boot == bootDisk {
+		maps.Copy(needed, diskTools)
+	}
+	for tool, pkg := range needed {
+		_, err := exec.LookPath(tool)
+		if filepath.IsAbs(tool) {
+			_, err = os.Stat(tool) // it runs elsewhere
+		}
+		if err != nil {
 			missing = append(missing, pkg)
 		}
 	}
@@ -315,7 +328,11 @@ func (w *builder) initrd(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := w.modules(ctx, dir, virtioModules); err != nil {
+	modules := virtioModules
+	if w.recipe.Boot == bootDisk {
+		modules = append(slices.Clone(modules), diskModules...)
+	}
+	if err := w.modules(ctx, dir, modules); err != nil {
 		return err
 	}
 	if err := copyFile(filepath.Join(w.root, "bin/busybox"), filepath.Join(dir, "bin/busybox"), 0o755); err != nil {
@@ -327,7 +344,7 @@ func (w *builder) initrd(ctx context.Context) error {
 	if err := writeGuest("initrd-init", filepath.Join(dir, "init"), 0o755); err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(dir, "modules"), []byte(strings.Join(virtioModules, "\n")+"\n"), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "modules"), []byte(strings.Join(modules, "\n")+"\n"), 0o644); err != nil {
 		return err
 	}
 	f, err := os.Create(filepath.Join(w.work, InitrdFile))
@@ -509,16 +526,8 @@ func (w *builder) commands(ctx context.Context) error {
 
 // squash makes the root file system's file.
 func (w *builder) squash(ctx context.Context) error {
-	for _, pattern := range []string{"var/lib/apt/lists/*", "var/cache/apt/*", "var/log/*", "usr/share/doc", "usr/share/man"} {
-		files, err := filepath.Glob(filepath.Join(w.root, pattern))
-		if err != nil {
-			return err
-		}
-		for _, f := range files {
-			if err := os.RemoveAll(f); err != nil {
-				return err
-			}
-		}
+	if err := w.clean(); err != nil {
+		return err
 	}
 	return w.run(ctx, "", nil, "mksquashfs", w.root, filepath.Join(w.work, RootFile), "-quiet", "-no-progress", "-comp", "lz4", "-Xhc", "-noappend")
 }
@@ -533,10 +542,20 @@ func (w *builder) install() (_ *Info, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	info := &Info{Format: format, Name: w.Name, Recipe: w.id, Kernel: w.version, Built: time.Now().UTC().Truncate(time.Second), SHA256: map[string]string{}}
-	for name, from := range map[string]string{
+	info := &Info{Format: kernelFormat, Name: w.Name, Recipe: w.id, Kernel: w.version, Built: time.Now().UTC().Truncate(time.Second), SHA256: map[string]string{}}
+	files := map[string]string{
 		KernelFile: filepath.Join(w.kernel, "boot/vmlinuz-"+w.version), InitrdFile: filepath.Join(w.work, InitrdFile), RootFile: filepath.Join(w.work, RootFile),
-	} {
+	}
+	if w.recipe.Boot == bootDisk {
+		from := filepath.Join(w.work, DiskFile)
+		size, format, err := InspectDisk(from)
+		if err != nil {
+			return nil, err
+		}
+		info.Format, info.Disk = diskFormat, &Disk{Format: format, Size: size, Firmware: topology.Firmwares[0], Guest: true}
+		files = map[string]string{DiskFile: from}
+	}
+	for name, from := range files {
 		if err := copyFile(from, filepath.Join(dir, name), 0o644); err != nil {
 			return nil, err
 		}
@@ -544,24 +563,7 @@ func (w *builder) install() (_ *Info, err error) {
 			return nil, err
 		}
 	}
-	b, err := json.MarshalIndent(info, "", "  ")
-	if err != nil {
-		return nil, err
-	}
-	if err := os.WriteFile(filepath.Join(dir, infoFile), append(b, '\n'), 0o644); err != nil {
-		return nil, err
-	}
-	if err := os.Chmod(dir, 0o755); err != nil {
-		return nil, err
-	}
-	to := filepath.Join(w.Dir, w.Name)
-	if err := os.Rename(dir, to); err == nil { // there was none
-		return Open(w.Dir, w.Name)
-	}
-	if err := unix.Renameat2(unix.AT_FDCWD, dir, unix.AT_FDCWD, to, unix.RENAME_EXCHANGE); err != nil {
-		return nil, fmt.Errorf("put it in place of %s: %w", to, err)
-	}
-	return Open(w.Dir, w.Name)
+	return place(dir, w.Dir, info)
 }
 
 func writeGuest(name, to string, mode fs.FileMode) error {
@@ -582,6 +584,6 @@ func copyFile(from, to string, mode fs.FileMode) error {
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(out, in)
-	return errors.Join(err, out.Sync(), out.Close())
+	n, err := copySparse(out, 0, in, nil)
+	return errors.Join(err, out.Truncate(n), out.Sync(), out.Close())
 }

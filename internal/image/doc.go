@@ -5,7 +5,11 @@
 //	rootfs.squashfs   Debian packages and what the recipe adds; read-only, a tmpfs above it
 //	image.json        what it is: see [Info]. It is written last; without it there is no image
 //
-// and is made of a recipe, a YAML file:
+// or, rather than the first three, of
+//
+//	disk              qcow2 or raw, with all that firmware needs to boot from it
+//
+// which [Import] takes from elsewhere. Either is made of a recipe, a YAML file:
 //
 //	version: 1
 //	kernel: linux-image-cloud-amd64     # a package that depends on the kernel's; this is the default
@@ -16,6 +20,8 @@
 //	  - {path: /etc/motd, content: "hello\n"}
 //	commands:                           # in the image, by /bin/sh -eu, after packages and files
 //	  - useradd -m alice
+//	boot: disk                          # all on one disk, for BIOS and UEFI; kernel if not given
+//	size: 2GiB                          # of the disk's root file system; 1GiB if not given
 //
 // Building takes Debian's tools and root, and no loop device. What is mounted
 // meanwhile, and what runs, lives in namespaces that end with the build.

@@ -12,6 +12,8 @@ import (
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
 	"github.com/goccy/go-yaml/parser"
+
+	"violin/internal/topology"
 )
 
 // Recipe says what an image is made of: see the package's documentation.
@@ -22,6 +24,35 @@ type Recipe struct {
 	Packages []string `yaml:"packages"`
 	Files    []File   `yaml:"files"`
 	Commands []string `yaml:"commands"`
+	Boot     string   `yaml:"boot"` // kernel, which is the default, or disk
+	Size     string   `yaml:"size"` // of a disk's root file system, such as 1GiB, which is the default
+}
+
+// What a recipe's Boot can be.
+const (
+	bootKernel = "kernel"
+	bootDisk   = "disk"
+)
+
+// defaultSize is that of a disk's root file system, in bytes.
+const defaultSize = 1 << 30
+
+// The bounds of a disk's root file system, in bytes.
+const (
+	minSize = 64 << 20
+	maxSize = 16 << 40
+)
+
+// size is the Size, in bytes, of a recipe that was checked.
+func (r *Recipe) size() int64 {
+	if r.Size == "" {
+		return defaultSize
+	}
+	n, err := topology.ParseSize(r.Size)
+	if err != nil {
+		panic(err) // ParseRecipe has checked it
+	}
+	return int64(n)
 }
 
 // File is a file that a recipe adds, or replaces.
@@ -130,6 +161,22 @@ func (c *checker) recipe(r *Recipe) {
 	}
 	if !packageName.MatchString(r.Kernel) {
 		c.wrong("$.kernel", "%q is no name of a Debian package", r.Kernel)
+	}
+	if r.Boot == "" {
+		r.Boot = bootKernel
+	}
+	switch {
+	case r.Boot != bootKernel && r.Boot != bootDisk:
+		c.wrong("$.boot", "%q is neither %s nor %s", r.Boot, bootKernel, bootDisk)
+	case r.Size == "":
+	case r.Boot != bootDisk:
+		c.wrong("$.size", "it is that of a disk; write boot: %s as well, or leave it out", bootDisk)
+	default:
+		if n, err := topology.ParseSize(r.Size); err != nil {
+			c.wrong("$.size", "%q: %v; write it such as 2GiB", r.Size, err)
+		} else if n < minSize || n > maxSize {
+			c.wrong("$.size", "%s is not between %d MiB and %d TiB", r.Size, minSize>>20, uint64(maxSize)>>40)
+		}
 	}
 	for i, m := range r.Modules {
 		if !moduleName.MatchString(m) {

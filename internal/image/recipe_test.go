@@ -32,12 +32,18 @@ func TestParseRecipe(t *testing.T) {
 		Version: 1, Kernel: "linux-image-amd64", Modules: []string{"8021q", "nf-tables"}, Packages: []string{"nginx-light", "g++"},
 		Files:    []File{{Path: "/usr/local/bin/job", From: "job", Mode: "755"}, {Path: "/etc/motd", Content: &hello}, {Path: "/etc/empty", Content: &empty}},
 		Commands: []string{"useradd -m alice", "echo one\necho two\n"},
+		Boot:     "kernel",
 	}
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("%+v, %v\nwant %+v", got, err, want)
 	}
 	if got, err := ParseRecipe("least.yaml", []byte("version: 1\n")); err != nil || got.Kernel != defaultKernel {
 		t.Errorf("%+v, %v", got, err)
+	}
+	for src, want := range map[string]int64{"boot: disk\n": 1 << 30, "boot: disk\nsize: 2GiB\n": 2 << 30} {
+		if r, err := ParseRecipe("disk.yaml", []byte("version: 1\n"+src)); err != nil || r.Boot != "disk" || r.size() != want {
+			t.Errorf("%q: %+v, %v", src, r, err)
+		}
 	}
 	for mode, want := range map[string]uint32{"755": 0o755, `"0640"`: 0o640, "0600": 0o600, "600": 0o600} {
 		r, err := ParseRecipe("mode.yaml", []byte("version: 1\nfiles: [{path: /x, content: x, mode: "+mode+"}]\n"))
@@ -57,6 +63,10 @@ func TestRecipeMistakes(t *testing.T) {
 		{"version: 1\n---\nversion: 1\n", "r.yaml:1:1: one document is wanted"},
 		{"version: 2\n", "r.yaml:1:10: version: 2 is none"},
 		{"packages: []\n", "r.yaml:1:1: version: 0 is none"},
+		{"version: 1\nboot: net\n", `r.yaml:2:7: boot: "net" is neither kernel nor disk`},
+		{"version: 1\nsize: 2GiB\n", "r.yaml:2:7: size: it is that of a disk"},
+		{"version: 1\nboot: disk\nsize: 2 GB\n", `r.yaml:3:7: size: "2 GB": not a whole number with a unit`},
+		{"version: 1\nboot: disk\nsize: 1MiB\n", "r.yaml:3:7: size: 1MiB is not between 64 MiB and 16 TiB"},
 		{"version: 1\npackage: [x]\n", `r.yaml:2:1: unknown field "package"`},
 		{"version: 1\npackages: x\n", "r.yaml:2:11: "},
 		{"version: 1\npackages: [nginx, 'rm -rf /']\n", `r.yaml:2:19: packages[1]: "rm -rf /" is no name of a Debian package`},

@@ -44,6 +44,9 @@ func (s *Server) ListImages(ctx context.Context, _ *violinv1.ListImagesRequest) 
 		resp.Images = append(resp.Images, &violinv1.Image{
 			Name: i.Name, Kernel: i.Kernel, Bytes: uint64(i.Bytes), Built: timestamp(i.Built), Slices: running, Snapshots: snapshots,
 		})
+		if d := i.Disk; d != nil {
+			resp.Images[len(resp.Images)-1].Disk = &violinv1.ImageDisk{Format: d.Format, Bytes: d.Size, Firmware: d.Firmware}
+		}
 	}
 	return resp, nil
 }
@@ -100,15 +103,16 @@ func (s *Server) imageUsers(ctx context.Context) (func(name string) (running, sn
 	s.mu.Unlock()
 	return func(name string) (running, snapshots []string, err error) {
 		running = slices.Sorted(slices.Values(bySlice[name]))
-		if _, err := image.Open(s.images(), name); err != nil {
+		info, err := image.Open(s.images(), name)
+		if err != nil {
 			return running, nil, err
 		}
-		root, _, err := s.boot.Of(filepath.Join(s.images(), name, image.RootFile))
+		main, _, err := s.boot.Of(filepath.Join(s.images(), name, info.Main()))
 		if err != nil {
 			return running, nil, fmt.Errorf("image %q: %w", name, err)
 		}
 		for _, snap := range all {
-			if bootedFrom(snap, root) {
+			if bootedFrom(snap, main) {
 				snapshots = append(snapshots, snap.Slice+"@"+snap.ID)
 			}
 		}
@@ -116,8 +120,9 @@ func (s *Server) imageUsers(ctx context.Context) (func(name string) (running, sn
 	}, nil
 }
 
-func bootedFrom(snap *catalog.Snapshot, root store.Hash) bool {
+// bootedFrom tells whether a node of the snapshot needs a file that is of one image alone.
+func bootedFrom(snap *catalog.Snapshot, main store.Hash) bool {
 	return slices.ContainsFunc(snap.Nodes, func(n catalog.Node) bool {
-		return slices.ContainsFunc(n.Boot, func(f catalog.BootFile) bool { return f.Kind == "rootfs" && f.Hash == root })
+		return slices.ContainsFunc(n.Boot, func(f catalog.BootFile) bool { return f.Hash == main })
 	})
 }

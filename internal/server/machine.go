@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"connectrpc.com/connect"
 
@@ -58,12 +59,18 @@ func (s *Server) machine(topo *topology.Topology, n *topology.Node) (qemu.Spec, 
 	if i, err := qemu.CheckArgs(n.QEMU); err != nil {
 		return spec, wrong(n, fmt.Sprintf("qemu[%d]", i), "%w", err)
 	}
+	var root *image.Info // nil if the image is none that is a disk
 	if n.Image != "" {
-		if _, err := image.Open(s.images(), n.Image); err != nil {
+		info, err := image.Open(s.images(), n.Image)
+		if err != nil {
 			return spec, wrong(n, "image", "%w", err)
 		}
 		dir := filepath.Join(s.images(), n.Image)
-		spec.Kernel, spec.Initrd, spec.RootFS = filepath.Join(dir, image.KernelFile), filepath.Join(dir, image.InitrdFile), filepath.Join(dir, image.RootFile)
+		if info.Disk != nil {
+			root = info
+		} else {
+			spec.Kernel, spec.Initrd, spec.RootFS = filepath.Join(dir, image.KernelFile), filepath.Join(dir, image.InitrdFile), filepath.Join(dir, image.RootFile)
+		}
 	}
 	for kind, f := range map[string]string{"kernel": n.Kernel, "initrd": n.Initrd, "rootfs": n.RootFS} {
 		if f == "" {
@@ -74,6 +81,57 @@ func (s *Server) machine(topo *topology.Topology, n *topology.Node) (qemu.Spec, 
 		}
 	}
 	var err error
-	spec.Disks, err = disksOf(n)
-	return spec, err
+	if spec.Disks, err = s.disksOf(n, root); err != nil {
+		return spec, err
+	}
+	if err := firmware(n, root, &spec); err != nil {
+		return spec, err
+	}
+	if _, err := qemu.FindFirmware(spec.Firmware); err != nil {
+		return spec, wrong(n, "firmware", "%w", err)
+	}
+	return spec, nil
+}
+
+// firmware says what boots a node that has no kernel, and from which disks.
+func firmware(n *topology.Node, root *image.Info, spec *qemu.Spec) error {
+	if spec.Kernel != "" {
+		const not = "its image %q has a kernel, which is booted as it is; leave this out, or take an image that is a disk"
+		switch {
+		case n.Firmware != "":
+			return wrong(n, "firmware", not, n.Image)
+		case len(n.Boot) > 0:
+			return wrong(n, "boot", not, n.Image)
+		}
+		return nil
+	}
+	if n.Append != "" {
+		return wrong(n, "append", "its kernel is on its disk, and is not told: leave this out, or boot from an image that is no disk")
+	}
+	if n.Run != "" && (root == nil || !root.Disk.Guest) {
+		return wrong(n, "run", "nothing on its disk is known to look for it: leave this out, or boot from an image that 'violin image build' made")
+	}
+	order := n.Boot
+	switch {
+	case len(order) > 0:
+	case root != nil:
+		order = []string{topology.RootDisk}
+	default:
+		order = []string{n.BootDisk()}
+	}
+	for i, name := range order {
+		at := slices.IndexFunc(spec.Disks, func(d qemu.Disk) bool { return d.Name == name })
+		if at < 0 {
+			return wrong(n, fmt.Sprintf("boot[%d]", i), "it has no disk %q", name)
+		}
+		spec.Disks[at].Boot = i + 1
+	}
+	switch spec.Firmware = n.Firmware; {
+	case spec.Firmware != "":
+	case root != nil:
+		spec.Firmware = root.Disk.Firmware
+	default:
+		spec.Firmware = topology.Firmwares[0]
+	}
+	return nil
 }

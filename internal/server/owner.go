@@ -170,7 +170,7 @@ var harmlessFields = map[reflect.Type][]string{
 	reflect.TypeFor[topology.Site]():      {"Name", "Hosts"},
 	reflect.TypeFor[topology.Link]():      {"Between", "Delay", "Jitter", "Loss", "Reorder", "Rate"},
 	reflect.TypeFor[topology.Network]():   {"Name", "Subnet", "MTU", "Gateway", "Hold"},
-	reflect.TypeFor[topology.Node]():      {"Name", "Host", "Site", "Image", "Append", "Memory", "CPUs", "Disks", "Interfaces", "Run"},
+	reflect.TypeFor[topology.Node]():      {"Name", "Host", "Site", "Image", "Append", "Firmware", "Boot", "Memory", "CPUs", "Disks", "Interfaces", "Run"},
 	reflect.TypeFor[topology.Disk]():      {"Name", "Size"},
 	reflect.TypeFor[topology.Interface](): {"Network", "Address", "MAC", "Model"},
 }

@@ -33,13 +33,17 @@
 //	networks.NAME.gateway   nat: a way out to whatever the server's machine reaches, at the subnet's first free
 //	                        address, or {nat: ADDRESS}; the subnet must be given, and be IPv4
 //	nodes*.NAME.host*       one of the hosts
-//	nodes*.NAME.image       name of an image; this or kernel must be given
+//	nodes*.NAME.image       name of an image; this, or kernel, or a disk with a base must be given
 //	nodes*.NAME.kernel      file, as are initrd and rootfs, which go with it
 //	nodes*.NAME.append      more of a kernel command line
+//	nodes*.NAME.firmware    bios or uefi, which boots disks; what goes with the image, or bios, if not given
+//	nodes*.NAME.boot        list of names of disks that the firmware tries, in order; root is the image itself, if that
+//	                        is a disk, which is tried alone if not given, as is the first disk with a base
 //	nodes*.NAME.memory*     such as 256MiB; whole MiB, at least 16MiB
 //	nodes*.NAME.cpus        1 if not given
 //	nodes*.NAME.disks       list of {name*, size, base}: size such as 1GiB, of an empty disk; or base, the file of
-//	                        a read-only qcow2 or raw image that the disk begins as, and size if it is to be larger
+//	                        a read-only qcow2 or raw image that the disk begins as, and size if it is to be larger;
+//	                        one named root with a size alone is the image itself, if that is a disk, made larger
 //	nodes*.NAME.interfaces  list of {network*, address, mac, model}: address in CIDR form;
 //	                        mac derived from slice, node and position if not given; model e1000, e1000e or
 //	                        rtl8139 rather than virtio

@@ -52,11 +52,14 @@ func (t *Topology) Marshal() []byte {
 	for _, n := range t.Nodes {
 		fmt.Fprintf(&b, "  %s:\n    host: %s\n", text(n.Name), text(n.Host))
 		for _, f := range []struct{ name, value string }{
-			{"image", n.Image}, {"kernel", n.Kernel}, {"initrd", n.Initrd}, {"rootfs", n.RootFS}, {"append", n.Append},
+			{"image", n.Image}, {"kernel", n.Kernel}, {"initrd", n.Initrd}, {"rootfs", n.RootFS}, {"append", n.Append}, {"firmware", n.Firmware},
 		} {
 			if f.value != "" {
 				fmt.Fprintf(&b, "    %s: %s\n", f.name, text(f.value))
 			}
+		}
+		if len(n.Boot) > 0 {
+			fmt.Fprintf(&b, "    boot: %s\n", list(n.Boot))
 		}
 		fmt.Fprintf(&b, "    memory: %s\n    cpus: %d\n", formatUnits(n.Memory, sizeUnits), n.CPUs)
 		if len(n.Disks) > 0 {

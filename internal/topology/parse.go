@@ -343,7 +343,7 @@ func (r *reader) nodes(e entry) {
 
 func (r *reader) node(n entry) {
 	node := Node{Name: n.name, CPUs: 1}
-	f := r.record(n, "host", "image", "kernel", "initrd", "rootfs", "append", "memory", "cpus", "disks", "interfaces", "run", "qemu")
+	f := r.record(n, "host", "image", "kernel", "initrd", "rootfs", "append", "firmware", "boot", "memory", "cpus", "disks", "interfaces", "run", "qemu")
 
 	hosts := r.hosts()
 	if v, ok := r.required(n, f, "host", "say which host runs it: "+suggest("", hosts)); ok {
@@ -379,6 +379,7 @@ func (r *reader) node(n entry) {
 	if v, ok := f["disks"]; ok {
 		r.disks(v, &node)
 	}
+	r.firmware(n, f, &node)
 	if v, ok := f["interfaces"]; ok {
 		elements, _ := r.sequence(v)
 		if len(elements) > maxInterfaces {
@@ -403,7 +404,6 @@ func (r *reader) boot(n entry, f map[string]entry, node *Node) {
 		r.checkName("image", s, image, image.valueAt())
 		node.Image = s
 	}
-	said := hasImage
 	for _, part := range []struct {
 		name string
 		path *string
@@ -412,7 +412,6 @@ func (r *reader) boot(n entry, f map[string]entry, node *Node) {
 		if !ok {
 			continue
 		}
-		said = true
 		if *part.path, ok = r.line(f, part.name); ok && *part.path == "" {
 			r.wrong(v, part.name+" is empty", "give the path of a file, or leave it out")
 		}
@@ -423,10 +422,65 @@ func (r *reader) boot(n entry, f map[string]entry, node *Node) {
 			r.problem(v.at, v.path, part.name+" without kernel", "give the path of a kernel as well")
 		}
 	}
-	if !said && f != nil {
-		r.problem(n.at, n.path+".image", fmt.Sprintf("%s has no image", n.label()), "say what it boots: image: NAME, or kernel: FILE with initrd and rootfs")
-	}
 	node.Append, _ = r.line(f, "append")
+}
+
+// firmware reads how a node's disks are booted, and tells if nothing is.
+func (r *reader) firmware(n entry, f map[string]entry, node *Node) {
+	_, hasImage := f["image"]
+	_, hasKernel := f["kernel"]
+	_, hasInitrd := f["initrd"]
+	_, hasRoot := f["rootfs"]
+	kernel := hasKernel || hasInitrd || hasRoot
+	if !hasImage && !kernel && node.BootDisk() == "" && f != nil {
+		r.problem(n.at, n.path+".image", fmt.Sprintf("%s has no image", n.label()),
+			"say what it boots: image: NAME; or kernel: FILE with initrd and rootfs; or one of its disks, with a base")
+	}
+	if v, ok := f["firmware"]; ok {
+		if s, ok := r.text(v, suggest("", Firmwares)); ok {
+			switch {
+			case !slices.Contains(Firmwares, s):
+				r.wrong(v, fmt.Sprintf("there is no firmware %s", quoted(s)), suggest(s, Firmwares))
+			case kernel:
+				r.problem(v.at, v.path, "firmware beside kernel", "a kernel that is given is booted as it is: give one or the other")
+			default:
+				node.Firmware = s
+			}
+		}
+	}
+	v, ok := f["boot"]
+	if !ok {
+		return
+	}
+	if kernel {
+		r.problem(v.at, v.path, "boot beside kernel", "a kernel that is given is booted as it is: give one or the other")
+		return
+	}
+	var known []string
+	if hasImage {
+		known = append(known, RootDisk)
+	}
+	for _, d := range node.Disks {
+		if !slices.Contains(known, d.Name) {
+			known = append(known, d.Name)
+		}
+	}
+	elements, _ := r.sequence(v)
+	if v.value != nil && len(elements) == 0 {
+		r.wrong(v, "boot names no disk", "name those to be tried, in order, or leave it out")
+	}
+	for _, el := range elements {
+		s, ok := r.text(el, suggest("", known))
+		switch {
+		case !ok:
+		case !slices.Contains(known, s):
+			r.wrong(el, fmt.Sprintf("%s has no disk %s", n.label(), quoted(s)), suggest(s, known))
+		case slices.Contains(node.Boot, s):
+			r.wrong(el, fmt.Sprintf("disk %s is there twice", quoted(s)), "remove this one")
+		default:
+			node.Boot = append(node.Boot, s)
+		}
+	}
 }
 
 // disks reads a node's disks.

@@ -104,6 +104,8 @@ nodes:                         # before what they refer to
     memory: 1GiB
     interfaces: [{network: left, address: 10.0.0.9/24, model: e1000}, {network: left, model: virtio}]
     qemu: [-device, "usb-ehci,id=usb"]
+  cloud: {host: b2, image: debian, firmware: uefi, boot: [data, root], memory: 1GiB, disks: [{name: root, size: 8GiB}, {name: data, size: 1GiB}]}
+  disk: {host: b2, memory: 1GiB, disks: [{name: data, size: 1GiB}, {name: system, base: d.raw}]}
 wan:
   - {between: [b, a], delay: 30ms, jitter: 1.5ms, loss: 0.07%, reorder: 1%, rate: 1500kbit}
   - between: [b, c]
@@ -150,6 +152,11 @@ version: 1
 				},
 				QEMU: []string{"-device", "usb-ehci,id=usb"},
 			},
+			{
+				Name: "cloud", Host: "b2", Site: "b", Image: "debian", Firmware: "uefi", Boot: []string{"data", "root"}, Memory: 1 << 30, CPUs: 1,
+				Disks: []Disk{{Name: "root", Size: 8 << 30}, {Name: "data", Size: 1 << 30}},
+			},
+			{Name: "disk", Host: "b2", Site: "b", Memory: 1 << 30, CPUs: 1, Disks: []Disk{{Name: "data", Size: 1 << 30}, {Name: "system", Base: "d.raw"}}},
 		},
 	}
 	if d := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Prefix{})); d != "" {
@@ -160,6 +167,11 @@ version: 1
 	}
 	if on := got.NodesOn("a1"); len(on) != 2 || on[1].Name != "1" {
 		t.Errorf("nodes on a1: %v", on)
+	}
+	for name, want := range map[string]string{"disk": "system", "cloud": "", "leaf": ""} {
+		if d := got.Node(name).BootDisk(); d != want {
+			t.Errorf("node %s boots from disk %q, want %q", name, d, want)
+		}
 	}
 	golden(t, "testdata/canonical.yaml", got.Marshal())
 	golden(t, "testdata/guest.txt", got.GuestConfig(got.Node("router")))

@@ -96,12 +96,17 @@ type Node struct {
 	Site string // the host's
 
 	// Image is the name of an image. It is empty if Kernel, and maybe Initrd
-	// and RootFS, say what boots; those are paths as written in the file.
+	// and RootFS, say what boots, or if Firmware boots one of the disks. Those are
+	// paths as written in the file.
 	Image  string
 	Kernel string
 	Initrd string
 	RootFS string
 	Append string // added to the kernel's command line
+	// Firmware is bios or uefi, and empty for what goes with the image; a kernel is
+	// booted without one's help.
+	Firmware string
+	Boot     []string // names of the disks that the firmware tries, in order; empty for [Node.BootDisk]
 
 	Memory     uint64 // bytes, whole MiB
 	CPUs       int
@@ -109,6 +114,24 @@ type Node struct {
 	Interfaces []Interface
 	Run        string   // command line started at boot; may be empty
 	QEMU       []string // arguments for QEMU, beside those that are Violin's
+}
+
+// RootDisk is the name of the disk that an image is, of a node that boots such an image.
+// Among the node's disks it says how large that is to be.
+const RootDisk = "root"
+
+// BootDisk is the disk that the firmware tries if Boot names none: the first that does not
+// begin empty. It is empty if there is none, and for a node with an image or a kernel.
+func (n *Node) BootDisk() string {
+	if n.Image != "" || n.Kernel != "" {
+		return ""
+	}
+	for _, d := range n.Disks {
+		if d.Base != "" {
+			return d.Name
+		}
+	}
+	return ""
 }
 
 // Disk is a disk of a node, which is part of its snapshots.
@@ -128,6 +151,9 @@ type Interface struct {
 
 // Models are the network interfaces that a node can have. All can be migrated.
 var Models = []string{"virtio", "e1000", "e1000e", "rtl8139"}
+
+// Firmwares are what can boot a node's disks.
+var Firmwares = []string{"bios", "uefi"}
 
 // Node returns the node of that name, or nil.
 func (t *Topology) Node(name string) *Node {

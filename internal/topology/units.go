@@ -88,3 +88,6 @@ func parsePercent(s string) (Percent, error) {
 func (p Percent) String() string {
 	return strconv.FormatFloat(float64(p), 'f', -1, 64) + "%"
 }
+
+// ParseSize reads a size in bytes as topologies write it, such as 1GiB.
+func ParseSize(s string) (uint64, error) { return parseUnits(s, sizeUnits) }

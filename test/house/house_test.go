@@ -40,7 +40,7 @@ var imports = map[string][]string{
 	"internal/fabric":          {"internal/child", "internal/coloring", "internal/cut", "internal/openflow", "internal/priority", "internal/record"},
 	"internal/hypervisor/qemu": {"internal/child", "internal/priority", "internal/qcow2", "internal/qmp", "internal/topology"},
 	"internal/admission":       {},
-	"internal/image":           {},
+	"internal/image":           {"internal/qcow2", "internal/topology"},
 	"internal/catalog":         {"internal/store"},
 	"internal/transfer":        {"internal/catalog", "internal/store"},
 	"internal/bench":           {"api", "internal/agent", "internal/coordinator", "internal/cut", "internal/hypervisor/qemu", "internal/machine", "internal/migration/qemu", "internal/pageserver", "internal/store"},

@@ -28,11 +28,12 @@ const (
 type Image struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Kernel        string                 `protobuf:"bytes,2,opt,name=kernel,proto3" json:"kernel,omitempty"` // its version
+	Kernel        string                 `protobuf:"bytes,2,opt,name=kernel,proto3" json:"kernel,omitempty"` // its version; empty if the image is a disk
 	Bytes         uint64                 `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`
 	Built         *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=built,proto3" json:"built,omitempty"`
 	Slices        []string               `protobuf:"bytes,5,rep,name=slices,proto3" json:"slices,omitempty"`       // that run from an image of this name
 	Snapshots     []string               `protobuf:"bytes,6,rep,name=snapshots,proto3" json:"snapshots,omitempty"` // SLICE@ID that are restored on just this build of it, and on no other
+	Disk          *ImageDisk             `protobuf:"bytes,7,opt,name=disk,proto3" json:"disk,omitempty"`           // none for a kernel with its initrd and root file system
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -109,6 +110,74 @@ func (x *Image) GetSnapshots() []string {
 	return nil
 }
 
+func (x *Image) GetDisk() *ImageDisk {
+	if x != nil {
+		return x.Disk
+	}
+	return nil
+}
+
+// A disk that a node's firmware boots from.
+type ImageDisk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Format        string                 `protobuf:"bytes,1,opt,name=format,proto3" json:"format,omitempty"`     // qcow2 or raw
+	Bytes         uint64                 `protobuf:"varint,2,opt,name=bytes,proto3" json:"bytes,omitempty"`      // of the disk, as a guest sees it
+	Firmware      string                 `protobuf:"bytes,3,opt,name=firmware,proto3" json:"firmware,omitempty"` // bios or uefi
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageDisk) Reset() {
+	*x = ImageDisk{}
+	mi := &file_violin_v1_image_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageDisk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageDisk) ProtoMessage() {}
+
+func (x *ImageDisk) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_image_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageDisk.ProtoReflect.Descriptor instead.
+func (*ImageDisk) Descriptor() ([]byte, []int) {
+	return file_violin_v1_image_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *ImageDisk) GetFormat() string {
+	if x != nil {
+		return x.Format
+	}
+	return ""
+}
+
+func (x *ImageDisk) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *ImageDisk) GetFirmware() string {
+	if x != nil {
+		return x.Firmware
+	}
+	return ""
+}
+
 type ListImagesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -117,7 +186,7 @@ type ListImagesRequest struct {
 
 func (x *ListImagesRequest) Reset() {
 	*x = ListImagesRequest{}
-	mi := &file_violin_v1_image_proto_msgTypes[1]
+	mi := &file_violin_v1_image_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -129,7 +198,7 @@ func (x *ListImagesRequest) String() string {
 func (*ListImagesRequest) ProtoMessage() {}
 
 func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_image_proto_msgTypes[1]
+	mi := &file_violin_v1_image_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -142,7 +211,7 @@ func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
 func (*ListImagesRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_image_proto_rawDescGZIP(), []int{1}
+	return file_violin_v1_image_proto_rawDescGZIP(), []int{2}
 }
 
 type ListImagesResponse struct {
@@ -155,7 +224,7 @@ type ListImagesResponse struct {
 
 func (x *ListImagesResponse) Reset() {
 	*x = ListImagesResponse{}
-	mi := &file_violin_v1_image_proto_msgTypes[2]
+	mi := &file_violin_v1_image_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -167,7 +236,7 @@ func (x *ListImagesResponse) String() string {
 func (*ListImagesResponse) ProtoMessage() {}
 
 func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_image_proto_msgTypes[2]
+	mi := &file_violin_v1_image_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -180,7 +249,7 @@ func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
 func (*ListImagesResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_image_proto_rawDescGZIP(), []int{2}
+	return file_violin_v1_image_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *ListImagesResponse) GetImages() []*Image {
@@ -207,7 +276,7 @@ type RemoveImageRequest struct {
 
 func (x *RemoveImageRequest) Reset() {
 	*x = RemoveImageRequest{}
-	mi := &file_violin_v1_image_proto_msgTypes[3]
+	mi := &file_violin_v1_image_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -219,7 +288,7 @@ func (x *RemoveImageRequest) String() string {
 func (*RemoveImageRequest) ProtoMessage() {}
 
 func (x *RemoveImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_image_proto_msgTypes[3]
+	mi := &file_violin_v1_image_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -232,7 +301,7 @@ func (x *RemoveImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImageRequest.ProtoReflect.Descriptor instead.
 func (*RemoveImageRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_image_proto_rawDescGZIP(), []int{3}
+	return file_violin_v1_image_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *RemoveImageRequest) GetName() string {
@@ -257,7 +326,7 @@ type RemoveImageResponse struct {
 
 func (x *RemoveImageResponse) Reset() {
 	*x = RemoveImageResponse{}
-	mi := &file_violin_v1_image_proto_msgTypes[4]
+	mi := &file_violin_v1_image_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -269,7 +338,7 @@ func (x *RemoveImageResponse) String() string {
 func (*RemoveImageResponse) ProtoMessage() {}
 
 func (x *RemoveImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_image_proto_msgTypes[4]
+	mi := &file_violin_v1_image_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -282,21 +351,26 @@ func (x *RemoveImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImageResponse.ProtoReflect.Descriptor instead.
 func (*RemoveImageResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_image_proto_rawDescGZIP(), []int{4}
+	return file_violin_v1_image_proto_rawDescGZIP(), []int{5}
 }
 
 var File_violin_v1_image_proto protoreflect.FileDescriptor
 
 const file_violin_v1_image_proto_rawDesc = "" +
 	"\n" +
-	"\x15violin/v1/image.proto\x12\tviolin.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb1\x01\n" +
+	"\x15violin/v1/image.proto\x12\tviolin.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdb\x01\n" +
 	"\x05Image\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06kernel\x18\x02 \x01(\tR\x06kernel\x12\x14\n" +
 	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\x120\n" +
 	"\x05built\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05built\x12\x16\n" +
 	"\x06slices\x18\x05 \x03(\tR\x06slices\x12\x1c\n" +
-	"\tsnapshots\x18\x06 \x03(\tR\tsnapshots\"\x13\n" +
+	"\tsnapshots\x18\x06 \x03(\tR\tsnapshots\x12(\n" +
+	"\x04disk\x18\a \x01(\v2\x14.violin.v1.ImageDiskR\x04disk\"U\n" +
+	"\tImageDisk\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\tR\x06format\x12\x14\n" +
+	"\x05bytes\x18\x02 \x01(\x04R\x05bytes\x12\x1a\n" +
+	"\bfirmware\x18\x03 \x01(\tR\bfirmware\"\x13\n" +
 	"\x11ListImagesRequest\"V\n" +
 	"\x12ListImagesResponse\x12(\n" +
 	"\x06images\x18\x01 \x03(\v2\x10.violin.v1.ImageR\x06images\x12\x16\n" +
@@ -322,27 +396,29 @@ func file_violin_v1_image_proto_rawDescGZIP() []byte {
 	return file_violin_v1_image_proto_rawDescData
 }
 
-var file_violin_v1_image_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_violin_v1_image_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
 var file_violin_v1_image_proto_goTypes = []any{
 	(*Image)(nil),                 // 0: violin.v1.Image
-	(*ListImagesRequest)(nil),     // 1: violin.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),    // 2: violin.v1.ListImagesResponse
-	(*RemoveImageRequest)(nil),    // 3: violin.v1.RemoveImageRequest
-	(*RemoveImageResponse)(nil),   // 4: violin.v1.RemoveImageResponse
-	(*timestamppb.Timestamp)(nil), // 5: google.protobuf.Timestamp
+	(*ImageDisk)(nil),             // 1: violin.v1.ImageDisk
+	(*ListImagesRequest)(nil),     // 2: violin.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),    // 3: violin.v1.ListImagesResponse
+	(*RemoveImageRequest)(nil),    // 4: violin.v1.RemoveImageRequest
+	(*RemoveImageResponse)(nil),   // 5: violin.v1.RemoveImageResponse
+	(*timestamppb.Timestamp)(nil), // 6: google.protobuf.Timestamp
 }
 var file_violin_v1_image_proto_depIdxs = []int32{
-	5, // 0: violin.v1.Image.built:type_name -> google.protobuf.Timestamp
-	0, // 1: violin.v1.ListImagesResponse.images:type_name -> violin.v1.Image
-	1, // 2: violin.v1.ImageService.ListImages:input_type -> violin.v1.ListImagesRequest
-	3, // 3: violin.v1.ImageService.RemoveImage:input_type -> violin.v1.RemoveImageRequest
-	2, // 4: violin.v1.ImageService.ListImages:output_type -> violin.v1.ListImagesResponse
-	4, // 5: violin.v1.ImageService.RemoveImage:output_type -> violin.v1.RemoveImageResponse
-	4, // [4:6] is the sub-list for method output_type
-	2, // [2:4] is the sub-list for method input_type
-	2, // [2:2] is the sub-list for extension type_name
-	2, // [2:2] is the sub-list for extension extendee
-	0, // [0:2] is the sub-list for field type_name
+	6, // 0: violin.v1.Image.built:type_name -> google.protobuf.Timestamp
+	1, // 1: violin.v1.Image.disk:type_name -> violin.v1.ImageDisk
+	0, // 2: violin.v1.ListImagesResponse.images:type_name -> violin.v1.Image
+	2, // 3: violin.v1.ImageService.ListImages:input_type -> violin.v1.ListImagesRequest
+	4, // 4: violin.v1.ImageService.RemoveImage:input_type -> violin.v1.RemoveImageRequest
+	3, // 5: violin.v1.ImageService.ListImages:output_type -> violin.v1.ListImagesResponse
+	5, // 6: violin.v1.ImageService.RemoveImage:output_type -> violin.v1.RemoveImageResponse
+	5, // [5:7] is the sub-list for method output_type
+	3, // [3:5] is the sub-list for method input_type
+	3, // [3:3] is the sub-list for extension type_name
+	3, // [3:3] is the sub-list for extension extendee
+	0, // [0:3] is the sub-list for field type_name
 }
 
 func init() { file_violin_v1_image_proto_init() }
@@ -356,7 +432,7 @@ func file_violin_v1_image_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_violin_v1_image_proto_rawDesc), len(file_violin_v1_image_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   5,
+			NumMessages:   6,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -24,6 +24,7 @@ type Disk struct {
 	Size       uint64 // bytes, a multiple of 512
 	Base       string // path of an image; empty for a disk that begins empty
 	BaseFormat string // "raw" or "qcow2"
+	Boot       int    // the firmware tries disks in this order, from 1 on; 0 for never
 	// Restore, if not nil, gives the pages in which the disk differs from its base, nil
 	// for one of zeros.
 	Restore func(page func(offset uint64, data []byte) error) error
@@ -145,7 +146,11 @@ func (vm *VM) diskArgs() []string {
 			add(l.blockdev(below))
 			below = &l.node
 		}
-		args = append(args, "-device", "virtio-blk-pci,id="+c.name+",drive="+*below+",serial="+strings.ReplaceAll(c.disk.Name, ",", ",,"))
+		device := "virtio-blk-pci,id=" + c.name + ",drive=" + *below + ",serial=" + strings.ReplaceAll(c.disk.Name, ",", ",,")
+		if c.disk.Boot > 0 {
+			device += ",bootindex=" + strconv.Itoa(c.disk.Boot)
+		}
+		args = append(args, "-device", device)
 	}
 	return args
 }

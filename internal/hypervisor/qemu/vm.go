@@ -60,7 +60,8 @@ type Spec struct {
 	Name        string
 	Memory      uint64 // bytes, a multiple of 1 MiB
 	CPUs        int
-	Kernel      string // path
+	Firmware    string // one of topology.Firmwares, which boots a disk; empty if there is a kernel
+	Kernel      string // path; empty if the firmware finds what to boot
 	Initrd      string // path, may be empty
 	RootFS      string // path of a read-only disk, may be empty
 	Append      string // to the kernel's command line
@@ -89,8 +90,9 @@ type VM struct {
 	qmp  *qmp.Client
 	cpus []int // the vCPUs' threads
 
-	disks  disks
-	keeper Keeper // nil for none
+	firmware string // the file; empty for QEMU's own
+	disks    disks
+	keeper   Keeper // nil for none
 
 	done chan struct{}
 	err  error // valid once done is closed
@@ -111,6 +113,9 @@ func Start(ctx context.Context, l Launcher, spec Spec, incoming bool, log *slog.
 		return nil, fmt.Errorf("start QEMU: %w", err)
 	}
 	vm := &VM{spec: spec, log: log.With("vm", spec.Name), done: make(chan struct{})}
+	if vm.firmware, err = FindFirmware(spec.Firmware); err != nil {
+		return nil, fmt.Errorf("start QEMU of %s: %w", spec.Name, err)
+	}
 	for _, path := range []string{vm.path("qmp.sock"), vm.ConsolePath(), vm.AgentPath()} {
 		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, fmt.Errorf("start QEMU: remove what an earlier one left: %w", err)
@@ -210,7 +215,12 @@ func (vm *VM) args(incoming bool, config string) []string {
 		"-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0",
 		"-device", "virtio-rng-pci",
 		"-fw_cfg", "name=" + topology.GuestConfigName + ",file=" + config,
-		"-kernel", s.Kernel, "-append", strings.TrimSpace("console=ttyS0 " + s.Append),
+	}
+	if s.Kernel != "" {
+		args = append(args, "-kernel", s.Kernel, "-append", strings.TrimSpace("console=ttyS0 "+s.Append))
+	}
+	if s.Firmware == "uefi" {
+		args = append(args, "-bios", vm.firmware)
 	}
 	if s.Initrd != "" {
 		args = append(args, "-initrd", s.Initrd)
@@ -240,6 +250,9 @@ func (s *Spec) check() error {
 		if n.Model != "" && !slices.Contains(topology.Models, n.Model) {
 			return fmt.Errorf("interface %d: model %q is none of %s", i, n.Model, strings.Join(topology.Models, ", "))
 		}
+	}
+	if (s.Kernel == "") == (s.Firmware == "") {
+		return fmt.Errorf("kernel %q and firmware %q: want the one or the other", s.Kernel, s.Firmware)
 	}
 	_, err := CheckArgs(s.Args)
 	return err
