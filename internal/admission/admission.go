@@ -63,9 +63,9 @@ func Check(machines []Machine, vms []VM) error {
 				short = append(short, fmt.Sprintf("node %q has %d CPUs, and %s has %d processors", vm.Name, vm.CPUs, m.Name, m.CPUs))
 			}
 		}
-		if room := room(m); memory > room {
+		if room := m.Room(); memory > room {
 			short = append(short, fmt.Sprintf("the nodes need %s of memory on %s, and there are %s: %s are missing",
-				size(memory), m.Name, size(room), size(memory-room)))
+				Size(memory), m.Name, Size(room), Size(memory-room)))
 		}
 		if most := m.CPUs * Ratio; cpus > 0 && m.Virtual+cpus > most {
 			short = append(short, fmt.Sprintf("the nodes need %d CPUs on %s, where %d of at most %d (%d a processor) are in use: %d are missing",
@@ -78,13 +78,34 @@ func Check(machines []Machine, vms []VM) error {
 	return nil
 }
 
-// room is what a machine can promise.
-func room(m Machine) uint64 {
+// Room is the memory that a machine can promise, in bytes.
+func (m *Machine) Room() uint64 {
 	taken := m.Promised + m.Reserve
 	return m.Free - min(m.Free, taken)
 }
 
-func size(n uint64) string {
+// Lacks says what a machine has too little of for one more VM; nothing if it fits.
+func (m *Machine) Lacks(vm VM) string {
+	room, most := m.Room(), m.CPUs*Ratio
+	switch {
+	case vm.CPUs > m.CPUs:
+		return fmt.Sprintf("it has %d processors", m.CPUs)
+	case vm.Memory+Overhead > room:
+		return fmt.Sprintf("it has %s of memory left, and %s are needed", Size(room), Size(vm.Memory+Overhead))
+	case m.Virtual+vm.CPUs > most:
+		return fmt.Sprintf("%d of its at most %d CPUs (%d a processor) are in use", m.Virtual, most, Ratio)
+	}
+	return ""
+}
+
+// Take takes the room for a VM.
+func (m *Machine) Take(vm VM) {
+	m.Promised += vm.Memory + Overhead
+	m.Virtual += vm.CPUs
+}
+
+// Size is a number of bytes for people.
+func Size(n uint64) string {
 	if n < 1<<30 {
 		return fmt.Sprintf("%.0f MiB", float64(n)/(1<<20))
 	}

@@ -642,17 +642,7 @@ func (r *reader) reach(v entry, network, site string) {
 		r.firstSite[network] = site
 		return
 	}
-	reached := []string{first}
-	for i := 0; i < len(reached); i++ {
-		for _, l := range r.t.WAN {
-			for end, s := range l.Between {
-				if far := l.Between[1-end]; s == reached[i] && !slices.Contains(reached, far) {
-					reached = append(reached, far)
-				}
-			}
-		}
-	}
-	if !slices.Contains(reached, site) {
+	if !r.t.reaches(first, site) {
 		r.wrong(v, fmt.Sprintf("network %s spans sites %s and %s, which no WAN link joins", quoted(network), plain(first), plain(site)),
 			fmt.Sprintf("add {between: [%s, %s], delay: 30ms} under wan", plain(first), plain(site)))
 	}

@@ -40,6 +40,7 @@ var imports = map[string][]string{
 	"internal/fabric":          {"internal/child", "internal/coloring", "internal/cut", "internal/openflow", "internal/priority", "internal/record"},
 	"internal/hypervisor/qemu": {"internal/child", "internal/priority", "internal/qcow2", "internal/qmp", "internal/topology"},
 	"internal/admission":       {},
+	"internal/placement":       {"internal/admission"},
 	"internal/image":           {"internal/qcow2", "internal/topology"},
 	"internal/catalog":         {"internal/store"},
 	"internal/transfer":        {"internal/catalog", "internal/store"},
@@ -72,6 +73,7 @@ var imports = map[string][]string{
 var pure = map[string][]string{
 	"internal/admission":      {"net", "os", "syscall", "math/rand", "log", "time"},
 	"internal/protection":     {"net", "os", "syscall", "math/rand", "log"},
+	"internal/placement":      {"net", "os", "syscall", "math/rand", "log", "time"},
 	"internal/cut":            {"net", "os", "syscall", "math/rand", "log"},
 	"internal/coloring":       {"os", "syscall", "math/rand", "log"},
 	"internal/frames":         {"net", "os", "syscall", "math/rand", "log"},
