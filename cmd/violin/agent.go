@@ -104,7 +104,7 @@ func (a *app) agent(ctx context.Context, o agentOptions) error {
 	signal.Notify(interrupted, os.Interrupt)
 	err = remote.ServeHost(ctx, remote.HostConfig{
 		Keeper: []string{program, "keep"}, Passed: passed, Leave: func() bool { return len(interrupted) == 0 },
-		Server: address, Token: token, Identity: identity, Dir: dirs.Run, Images: filepath.Join(dirs.State, "images"),
+		Server: address, Token: token, Identity: identity, Dir: dirs.Run, Images: filepath.Join(dirs.State, "images"), Files: filepath.Join(dirs.State, "files"),
 		Device: o.device, Address: prefix, Version: violinVersion(), Logger: logger,
 	})
 	if err != nil {

@@ -15,7 +15,7 @@ import (
 )
 
 // ofMachines are the services that are served to agents, by another protocol.
-var ofMachines = []protoreflect.Name{"JoinService", "AgentService", "IngestService", "RenewalService"}
+var ofMachines = []protoreflect.Name{"JoinService", "AgentService", "IngestService", "RenewalService", "ProvisionService", "SupplyService"}
 
 // each calls f for every procedure that there is for users.
 func each(f func(path string, m protoreflect.MethodDescriptor)) {

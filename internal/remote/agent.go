@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"path/filepath"
-	"strings"
 	"sync"
 	"time"
 
@@ -111,8 +109,7 @@ func (a *Agent) AddGateway(ctx context.Context, g agent.GatewaySpec) error {
 	})
 }
 
-// AddNode makes a node. The host boots it from files of its own: from images of the same
-// name, and else from the same paths.
+// AddNode makes a node. The host must have the files that it boots from: see [Agent.Fetch].
 func (a *Agent) AddNode(ctx context.Context, spec agent.NodeSpec, incoming bool) error {
 	if len(spec.Machine.Disks) > 0 {
 		return fmt.Errorf("node %q: %w", spec.Name, errDisk)
@@ -126,12 +123,8 @@ func (a *Agent) AddNode(ctx context.Context, spec agent.NodeSpec, incoming bool)
 		if f.path == "" {
 			continue
 		}
-		file := &violinv1.NodeFile{Kind: f.kind, Path: f.path}
-		if in, err := filepath.Rel(a.host.hub.cfg.Images, f.path); err == nil && in != ".." && !strings.HasPrefix(in, "../") {
-			file.Path, file.Image = in, true
-		}
-		hash := spec.Boot[f.kind]
-		file.Hash = hash[:]
+		file := a.host.hub.file(File{Path: f.path, Hash: spec.Boot[f.kind]})
+		file.Kind = f.kind
 		m.Files = append(m.Files, file)
 	}
 	return a.call(ctx, func(ctx context.Context, c violinv1connect.AgentServiceClient) error {
@@ -401,6 +394,7 @@ func (a *Agent) Close() error {
 	}
 	a.host.ingest.close(a.session)
 	a.mu.Unlock()
+	a.host.supply.close(a.run)
 	err := a.call(ctx, func(ctx context.Context, c violinv1connect.AgentServiceClient) error {
 		_, err := c.End(ctx, &violinv1.EndRequest{Run: a.run})
 		return err

@@ -23,10 +23,10 @@ import (
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
 	"violin/internal/agent"
-	"violin/internal/image"
 	"violin/internal/machine"
 	"violin/internal/priority"
 	"violin/internal/record"
+	"violin/internal/store"
 	"violin/internal/trust"
 )
 
@@ -47,6 +47,7 @@ type HostConfig struct {
 	Identity *trust.Identity
 	Dir      string       // sockets and logs of what runs
 	Images   string       // directory
+	Files    string       // directory of what the server has sent
 	Device   string       // of the underlay; the switch takes it for as long as a slice runs
 	Address  netip.Prefix // of the host there
 	Version  string
@@ -69,9 +70,9 @@ type HostConfig struct {
 // Host is one machine's agent. It serves a run a slice; the runs share the machine's
 // switch, and so one [agent.Agent].
 type Host struct {
-	cfg  HostConfig
-	log  *slog.Logger
-	boot image.Hashes
+	cfg   HostConfig
+	log   *slog.Logger
+	stock stock
 
 	underlay agent.Underlay
 	device   *machine.Device // nil where a test has none
@@ -82,6 +83,7 @@ type Host struct {
 	agent  runner                              // nil while there is no run
 	runs   map[string]*hostRun                 // by id
 	ingest violinv1connect.IngestServiceClient // by the connection there is; nil for none
+	supply violinv1connect.SupplyServiceClient // ditto
 }
 
 // ServeHost joins the server, if the host has not yet, and serves it until ctx ends,
@@ -94,7 +96,7 @@ func ServeHost(ctx context.Context, cfg HostConfig) error {
 	if cfg.now == nil {
 		cfg.now = time.Now
 	}
-	h := &Host{cfg: cfg, log: cfg.Logger, runs: map[string]*hostRun{}, underlay: agent.Underlay{Device: cfg.Device, Addr: cfg.Address, MAC: cfg.mac}}
+	h := &Host{cfg: cfg, log: cfg.Logger, runs: map[string]*hostRun{}, stock: stock{images: cfg.Images, dir: cfg.Files, busy: map[store.Hash]chan struct{}{}}, underlay: agent.Underlay{Device: cfg.Device, Addr: cfg.Address, MAC: cfg.mac}}
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return fmt.Errorf("run an agent: %w", err)
 	}
@@ -338,6 +340,7 @@ func (h *Host) connect(ctx context.Context, config *tls.Config) error {
 	}
 	mux := http.NewServeMux()
 	mux.Handle(violinv1connect.NewAgentServiceHandler(h, serveOptions(h.log)...))
+	mux.Handle(violinv1connect.NewProvisionServiceHandler(h, serveOptions(h.log)...))
 	l, err := newLink(conn, true, mux, h.log)
 	if err != nil {
 		return err
@@ -345,6 +348,7 @@ func (h *Host) connect(ctx context.Context, config *tls.Config) error {
 	defer l.close()
 	h.mu.Lock()
 	h.ingest = violinv1connect.NewIngestServiceClient(l.client, "http://server", callOptions()...)
+	h.supply = violinv1connect.NewSupplyServiceClient(l.client, "http://server", callOptions()...)
 	h.mu.Unlock()
 	h.log.Info("connected", "server", h.cfg.Server)
 	renewing, stop := context.WithCancel(ctx)
@@ -413,7 +417,7 @@ func (h *Host) endLocked(id string) error {
 	if last {
 		err = errors.Join(err, h.stopSharing(r.agent))
 	}
-	return errors.Join(err, h.forget(id))
+	return errors.Join(err, h.forget(id), h.stock.sweep(time.Now()))
 }
 
 // stopSharing stops the switch, with all that is left on it.

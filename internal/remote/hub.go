@@ -58,6 +58,7 @@ type joined struct {
 	number uint16 // among the hosts, from 1
 	log    *slog.Logger
 	ingest *ingest
+	supply *supply
 
 	mu      sync.Mutex
 	link    *link // nil if it is not connected
@@ -203,7 +204,7 @@ func (h *Hub) host(name string) *joined {
 	if j == nil {
 		j = &joined{
 			hub: h, name: name, number: uint16(len(h.hosts) + 1), running: map[string]*Agent{}, log: h.log.With("host", name), changed: make(chan struct{}),
-			ingest: &ingest{sessions: map[string]*store.Session{}},
+			ingest: &ingest{sessions: map[string]*store.Session{}}, supply: &supply{runs: map[string]*offer{}},
 		}
 		h.hosts[name] = j
 	}
@@ -215,6 +216,7 @@ func (h *Hub) serve(conn *tls.Conn, name string) {
 	j := h.host(name)
 	mux := http.NewServeMux()
 	mux.Handle(violinv1connect.NewIngestServiceHandler(j.ingest, serveOptions(j.log)...))
+	mux.Handle(violinv1connect.NewSupplyServiceHandler(j.supply, serveOptions(j.log)...))
 	mux.Handle(violinv1connect.NewRenewalServiceHandler(&renewal{h: h, cert: conn.ConnectionState().VerifiedChains[0][0]}, serveOptions(j.log)...))
 	l, err := newLink(conn, false, mux, j.log)
 	if err != nil {

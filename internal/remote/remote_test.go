@@ -203,7 +203,7 @@ func newWorldAt(t *testing.T, now func() time.Time) *world {
 		t.Fatal(err)
 	}
 	w := &world{host: newHost()}
-	if w.hub, err = Listen(t.Context(), HubConfig{Address: "127.0.0.1:0", Authority: authority, Images: "/images", Logger: log}); err != nil {
+	if w.hub, err = Listen(t.Context(), HubConfig{Address: "127.0.0.1:0", Authority: authority, Images: filepath.Join(t.TempDir(), "images"), Logger: log}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { w.hub.Close() })
@@ -222,7 +222,7 @@ func newWorldAt(t *testing.T, now func() time.Time) *world {
 	}
 	w.identity = identity
 	w.cfg = HostConfig{
-		Server: w.cable.l.Addr().String(), Token: token, Identity: identity, Dir: t.TempDir(), Images: "/nowhere",
+		Server: w.cable.l.Addr().String(), Token: token, Identity: identity, Dir: t.TempDir(), Images: "/nowhere", Files: filepath.Join(t.TempDir(), "files"),
 		Device: "eth9", Address: netip.MustParsePrefix("10.0.0.1/24"), Version: "test", mac: net.HardwareAddr{2, 0, 0, 0, 0, 9}, Abandon: 500 * time.Millisecond, Logger: log,
 		start: func(context.Context, agent.Config) (runner, error) { return w.host, nil }, now: now,
 		// What runs is written down, and left to the next.
@@ -378,28 +378,6 @@ func TestNumber(t *testing.T) {
 	}
 	if first, err := h.Number(2, used); err == nil {
 		t.Error(first)
-	}
-}
-
-// A node's files are the host's own, and must be the server's.
-func TestBootFiles(t *testing.T) {
-	w := newWorld(t)
-	path := filepath.Join(t.TempDir(), "kernel")
-	spec := agent.NodeSpec{Name: "n", Machine: qemu.Spec{Kernel: path}, Boot: map[string]store.Hash{"kernel": store.Sum([]byte("k"))}}
-	if err := w.agent.AddNode(t.Context(), spec, false); err == nil || !strings.Contains(err.Error(), "copy it there") {
-		t.Error(err)
-	}
-	write(t, path, "other")
-	if err := w.agent.AddNode(t.Context(), spec, false); err == nil || !strings.Contains(err.Error(), "is not the server's") {
-		t.Error(err)
-	}
-	write(t, path, "k")
-	if err := w.agent.AddNode(t.Context(), spec, false); err != nil || w.host.spec.Machine.Kernel != path {
-		t.Error(w.host.spec.Machine.Kernel, err)
-	}
-	spec.Machine.Kernel = "/images/mpi/vmlinuz"
-	if err := w.agent.AddNode(t.Context(), spec, false); err == nil || !strings.Contains(err.Error(), "/nowhere/mpi/vmlinuz") {
-		t.Errorf("an image is looked for elsewhere: %v", err)
 	}
 }
 

@@ -25,7 +25,6 @@ import (
 	"violin/internal/hypervisor/qemu"
 	"violin/internal/machine"
 	"violin/internal/qga"
-	"violin/internal/store"
 )
 
 // runner is what a host runs of its slices: an [agent.Agent].
@@ -145,7 +144,7 @@ func (h *Host) AddNode(ctx context.Context, req *violinv1.AddNodeRequest) (*viol
 		return nil, refuse("%w", err)
 	}
 	for _, f := range req.GetFiles() {
-		path, err := h.bootFile(f)
+		path, err := h.stock.find(f)
 		if err != nil {
 			return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("node %q: %s: %w", req.GetNode(), f.GetKind(), err))
 		}
@@ -161,25 +160,6 @@ func (h *Host) AddNode(ctx context.Context, req *violinv1.AddNodeRequest) (*viol
 		}
 	}
 	return &violinv1.AddNodeResponse{}, r.agent.AddNode(ctx, spec, req.GetIncoming())
-}
-
-// bootFile returns the path of a file of this machine that holds what the server's does.
-func (h *Host) bootFile(m *violinv1.NodeFile) (string, error) {
-	path := m.GetPath()
-	switch {
-	case m.GetImage() && !filepath.IsLocal(path), !m.GetImage() && !filepath.IsAbs(path):
-		return "", fmt.Errorf("%q is no path of a boot file", path)
-	case m.GetImage():
-		path = filepath.Join(h.cfg.Images, path)
-	}
-	hash, _, err := h.boot.Of(path)
-	if err != nil {
-		return "", fmt.Errorf("%w; nodes boot from the host's own files, which must be the server's: copy it there", err)
-	}
-	if string(hash[:]) != string(m.GetHash()) {
-		return "", fmt.Errorf("%s is not the server's: it has hash %.16s, want %.16x; copy that file there", path, store.Hash(hash), m.GetHash())
-	}
-	return path, nil
 }
 
 // Load implements the agents' protocol.

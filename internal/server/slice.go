@@ -113,6 +113,9 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 	if err := sl.startGateways(ctx, numbers); err != nil {
 		return nil, err
 	}
+	if err := s.supply(ctx, sl, machines, boot, tell); err != nil {
+		return nil, err
+	}
 	g, gctx := errgroup.WithContext(ctx)
 	for i := range topo.Nodes {
 		n := &topo.Nodes[i]

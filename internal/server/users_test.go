@@ -150,7 +150,7 @@ func (c client) call(t *testing.T, m protoreflect.MethodDescriptor, body []byte)
 }
 
 // ofMachines are the services that are served to agents, by another protocol.
-var ofMachines = []protoreflect.Name{"JoinService", "AgentService", "IngestService", "RenewalService"}
+var ofMachines = []protoreflect.Name{"JoinService", "AgentService", "IngestService", "RenewalService", "ProvisionService", "SupplyService"}
 
 // procedures are those that there are.
 func procedures(t *testing.T) []protoreflect.MethodDescriptor {

@@ -1055,74 +1055,6 @@ func (x *AddNodeRequest) GetArguments() []string {
 	return nil
 }
 
-type NodeFile struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"` // kernel, initrd or rootfs
-	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
-	Image         bool                   `protobuf:"varint,3,opt,name=image,proto3" json:"image,omitempty"` // path is below the directory of images
-	Hash          []byte                 `protobuf:"bytes,4,opt,name=hash,proto3" json:"hash,omitempty"`    // BLAKE3-256: a file with other content is refused
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *NodeFile) Reset() {
-	*x = NodeFile{}
-	mi := &file_violin_v1_agent_proto_msgTypes[18]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *NodeFile) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*NodeFile) ProtoMessage() {}
-
-func (x *NodeFile) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[18]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use NodeFile.ProtoReflect.Descriptor instead.
-func (*NodeFile) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{18}
-}
-
-func (x *NodeFile) GetKind() string {
-	if x != nil {
-		return x.Kind
-	}
-	return ""
-}
-
-func (x *NodeFile) GetPath() string {
-	if x != nil {
-		return x.Path
-	}
-	return ""
-}
-
-func (x *NodeFile) GetImage() bool {
-	if x != nil {
-		return x.Image
-	}
-	return false
-}
-
-func (x *NodeFile) GetHash() []byte {
-	if x != nil {
-		return x.Hash
-	}
-	return nil
-}
-
 type NodePort struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Network       uint32                 `protobuf:"varint,1,opt,name=network,proto3" json:"network,omitempty"`
@@ -1135,7 +1067,7 @@ type NodePort struct {
 
 func (x *NodePort) Reset() {
 	*x = NodePort{}
-	mi := &file_violin_v1_agent_proto_msgTypes[19]
+	mi := &file_violin_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1147,7 +1079,7 @@ func (x *NodePort) String() string {
 func (*NodePort) ProtoMessage() {}
 
 func (x *NodePort) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[19]
+	mi := &file_violin_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1160,7 +1092,7 @@ func (x *NodePort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodePort.ProtoReflect.Descriptor instead.
 func (*NodePort) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *NodePort) GetNetwork() uint32 {
@@ -1199,7 +1131,7 @@ type AddNodeResponse struct {
 
 func (x *AddNodeResponse) Reset() {
 	*x = AddNodeResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[20]
+	mi := &file_violin_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1211,7 +1143,7 @@ func (x *AddNodeResponse) String() string {
 func (*AddNodeResponse) ProtoMessage() {}
 
 func (x *AddNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[20]
+	mi := &file_violin_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1224,7 +1156,7 @@ func (x *AddNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeResponse.ProtoReflect.Descriptor instead.
 func (*AddNodeResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 type LoadRequest struct {
@@ -1238,7 +1170,7 @@ type LoadRequest struct {
 
 func (x *LoadRequest) Reset() {
 	*x = LoadRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[21]
+	mi := &file_violin_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1250,7 +1182,7 @@ func (x *LoadRequest) String() string {
 func (*LoadRequest) ProtoMessage() {}
 
 func (x *LoadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[21]
+	mi := &file_violin_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1263,7 +1195,7 @@ func (x *LoadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadRequest.ProtoReflect.Descriptor instead.
 func (*LoadRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *LoadRequest) GetRun() string {
@@ -1295,7 +1227,7 @@ type LoadResponse struct {
 
 func (x *LoadResponse) Reset() {
 	*x = LoadResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[22]
+	mi := &file_violin_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1307,7 +1239,7 @@ func (x *LoadResponse) String() string {
 func (*LoadResponse) ProtoMessage() {}
 
 func (x *LoadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[22]
+	mi := &file_violin_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1320,7 +1252,7 @@ func (x *LoadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadResponse.ProtoReflect.Descriptor instead.
 func (*LoadResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 type RunNodeRequest struct {
@@ -1334,7 +1266,7 @@ type RunNodeRequest struct {
 
 func (x *RunNodeRequest) Reset() {
 	*x = RunNodeRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[23]
+	mi := &file_violin_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1346,7 +1278,7 @@ func (x *RunNodeRequest) String() string {
 func (*RunNodeRequest) ProtoMessage() {}
 
 func (x *RunNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[23]
+	mi := &file_violin_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1359,7 +1291,7 @@ func (x *RunNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunNodeRequest.ProtoReflect.Descriptor instead.
 func (*RunNodeRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RunNodeRequest) GetRun() string {
@@ -1395,7 +1327,7 @@ type ChannelFrame struct {
 
 func (x *ChannelFrame) Reset() {
 	*x = ChannelFrame{}
-	mi := &file_violin_v1_agent_proto_msgTypes[24]
+	mi := &file_violin_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1407,7 +1339,7 @@ func (x *ChannelFrame) String() string {
 func (*ChannelFrame) ProtoMessage() {}
 
 func (x *ChannelFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[24]
+	mi := &file_violin_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1420,7 +1352,7 @@ func (x *ChannelFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChannelFrame.ProtoReflect.Descriptor instead.
 func (*ChannelFrame) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ChannelFrame) GetInterface() uint32 {
@@ -1460,7 +1392,7 @@ type RunNodeResponse struct {
 
 func (x *RunNodeResponse) Reset() {
 	*x = RunNodeResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[25]
+	mi := &file_violin_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1472,7 +1404,7 @@ func (x *RunNodeResponse) String() string {
 func (*RunNodeResponse) ProtoMessage() {}
 
 func (x *RunNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[25]
+	mi := &file_violin_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1485,7 +1417,7 @@ func (x *RunNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunNodeResponse.ProtoReflect.Descriptor instead.
 func (*RunNodeResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RunNodeResponse) GetBegan() *timestamppb.Timestamp {
@@ -1505,7 +1437,7 @@ type ContinueNodeRequest struct {
 
 func (x *ContinueNodeRequest) Reset() {
 	*x = ContinueNodeRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[26]
+	mi := &file_violin_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1517,7 +1449,7 @@ func (x *ContinueNodeRequest) String() string {
 func (*ContinueNodeRequest) ProtoMessage() {}
 
 func (x *ContinueNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[26]
+	mi := &file_violin_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1530,7 +1462,7 @@ func (x *ContinueNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContinueNodeRequest.ProtoReflect.Descriptor instead.
 func (*ContinueNodeRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ContinueNodeRequest) GetRun() string {
@@ -1555,7 +1487,7 @@ type ContinueNodeResponse struct {
 
 func (x *ContinueNodeResponse) Reset() {
 	*x = ContinueNodeResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[27]
+	mi := &file_violin_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1567,7 +1499,7 @@ func (x *ContinueNodeResponse) String() string {
 func (*ContinueNodeResponse) ProtoMessage() {}
 
 func (x *ContinueNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[27]
+	mi := &file_violin_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1580,7 +1512,7 @@ func (x *ContinueNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContinueNodeResponse.ProtoReflect.Descriptor instead.
 func (*ContinueNodeResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 type SetClockRequest struct {
@@ -1593,7 +1525,7 @@ type SetClockRequest struct {
 
 func (x *SetClockRequest) Reset() {
 	*x = SetClockRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[28]
+	mi := &file_violin_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1605,7 +1537,7 @@ func (x *SetClockRequest) String() string {
 func (*SetClockRequest) ProtoMessage() {}
 
 func (x *SetClockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[28]
+	mi := &file_violin_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1618,7 +1550,7 @@ func (x *SetClockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetClockRequest.ProtoReflect.Descriptor instead.
 func (*SetClockRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SetClockRequest) GetRun() string {
@@ -1643,7 +1575,7 @@ type SetClockResponse struct {
 
 func (x *SetClockResponse) Reset() {
 	*x = SetClockResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[29]
+	mi := &file_violin_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1655,7 +1587,7 @@ func (x *SetClockResponse) String() string {
 func (*SetClockResponse) ProtoMessage() {}
 
 func (x *SetClockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[29]
+	mi := &file_violin_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1668,7 +1600,7 @@ func (x *SetClockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetClockResponse.ProtoReflect.Descriptor instead.
 func (*SetClockResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 type NodeStatusRequest struct {
@@ -1681,7 +1613,7 @@ type NodeStatusRequest struct {
 
 func (x *NodeStatusRequest) Reset() {
 	*x = NodeStatusRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[30]
+	mi := &file_violin_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1693,7 +1625,7 @@ func (x *NodeStatusRequest) String() string {
 func (*NodeStatusRequest) ProtoMessage() {}
 
 func (x *NodeStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[30]
+	mi := &file_violin_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1706,7 +1638,7 @@ func (x *NodeStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatusRequest.ProtoReflect.Descriptor instead.
 func (*NodeStatusRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *NodeStatusRequest) GetRun() string {
@@ -1736,7 +1668,7 @@ type NodeStatusResponse struct {
 
 func (x *NodeStatusResponse) Reset() {
 	*x = NodeStatusResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[31]
+	mi := &file_violin_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1748,7 +1680,7 @@ func (x *NodeStatusResponse) String() string {
 func (*NodeStatusResponse) ProtoMessage() {}
 
 func (x *NodeStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[31]
+	mi := &file_violin_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1761,7 +1693,7 @@ func (x *NodeStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatusResponse.ProtoReflect.Descriptor instead.
 func (*NodeStatusResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *NodeStatusResponse) GetEpoch() uint32 {
@@ -1811,7 +1743,7 @@ type ExecNodeRequest struct {
 
 func (x *ExecNodeRequest) Reset() {
 	*x = ExecNodeRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[32]
+	mi := &file_violin_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1823,7 +1755,7 @@ func (x *ExecNodeRequest) String() string {
 func (*ExecNodeRequest) ProtoMessage() {}
 
 func (x *ExecNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[32]
+	mi := &file_violin_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1836,7 +1768,7 @@ func (x *ExecNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecNodeRequest.ProtoReflect.Descriptor instead.
 func (*ExecNodeRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ExecNodeRequest) GetRun() string {
@@ -1878,7 +1810,7 @@ type ExecNodeResponse struct {
 
 func (x *ExecNodeResponse) Reset() {
 	*x = ExecNodeResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[33]
+	mi := &file_violin_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1890,7 +1822,7 @@ func (x *ExecNodeResponse) String() string {
 func (*ExecNodeResponse) ProtoMessage() {}
 
 func (x *ExecNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[33]
+	mi := &file_violin_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1903,7 +1835,7 @@ func (x *ExecNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecNodeResponse.ProtoReflect.Descriptor instead.
 func (*ExecNodeResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ExecNodeResponse) GetExitCode() int32 {
@@ -1938,7 +1870,7 @@ type JoinConsoleRequest struct {
 
 func (x *JoinConsoleRequest) Reset() {
 	*x = JoinConsoleRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[34]
+	mi := &file_violin_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1950,7 +1882,7 @@ func (x *JoinConsoleRequest) String() string {
 func (*JoinConsoleRequest) ProtoMessage() {}
 
 func (x *JoinConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[34]
+	mi := &file_violin_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1963,7 +1895,7 @@ func (x *JoinConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinConsoleRequest.ProtoReflect.Descriptor instead.
 func (*JoinConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *JoinConsoleRequest) GetRun() string {
@@ -1996,7 +1928,7 @@ type JoinConsoleResponse struct {
 
 func (x *JoinConsoleResponse) Reset() {
 	*x = JoinConsoleResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[35]
+	mi := &file_violin_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2008,7 +1940,7 @@ func (x *JoinConsoleResponse) String() string {
 func (*JoinConsoleResponse) ProtoMessage() {}
 
 func (x *JoinConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[35]
+	mi := &file_violin_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2021,7 +1953,7 @@ func (x *JoinConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinConsoleResponse.ProtoReflect.Descriptor instead.
 func (*JoinConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *JoinConsoleResponse) GetData() []byte {
@@ -2041,7 +1973,7 @@ type AwaitGoneRequest struct {
 
 func (x *AwaitGoneRequest) Reset() {
 	*x = AwaitGoneRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[36]
+	mi := &file_violin_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2053,7 +1985,7 @@ func (x *AwaitGoneRequest) String() string {
 func (*AwaitGoneRequest) ProtoMessage() {}
 
 func (x *AwaitGoneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[36]
+	mi := &file_violin_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2066,7 +1998,7 @@ func (x *AwaitGoneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitGoneRequest.ProtoReflect.Descriptor instead.
 func (*AwaitGoneRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *AwaitGoneRequest) GetRun() string {
@@ -2091,7 +2023,7 @@ type AwaitGoneResponse struct {
 
 func (x *AwaitGoneResponse) Reset() {
 	*x = AwaitGoneResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[37]
+	mi := &file_violin_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2103,7 +2035,7 @@ func (x *AwaitGoneResponse) String() string {
 func (*AwaitGoneResponse) ProtoMessage() {}
 
 func (x *AwaitGoneResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[37]
+	mi := &file_violin_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2116,7 +2048,7 @@ func (x *AwaitGoneResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitGoneResponse.ProtoReflect.Descriptor instead.
 func (*AwaitGoneResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 type MarkOutputRequest struct {
@@ -2128,7 +2060,7 @@ type MarkOutputRequest struct {
 
 func (x *MarkOutputRequest) Reset() {
 	*x = MarkOutputRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[38]
+	mi := &file_violin_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2140,7 +2072,7 @@ func (x *MarkOutputRequest) String() string {
 func (*MarkOutputRequest) ProtoMessage() {}
 
 func (x *MarkOutputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[38]
+	mi := &file_violin_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2153,7 +2085,7 @@ func (x *MarkOutputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkOutputRequest.ProtoReflect.Descriptor instead.
 func (*MarkOutputRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *MarkOutputRequest) GetRun() string {
@@ -2172,7 +2104,7 @@ type MarkOutputResponse struct {
 
 func (x *MarkOutputResponse) Reset() {
 	*x = MarkOutputResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[39]
+	mi := &file_violin_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2184,7 +2116,7 @@ func (x *MarkOutputResponse) String() string {
 func (*MarkOutputResponse) ProtoMessage() {}
 
 func (x *MarkOutputResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[39]
+	mi := &file_violin_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2197,7 +2129,7 @@ func (x *MarkOutputResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkOutputResponse.ProtoReflect.Descriptor instead.
 func (*MarkOutputResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *MarkOutputResponse) GetMarks() []uint64 {
@@ -2217,7 +2149,7 @@ type ReleaseOutputRequest struct {
 
 func (x *ReleaseOutputRequest) Reset() {
 	*x = ReleaseOutputRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[40]
+	mi := &file_violin_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2229,7 +2161,7 @@ func (x *ReleaseOutputRequest) String() string {
 func (*ReleaseOutputRequest) ProtoMessage() {}
 
 func (x *ReleaseOutputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[40]
+	mi := &file_violin_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2242,7 +2174,7 @@ func (x *ReleaseOutputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseOutputRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseOutputRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ReleaseOutputRequest) GetRun() string {
@@ -2267,7 +2199,7 @@ type ReleaseOutputResponse struct {
 
 func (x *ReleaseOutputResponse) Reset() {
 	*x = ReleaseOutputResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[41]
+	mi := &file_violin_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2279,7 +2211,7 @@ func (x *ReleaseOutputResponse) String() string {
 func (*ReleaseOutputResponse) ProtoMessage() {}
 
 func (x *ReleaseOutputResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[41]
+	mi := &file_violin_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2292,7 +2224,7 @@ func (x *ReleaseOutputResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseOutputResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseOutputResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{41}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 type NowRequest struct {
@@ -2303,7 +2235,7 @@ type NowRequest struct {
 
 func (x *NowRequest) Reset() {
 	*x = NowRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[42]
+	mi := &file_violin_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2315,7 +2247,7 @@ func (x *NowRequest) String() string {
 func (*NowRequest) ProtoMessage() {}
 
 func (x *NowRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[42]
+	mi := &file_violin_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2328,7 +2260,7 @@ func (x *NowRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NowRequest.ProtoReflect.Descriptor instead.
 func (*NowRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{42}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 type NowResponse struct {
@@ -2340,7 +2272,7 @@ type NowResponse struct {
 
 func (x *NowResponse) Reset() {
 	*x = NowResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[43]
+	mi := &file_violin_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2352,7 +2284,7 @@ func (x *NowResponse) String() string {
 func (*NowResponse) ProtoMessage() {}
 
 func (x *NowResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[43]
+	mi := &file_violin_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2365,7 +2297,7 @@ func (x *NowResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NowResponse.ProtoReflect.Descriptor instead.
 func (*NowResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{43}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *NowResponse) GetNow() *timestamppb.Timestamp {
@@ -2395,7 +2327,7 @@ type CutRequest struct {
 
 func (x *CutRequest) Reset() {
 	*x = CutRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[44]
+	mi := &file_violin_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2407,7 +2339,7 @@ func (x *CutRequest) String() string {
 func (*CutRequest) ProtoMessage() {}
 
 func (x *CutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[44]
+	mi := &file_violin_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2420,7 +2352,7 @@ func (x *CutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CutRequest.ProtoReflect.Descriptor instead.
 func (*CutRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{44}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *CutRequest) GetRun() string {
@@ -2555,7 +2487,7 @@ type PrepareOrder struct {
 
 func (x *PrepareOrder) Reset() {
 	*x = PrepareOrder{}
-	mi := &file_violin_v1_agent_proto_msgTypes[45]
+	mi := &file_violin_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2567,7 +2499,7 @@ func (x *PrepareOrder) String() string {
 func (*PrepareOrder) ProtoMessage() {}
 
 func (x *PrepareOrder) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[45]
+	mi := &file_violin_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2580,7 +2512,7 @@ func (x *PrepareOrder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareOrder.ProtoReflect.Descriptor instead.
 func (*PrepareOrder) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{45}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *PrepareOrder) GetFrom() uint32 {
@@ -2657,7 +2589,7 @@ type CutOrder struct {
 
 func (x *CutOrder) Reset() {
 	*x = CutOrder{}
-	mi := &file_violin_v1_agent_proto_msgTypes[46]
+	mi := &file_violin_v1_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2669,7 +2601,7 @@ func (x *CutOrder) String() string {
 func (*CutOrder) ProtoMessage() {}
 
 func (x *CutOrder) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[46]
+	mi := &file_violin_v1_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2682,7 +2614,7 @@ func (x *CutOrder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CutOrder.ProtoReflect.Descriptor instead.
 func (*CutOrder) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{46}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *CutOrder) GetNodes() []string {
@@ -2716,7 +2648,7 @@ type PollOrder struct {
 
 func (x *PollOrder) Reset() {
 	*x = PollOrder{}
-	mi := &file_violin_v1_agent_proto_msgTypes[47]
+	mi := &file_violin_v1_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2728,7 +2660,7 @@ func (x *PollOrder) String() string {
 func (*PollOrder) ProtoMessage() {}
 
 func (x *PollOrder) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[47]
+	mi := &file_violin_v1_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2741,7 +2673,7 @@ func (x *PollOrder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PollOrder.ProtoReflect.Descriptor instead.
 func (*PollOrder) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{47}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *PollOrder) GetRound() int64 {
@@ -2766,7 +2698,7 @@ type CollectOrder struct {
 
 func (x *CollectOrder) Reset() {
 	*x = CollectOrder{}
-	mi := &file_violin_v1_agent_proto_msgTypes[48]
+	mi := &file_violin_v1_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2778,7 +2710,7 @@ func (x *CollectOrder) String() string {
 func (*CollectOrder) ProtoMessage() {}
 
 func (x *CollectOrder) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[48]
+	mi := &file_violin_v1_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2791,7 +2723,7 @@ func (x *CollectOrder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectOrder.ProtoReflect.Descriptor instead.
 func (*CollectOrder) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{48}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{47}
 }
 
 type CommitOrder struct {
@@ -2802,7 +2734,7 @@ type CommitOrder struct {
 
 func (x *CommitOrder) Reset() {
 	*x = CommitOrder{}
-	mi := &file_violin_v1_agent_proto_msgTypes[49]
+	mi := &file_violin_v1_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2814,7 +2746,7 @@ func (x *CommitOrder) String() string {
 func (*CommitOrder) ProtoMessage() {}
 
 func (x *CommitOrder) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[49]
+	mi := &file_violin_v1_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2827,7 +2759,7 @@ func (x *CommitOrder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitOrder.ProtoReflect.Descriptor instead.
 func (*CommitOrder) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{49}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{48}
 }
 
 type AbortOrder struct {
@@ -2839,7 +2771,7 @@ type AbortOrder struct {
 
 func (x *AbortOrder) Reset() {
 	*x = AbortOrder{}
-	mi := &file_violin_v1_agent_proto_msgTypes[50]
+	mi := &file_violin_v1_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2851,7 +2783,7 @@ func (x *AbortOrder) String() string {
 func (*AbortOrder) ProtoMessage() {}
 
 func (x *AbortOrder) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[50]
+	mi := &file_violin_v1_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2864,7 +2796,7 @@ func (x *AbortOrder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortOrder.ProtoReflect.Descriptor instead.
 func (*AbortOrder) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{50}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *AbortOrder) GetTo() uint32 {
@@ -2895,7 +2827,7 @@ type CutResponse struct {
 
 func (x *CutResponse) Reset() {
 	*x = CutResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[51]
+	mi := &file_violin_v1_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2907,7 +2839,7 @@ func (x *CutResponse) String() string {
 func (*CutResponse) ProtoMessage() {}
 
 func (x *CutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[51]
+	mi := &file_violin_v1_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2920,7 +2852,7 @@ func (x *CutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CutResponse.ProtoReflect.Descriptor instead.
 func (*CutResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{51}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *CutResponse) GetCut() string {
@@ -3069,7 +3001,7 @@ type PreparedEvent struct {
 
 func (x *PreparedEvent) Reset() {
 	*x = PreparedEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[52]
+	mi := &file_violin_v1_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3081,7 +3013,7 @@ func (x *PreparedEvent) String() string {
 func (*PreparedEvent) ProtoMessage() {}
 
 func (x *PreparedEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[52]
+	mi := &file_violin_v1_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3094,7 +3026,7 @@ func (x *PreparedEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreparedEvent.ProtoReflect.Descriptor instead.
 func (*PreparedEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{52}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{51}
 }
 
 type NodeEvent struct {
@@ -3106,7 +3038,7 @@ type NodeEvent struct {
 
 func (x *NodeEvent) Reset() {
 	*x = NodeEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[53]
+	mi := &file_violin_v1_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3118,7 +3050,7 @@ func (x *NodeEvent) String() string {
 func (*NodeEvent) ProtoMessage() {}
 
 func (x *NodeEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[53]
+	mi := &file_violin_v1_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3131,7 +3063,7 @@ func (x *NodeEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeEvent.ProtoReflect.Descriptor instead.
 func (*NodeEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{53}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *NodeEvent) GetNode() string {
@@ -3151,7 +3083,7 @@ type CountersEvent struct {
 
 func (x *CountersEvent) Reset() {
 	*x = CountersEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[54]
+	mi := &file_violin_v1_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3163,7 +3095,7 @@ func (x *CountersEvent) String() string {
 func (*CountersEvent) ProtoMessage() {}
 
 func (x *CountersEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[54]
+	mi := &file_violin_v1_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3176,7 +3108,7 @@ func (x *CountersEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountersEvent.ProtoReflect.Descriptor instead.
 func (*CountersEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{54}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *CountersEvent) GetRound() int64 {
@@ -3206,7 +3138,7 @@ type ChannelCount struct {
 
 func (x *ChannelCount) Reset() {
 	*x = ChannelCount{}
-	mi := &file_violin_v1_agent_proto_msgTypes[55]
+	mi := &file_violin_v1_agent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3218,7 +3150,7 @@ func (x *ChannelCount) String() string {
 func (*ChannelCount) ProtoMessage() {}
 
 func (x *ChannelCount) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[55]
+	mi := &file_violin_v1_agent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3231,7 +3163,7 @@ func (x *ChannelCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChannelCount.ProtoReflect.Descriptor instead.
 func (*ChannelCount) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{55}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ChannelCount) GetFrom() string {
@@ -3277,7 +3209,7 @@ type CollectedEvent struct {
 
 func (x *CollectedEvent) Reset() {
 	*x = CollectedEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[56]
+	mi := &file_violin_v1_agent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3289,7 +3221,7 @@ func (x *CollectedEvent) String() string {
 func (*CollectedEvent) ProtoMessage() {}
 
 func (x *CollectedEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[56]
+	mi := &file_violin_v1_agent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3302,7 +3234,7 @@ func (x *CollectedEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectedEvent.ProtoReflect.Descriptor instead.
 func (*CollectedEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{56}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{55}
 }
 
 type CommittedEvent struct {
@@ -3313,7 +3245,7 @@ type CommittedEvent struct {
 
 func (x *CommittedEvent) Reset() {
 	*x = CommittedEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[57]
+	mi := &file_violin_v1_agent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3325,7 +3257,7 @@ func (x *CommittedEvent) String() string {
 func (*CommittedEvent) ProtoMessage() {}
 
 func (x *CommittedEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[57]
+	mi := &file_violin_v1_agent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3338,7 +3270,7 @@ func (x *CommittedEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommittedEvent.ProtoReflect.Descriptor instead.
 func (*CommittedEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{57}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{56}
 }
 
 type AbortedEvent struct {
@@ -3349,7 +3281,7 @@ type AbortedEvent struct {
 
 func (x *AbortedEvent) Reset() {
 	*x = AbortedEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[58]
+	mi := &file_violin_v1_agent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3361,7 +3293,7 @@ func (x *AbortedEvent) String() string {
 func (*AbortedEvent) ProtoMessage() {}
 
 func (x *AbortedEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[58]
+	mi := &file_violin_v1_agent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3374,7 +3306,7 @@ func (x *AbortedEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortedEvent.ProtoReflect.Descriptor instead.
 func (*AbortedEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{58}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{57}
 }
 
 type FailedEvent struct {
@@ -3387,7 +3319,7 @@ type FailedEvent struct {
 
 func (x *FailedEvent) Reset() {
 	*x = FailedEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[59]
+	mi := &file_violin_v1_agent_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3399,7 +3331,7 @@ func (x *FailedEvent) String() string {
 func (*FailedEvent) ProtoMessage() {}
 
 func (x *FailedEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[59]
+	mi := &file_violin_v1_agent_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3412,7 +3344,7 @@ func (x *FailedEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FailedEvent.ProtoReflect.Descriptor instead.
 func (*FailedEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{59}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *FailedEvent) GetNode() string {
@@ -3439,7 +3371,7 @@ type ResultsRequest struct {
 
 func (x *ResultsRequest) Reset() {
 	*x = ResultsRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[60]
+	mi := &file_violin_v1_agent_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3451,7 +3383,7 @@ func (x *ResultsRequest) String() string {
 func (*ResultsRequest) ProtoMessage() {}
 
 func (x *ResultsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[60]
+	mi := &file_violin_v1_agent_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3464,7 +3396,7 @@ func (x *ResultsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResultsRequest.ProtoReflect.Descriptor instead.
 func (*ResultsRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{60}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ResultsRequest) GetRun() string {
@@ -3495,7 +3427,7 @@ type ResultsResponse struct {
 
 func (x *ResultsResponse) Reset() {
 	*x = ResultsResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[61]
+	mi := &file_violin_v1_agent_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3507,7 +3439,7 @@ func (x *ResultsResponse) String() string {
 func (*ResultsResponse) ProtoMessage() {}
 
 func (x *ResultsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[61]
+	mi := &file_violin_v1_agent_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3520,7 +3452,7 @@ func (x *ResultsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResultsResponse.ProtoReflect.Descriptor instead.
 func (*ResultsResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{61}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ResultsResponse) GetPart() isResultsResponse_Part {
@@ -3602,7 +3534,7 @@ type NodeResult struct {
 
 func (x *NodeResult) Reset() {
 	*x = NodeResult{}
-	mi := &file_violin_v1_agent_proto_msgTypes[62]
+	mi := &file_violin_v1_agent_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3614,7 +3546,7 @@ func (x *NodeResult) String() string {
 func (*NodeResult) ProtoMessage() {}
 
 func (x *NodeResult) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[62]
+	mi := &file_violin_v1_agent_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3627,7 +3559,7 @@ func (x *NodeResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeResult.ProtoReflect.Descriptor instead.
 func (*NodeResult) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{62}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *NodeResult) GetNode() string {
@@ -3747,7 +3679,7 @@ type RecordedFrame struct {
 
 func (x *RecordedFrame) Reset() {
 	*x = RecordedFrame{}
-	mi := &file_violin_v1_agent_proto_msgTypes[63]
+	mi := &file_violin_v1_agent_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3759,7 +3691,7 @@ func (x *RecordedFrame) String() string {
 func (*RecordedFrame) ProtoMessage() {}
 
 func (x *RecordedFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[63]
+	mi := &file_violin_v1_agent_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3772,7 +3704,7 @@ func (x *RecordedFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecordedFrame.ProtoReflect.Descriptor instead.
 func (*RecordedFrame) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{63}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *RecordedFrame) GetInterface() uint32 {
@@ -3815,7 +3747,7 @@ type HostResult struct {
 
 func (x *HostResult) Reset() {
 	*x = HostResult{}
-	mi := &file_violin_v1_agent_proto_msgTypes[64]
+	mi := &file_violin_v1_agent_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3827,7 +3759,7 @@ func (x *HostResult) String() string {
 func (*HostResult) ProtoMessage() {}
 
 func (x *HostResult) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[64]
+	mi := &file_violin_v1_agent_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3840,7 +3772,7 @@ func (x *HostResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostResult.ProtoReflect.Descriptor instead.
 func (*HostResult) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{64}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *HostResult) GetHanded() uint64 {
@@ -3881,7 +3813,7 @@ type HasRequest struct {
 
 func (x *HasRequest) Reset() {
 	*x = HasRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[65]
+	mi := &file_violin_v1_agent_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3893,7 +3825,7 @@ func (x *HasRequest) String() string {
 func (*HasRequest) ProtoMessage() {}
 
 func (x *HasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[65]
+	mi := &file_violin_v1_agent_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3906,7 +3838,7 @@ func (x *HasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HasRequest.ProtoReflect.Descriptor instead.
 func (*HasRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{65}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *HasRequest) GetSession() string {
@@ -3932,7 +3864,7 @@ type HasResponse struct {
 
 func (x *HasResponse) Reset() {
 	*x = HasResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[66]
+	mi := &file_violin_v1_agent_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3944,7 +3876,7 @@ func (x *HasResponse) String() string {
 func (*HasResponse) ProtoMessage() {}
 
 func (x *HasResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[66]
+	mi := &file_violin_v1_agent_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3957,7 +3889,7 @@ func (x *HasResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HasResponse.ProtoReflect.Descriptor instead.
 func (*HasResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{66}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *HasResponse) GetKnown() []bool {
@@ -3978,7 +3910,7 @@ type PutPagesRequest struct {
 
 func (x *PutPagesRequest) Reset() {
 	*x = PutPagesRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[67]
+	mi := &file_violin_v1_agent_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3990,7 +3922,7 @@ func (x *PutPagesRequest) String() string {
 func (*PutPagesRequest) ProtoMessage() {}
 
 func (x *PutPagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[67]
+	mi := &file_violin_v1_agent_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4003,7 +3935,7 @@ func (x *PutPagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutPagesRequest.ProtoReflect.Descriptor instead.
 func (*PutPagesRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{67}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *PutPagesRequest) GetSession() string {
@@ -4035,7 +3967,7 @@ type PutPagesResponse struct {
 
 func (x *PutPagesResponse) Reset() {
 	*x = PutPagesResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[68]
+	mi := &file_violin_v1_agent_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4047,7 +3979,7 @@ func (x *PutPagesResponse) String() string {
 func (*PutPagesResponse) ProtoMessage() {}
 
 func (x *PutPagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[68]
+	mi := &file_violin_v1_agent_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4060,7 +3992,7 @@ func (x *PutPagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutPagesResponse.ProtoReflect.Descriptor instead.
 func (*PutPagesResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{68}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{67}
 }
 
 type PutTableRequest struct {
@@ -4076,7 +4008,7 @@ type PutTableRequest struct {
 
 func (x *PutTableRequest) Reset() {
 	*x = PutTableRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[69]
+	mi := &file_violin_v1_agent_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4088,7 +4020,7 @@ func (x *PutTableRequest) String() string {
 func (*PutTableRequest) ProtoMessage() {}
 
 func (x *PutTableRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[69]
+	mi := &file_violin_v1_agent_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4101,7 +4033,7 @@ func (x *PutTableRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutTableRequest.ProtoReflect.Descriptor instead.
 func (*PutTableRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{69}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *PutTableRequest) GetSession() string {
@@ -4149,7 +4081,7 @@ type MemoryRegion struct {
 
 func (x *MemoryRegion) Reset() {
 	*x = MemoryRegion{}
-	mi := &file_violin_v1_agent_proto_msgTypes[70]
+	mi := &file_violin_v1_agent_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4161,7 +4093,7 @@ func (x *MemoryRegion) String() string {
 func (*MemoryRegion) ProtoMessage() {}
 
 func (x *MemoryRegion) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[70]
+	mi := &file_violin_v1_agent_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4174,7 +4106,7 @@ func (x *MemoryRegion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryRegion.ProtoReflect.Descriptor instead.
 func (*MemoryRegion) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{70}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *MemoryRegion) GetId() string {
@@ -4202,7 +4134,7 @@ type PutTableResponse struct {
 
 func (x *PutTableResponse) Reset() {
 	*x = PutTableResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[71]
+	mi := &file_violin_v1_agent_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4214,7 +4146,7 @@ func (x *PutTableResponse) String() string {
 func (*PutTableResponse) ProtoMessage() {}
 
 func (x *PutTableResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[71]
+	mi := &file_violin_v1_agent_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4227,7 +4159,7 @@ func (x *PutTableResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutTableResponse.ProtoReflect.Descriptor instead.
 func (*PutTableResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{71}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *PutTableResponse) GetTable() *Blob {
@@ -4261,7 +4193,7 @@ type PutBlobRequest struct {
 
 func (x *PutBlobRequest) Reset() {
 	*x = PutBlobRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[72]
+	mi := &file_violin_v1_agent_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4273,7 +4205,7 @@ func (x *PutBlobRequest) String() string {
 func (*PutBlobRequest) ProtoMessage() {}
 
 func (x *PutBlobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[72]
+	mi := &file_violin_v1_agent_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4286,7 +4218,7 @@ func (x *PutBlobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutBlobRequest.ProtoReflect.Descriptor instead.
 func (*PutBlobRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{72}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *PutBlobRequest) GetSession() string {
@@ -4312,7 +4244,7 @@ type PutBlobResponse struct {
 
 func (x *PutBlobResponse) Reset() {
 	*x = PutBlobResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[73]
+	mi := &file_violin_v1_agent_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4324,7 +4256,7 @@ func (x *PutBlobResponse) String() string {
 func (*PutBlobResponse) ProtoMessage() {}
 
 func (x *PutBlobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[73]
+	mi := &file_violin_v1_agent_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4337,7 +4269,7 @@ func (x *PutBlobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutBlobResponse.ProtoReflect.Descriptor instead.
 func (*PutBlobResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{73}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *PutBlobResponse) GetBlob() *Blob {
@@ -4357,7 +4289,7 @@ type Blob struct {
 
 func (x *Blob) Reset() {
 	*x = Blob{}
-	mi := &file_violin_v1_agent_proto_msgTypes[74]
+	mi := &file_violin_v1_agent_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4369,7 +4301,7 @@ func (x *Blob) String() string {
 func (*Blob) ProtoMessage() {}
 
 func (x *Blob) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[74]
+	mi := &file_violin_v1_agent_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4382,7 +4314,7 @@ func (x *Blob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Blob.ProtoReflect.Descriptor instead.
 func (*Blob) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{74}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *Blob) GetHash() []byte {
@@ -4403,7 +4335,7 @@ var File_violin_v1_agent_proto protoreflect.FileDescriptor
 
 const file_violin_v1_agent_proto_rawDesc = "" +
 	"\n" +
-	"\x15violin/v1/agent.proto\x12\tviolin.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"S\n" +
+	"\x15violin/v1/agent.proto\x12\tviolin.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16violin/v1/supply.proto\"S\n" +
 	"\rEnrollRequest\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x18\n" +
@@ -4472,12 +4404,7 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"\x05ports\x18\n" +
 	" \x03(\v2\x13.violin.v1.NodePortR\x05ports\x12\x1a\n" +
 	"\bincoming\x18\v \x01(\bR\bincoming\x12\x1c\n" +
-	"\targuments\x18\f \x03(\tR\targuments\"\\\n" +
-	"\bNodeFile\x12\x12\n" +
-	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
-	"\x04path\x18\x02 \x01(\tR\x04path\x12\x14\n" +
-	"\x05image\x18\x03 \x01(\bR\x05image\x12\x12\n" +
-	"\x04hash\x18\x04 \x01(\fR\x04hash\"^\n" +
+	"\targuments\x18\f \x03(\tR\targuments\"^\n" +
 	"\bNodePort\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\rR\anetwork\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\fR\x03mac\x12\x10\n" +
@@ -4739,7 +4666,7 @@ func file_violin_v1_agent_proto_rawDescGZIP() []byte {
 	return file_violin_v1_agent_proto_rawDescData
 }
 
-var file_violin_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 77)
+var file_violin_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 76)
 var file_violin_v1_agent_proto_goTypes = []any{
 	(*EnrollRequest)(nil),         // 0: violin.v1.EnrollRequest
 	(*EnrollResponse)(nil),        // 1: violin.v1.EnrollResponse
@@ -4759,106 +4686,106 @@ var file_violin_v1_agent_proto_goTypes = []any{
 	(*AddGatewayRequest)(nil),     // 15: violin.v1.AddGatewayRequest
 	(*AddGatewayResponse)(nil),    // 16: violin.v1.AddGatewayResponse
 	(*AddNodeRequest)(nil),        // 17: violin.v1.AddNodeRequest
-	(*NodeFile)(nil),              // 18: violin.v1.NodeFile
-	(*NodePort)(nil),              // 19: violin.v1.NodePort
-	(*AddNodeResponse)(nil),       // 20: violin.v1.AddNodeResponse
-	(*LoadRequest)(nil),           // 21: violin.v1.LoadRequest
-	(*LoadResponse)(nil),          // 22: violin.v1.LoadResponse
-	(*RunNodeRequest)(nil),        // 23: violin.v1.RunNodeRequest
-	(*ChannelFrame)(nil),          // 24: violin.v1.ChannelFrame
-	(*RunNodeResponse)(nil),       // 25: violin.v1.RunNodeResponse
-	(*ContinueNodeRequest)(nil),   // 26: violin.v1.ContinueNodeRequest
-	(*ContinueNodeResponse)(nil),  // 27: violin.v1.ContinueNodeResponse
-	(*SetClockRequest)(nil),       // 28: violin.v1.SetClockRequest
-	(*SetClockResponse)(nil),      // 29: violin.v1.SetClockResponse
-	(*NodeStatusRequest)(nil),     // 30: violin.v1.NodeStatusRequest
-	(*NodeStatusResponse)(nil),    // 31: violin.v1.NodeStatusResponse
-	(*ExecNodeRequest)(nil),       // 32: violin.v1.ExecNodeRequest
-	(*ExecNodeResponse)(nil),      // 33: violin.v1.ExecNodeResponse
-	(*JoinConsoleRequest)(nil),    // 34: violin.v1.JoinConsoleRequest
-	(*JoinConsoleResponse)(nil),   // 35: violin.v1.JoinConsoleResponse
-	(*AwaitGoneRequest)(nil),      // 36: violin.v1.AwaitGoneRequest
-	(*AwaitGoneResponse)(nil),     // 37: violin.v1.AwaitGoneResponse
-	(*MarkOutputRequest)(nil),     // 38: violin.v1.MarkOutputRequest
-	(*MarkOutputResponse)(nil),    // 39: violin.v1.MarkOutputResponse
-	(*ReleaseOutputRequest)(nil),  // 40: violin.v1.ReleaseOutputRequest
-	(*ReleaseOutputResponse)(nil), // 41: violin.v1.ReleaseOutputResponse
-	(*NowRequest)(nil),            // 42: violin.v1.NowRequest
-	(*NowResponse)(nil),           // 43: violin.v1.NowResponse
-	(*CutRequest)(nil),            // 44: violin.v1.CutRequest
-	(*PrepareOrder)(nil),          // 45: violin.v1.PrepareOrder
-	(*CutOrder)(nil),              // 46: violin.v1.CutOrder
-	(*PollOrder)(nil),             // 47: violin.v1.PollOrder
-	(*CollectOrder)(nil),          // 48: violin.v1.CollectOrder
-	(*CommitOrder)(nil),           // 49: violin.v1.CommitOrder
-	(*AbortOrder)(nil),            // 50: violin.v1.AbortOrder
-	(*CutResponse)(nil),           // 51: violin.v1.CutResponse
-	(*PreparedEvent)(nil),         // 52: violin.v1.PreparedEvent
-	(*NodeEvent)(nil),             // 53: violin.v1.NodeEvent
-	(*CountersEvent)(nil),         // 54: violin.v1.CountersEvent
-	(*ChannelCount)(nil),          // 55: violin.v1.ChannelCount
-	(*CollectedEvent)(nil),        // 56: violin.v1.CollectedEvent
-	(*CommittedEvent)(nil),        // 57: violin.v1.CommittedEvent
-	(*AbortedEvent)(nil),          // 58: violin.v1.AbortedEvent
-	(*FailedEvent)(nil),           // 59: violin.v1.FailedEvent
-	(*ResultsRequest)(nil),        // 60: violin.v1.ResultsRequest
-	(*ResultsResponse)(nil),       // 61: violin.v1.ResultsResponse
-	(*NodeResult)(nil),            // 62: violin.v1.NodeResult
-	(*RecordedFrame)(nil),         // 63: violin.v1.RecordedFrame
-	(*HostResult)(nil),            // 64: violin.v1.HostResult
-	(*HasRequest)(nil),            // 65: violin.v1.HasRequest
-	(*HasResponse)(nil),           // 66: violin.v1.HasResponse
-	(*PutPagesRequest)(nil),       // 67: violin.v1.PutPagesRequest
-	(*PutPagesResponse)(nil),      // 68: violin.v1.PutPagesResponse
-	(*PutTableRequest)(nil),       // 69: violin.v1.PutTableRequest
-	(*MemoryRegion)(nil),          // 70: violin.v1.MemoryRegion
-	(*PutTableResponse)(nil),      // 71: violin.v1.PutTableResponse
-	(*PutBlobRequest)(nil),        // 72: violin.v1.PutBlobRequest
-	(*PutBlobResponse)(nil),       // 73: violin.v1.PutBlobResponse
-	(*Blob)(nil),                  // 74: violin.v1.Blob
-	nil,                           // 75: violin.v1.PrepareOrder.NetworksEntry
-	nil,                           // 76: violin.v1.HostResult.ReadsEntry
+	(*NodePort)(nil),              // 18: violin.v1.NodePort
+	(*AddNodeResponse)(nil),       // 19: violin.v1.AddNodeResponse
+	(*LoadRequest)(nil),           // 20: violin.v1.LoadRequest
+	(*LoadResponse)(nil),          // 21: violin.v1.LoadResponse
+	(*RunNodeRequest)(nil),        // 22: violin.v1.RunNodeRequest
+	(*ChannelFrame)(nil),          // 23: violin.v1.ChannelFrame
+	(*RunNodeResponse)(nil),       // 24: violin.v1.RunNodeResponse
+	(*ContinueNodeRequest)(nil),   // 25: violin.v1.ContinueNodeRequest
+	(*ContinueNodeResponse)(nil),  // 26: violin.v1.ContinueNodeResponse
+	(*SetClockRequest)(nil),       // 27: violin.v1.SetClockRequest
+	(*SetClockResponse)(nil),      // 28: violin.v1.SetClockResponse
+	(*NodeStatusRequest)(nil),     // 29: violin.v1.NodeStatusRequest
+	(*NodeStatusResponse)(nil),    // 30: violin.v1.NodeStatusResponse
+	(*ExecNodeRequest)(nil),       // 31: violin.v1.ExecNodeRequest
+	(*ExecNodeResponse)(nil),      // 32: violin.v1.ExecNodeResponse
+	(*JoinConsoleRequest)(nil),    // 33: violin.v1.JoinConsoleRequest
+	(*JoinConsoleResponse)(nil),   // 34: violin.v1.JoinConsoleResponse
+	(*AwaitGoneRequest)(nil),      // 35: violin.v1.AwaitGoneRequest
+	(*AwaitGoneResponse)(nil),     // 36: violin.v1.AwaitGoneResponse
+	(*MarkOutputRequest)(nil),     // 37: violin.v1.MarkOutputRequest
+	(*MarkOutputResponse)(nil),    // 38: violin.v1.MarkOutputResponse
+	(*ReleaseOutputRequest)(nil),  // 39: violin.v1.ReleaseOutputRequest
+	(*ReleaseOutputResponse)(nil), // 40: violin.v1.ReleaseOutputResponse
+	(*NowRequest)(nil),            // 41: violin.v1.NowRequest
+	(*NowResponse)(nil),           // 42: violin.v1.NowResponse
+	(*CutRequest)(nil),            // 43: violin.v1.CutRequest
+	(*PrepareOrder)(nil),          // 44: violin.v1.PrepareOrder
+	(*CutOrder)(nil),              // 45: violin.v1.CutOrder
+	(*PollOrder)(nil),             // 46: violin.v1.PollOrder
+	(*CollectOrder)(nil),          // 47: violin.v1.CollectOrder
+	(*CommitOrder)(nil),           // 48: violin.v1.CommitOrder
+	(*AbortOrder)(nil),            // 49: violin.v1.AbortOrder
+	(*CutResponse)(nil),           // 50: violin.v1.CutResponse
+	(*PreparedEvent)(nil),         // 51: violin.v1.PreparedEvent
+	(*NodeEvent)(nil),             // 52: violin.v1.NodeEvent
+	(*CountersEvent)(nil),         // 53: violin.v1.CountersEvent
+	(*ChannelCount)(nil),          // 54: violin.v1.ChannelCount
+	(*CollectedEvent)(nil),        // 55: violin.v1.CollectedEvent
+	(*CommittedEvent)(nil),        // 56: violin.v1.CommittedEvent
+	(*AbortedEvent)(nil),          // 57: violin.v1.AbortedEvent
+	(*FailedEvent)(nil),           // 58: violin.v1.FailedEvent
+	(*ResultsRequest)(nil),        // 59: violin.v1.ResultsRequest
+	(*ResultsResponse)(nil),       // 60: violin.v1.ResultsResponse
+	(*NodeResult)(nil),            // 61: violin.v1.NodeResult
+	(*RecordedFrame)(nil),         // 62: violin.v1.RecordedFrame
+	(*HostResult)(nil),            // 63: violin.v1.HostResult
+	(*HasRequest)(nil),            // 64: violin.v1.HasRequest
+	(*HasResponse)(nil),           // 65: violin.v1.HasResponse
+	(*PutPagesRequest)(nil),       // 66: violin.v1.PutPagesRequest
+	(*PutPagesResponse)(nil),      // 67: violin.v1.PutPagesResponse
+	(*PutTableRequest)(nil),       // 68: violin.v1.PutTableRequest
+	(*MemoryRegion)(nil),          // 69: violin.v1.MemoryRegion
+	(*PutTableResponse)(nil),      // 70: violin.v1.PutTableResponse
+	(*PutBlobRequest)(nil),        // 71: violin.v1.PutBlobRequest
+	(*PutBlobResponse)(nil),       // 72: violin.v1.PutBlobResponse
+	(*Blob)(nil),                  // 73: violin.v1.Blob
+	nil,                           // 74: violin.v1.PrepareOrder.NetworksEntry
+	nil,                           // 75: violin.v1.HostResult.ReadsEntry
+	(*NodeFile)(nil),              // 76: violin.v1.NodeFile
 	(*durationpb.Duration)(nil),   // 77: google.protobuf.Duration
 	(*timestamppb.Timestamp)(nil), // 78: google.protobuf.Timestamp
 }
 var file_violin_v1_agent_proto_depIdxs = []int32{
 	13, // 0: violin.v1.SetRemotesRequest.remotes:type_name -> violin.v1.Remote
-	18, // 1: violin.v1.AddNodeRequest.files:type_name -> violin.v1.NodeFile
-	19, // 2: violin.v1.AddNodeRequest.ports:type_name -> violin.v1.NodePort
-	24, // 3: violin.v1.RunNodeRequest.frames:type_name -> violin.v1.ChannelFrame
+	76, // 1: violin.v1.AddNodeRequest.files:type_name -> violin.v1.NodeFile
+	18, // 2: violin.v1.AddNodeRequest.ports:type_name -> violin.v1.NodePort
+	23, // 3: violin.v1.RunNodeRequest.frames:type_name -> violin.v1.ChannelFrame
 	77, // 4: violin.v1.ChannelFrame.at:type_name -> google.protobuf.Duration
 	78, // 5: violin.v1.RunNodeResponse.began:type_name -> google.protobuf.Timestamp
 	78, // 6: violin.v1.NowResponse.now:type_name -> google.protobuf.Timestamp
-	45, // 7: violin.v1.CutRequest.prepare:type_name -> violin.v1.PrepareOrder
-	46, // 8: violin.v1.CutRequest.nodes:type_name -> violin.v1.CutOrder
-	47, // 9: violin.v1.CutRequest.poll:type_name -> violin.v1.PollOrder
-	48, // 10: violin.v1.CutRequest.collect:type_name -> violin.v1.CollectOrder
-	49, // 11: violin.v1.CutRequest.commit:type_name -> violin.v1.CommitOrder
-	50, // 12: violin.v1.CutRequest.abort:type_name -> violin.v1.AbortOrder
-	75, // 13: violin.v1.PrepareOrder.networks:type_name -> violin.v1.PrepareOrder.NetworksEntry
+	44, // 7: violin.v1.CutRequest.prepare:type_name -> violin.v1.PrepareOrder
+	45, // 8: violin.v1.CutRequest.nodes:type_name -> violin.v1.CutOrder
+	46, // 9: violin.v1.CutRequest.poll:type_name -> violin.v1.PollOrder
+	47, // 10: violin.v1.CutRequest.collect:type_name -> violin.v1.CollectOrder
+	48, // 11: violin.v1.CutRequest.commit:type_name -> violin.v1.CommitOrder
+	49, // 12: violin.v1.CutRequest.abort:type_name -> violin.v1.AbortOrder
+	74, // 13: violin.v1.PrepareOrder.networks:type_name -> violin.v1.PrepareOrder.NetworksEntry
 	78, // 14: violin.v1.CutOrder.at:type_name -> google.protobuf.Timestamp
-	52, // 15: violin.v1.CutResponse.prepared:type_name -> violin.v1.PreparedEvent
-	53, // 16: violin.v1.CutResponse.node_cut:type_name -> violin.v1.NodeEvent
-	53, // 17: violin.v1.CutResponse.stored:type_name -> violin.v1.NodeEvent
-	54, // 18: violin.v1.CutResponse.counters:type_name -> violin.v1.CountersEvent
-	56, // 19: violin.v1.CutResponse.collected:type_name -> violin.v1.CollectedEvent
-	57, // 20: violin.v1.CutResponse.committed:type_name -> violin.v1.CommittedEvent
-	58, // 21: violin.v1.CutResponse.aborted:type_name -> violin.v1.AbortedEvent
-	59, // 22: violin.v1.CutResponse.failed:type_name -> violin.v1.FailedEvent
-	55, // 23: violin.v1.CountersEvent.counts:type_name -> violin.v1.ChannelCount
-	62, // 24: violin.v1.ResultsResponse.node:type_name -> violin.v1.NodeResult
-	63, // 25: violin.v1.ResultsResponse.frame:type_name -> violin.v1.RecordedFrame
-	64, // 26: violin.v1.ResultsResponse.host:type_name -> violin.v1.HostResult
+	51, // 15: violin.v1.CutResponse.prepared:type_name -> violin.v1.PreparedEvent
+	52, // 16: violin.v1.CutResponse.node_cut:type_name -> violin.v1.NodeEvent
+	52, // 17: violin.v1.CutResponse.stored:type_name -> violin.v1.NodeEvent
+	53, // 18: violin.v1.CutResponse.counters:type_name -> violin.v1.CountersEvent
+	55, // 19: violin.v1.CutResponse.collected:type_name -> violin.v1.CollectedEvent
+	56, // 20: violin.v1.CutResponse.committed:type_name -> violin.v1.CommittedEvent
+	57, // 21: violin.v1.CutResponse.aborted:type_name -> violin.v1.AbortedEvent
+	58, // 22: violin.v1.CutResponse.failed:type_name -> violin.v1.FailedEvent
+	54, // 23: violin.v1.CountersEvent.counts:type_name -> violin.v1.ChannelCount
+	61, // 24: violin.v1.ResultsResponse.node:type_name -> violin.v1.NodeResult
+	62, // 25: violin.v1.ResultsResponse.frame:type_name -> violin.v1.RecordedFrame
+	63, // 26: violin.v1.ResultsResponse.host:type_name -> violin.v1.HostResult
 	78, // 27: violin.v1.NodeResult.cut_at:type_name -> google.protobuf.Timestamp
 	77, // 28: violin.v1.NodeResult.pause:type_name -> google.protobuf.Duration
-	74, // 29: violin.v1.NodeResult.device:type_name -> violin.v1.Blob
-	74, // 30: violin.v1.NodeResult.memory:type_name -> violin.v1.Blob
-	19, // 31: violin.v1.NodeResult.ports:type_name -> violin.v1.NodePort
+	73, // 29: violin.v1.NodeResult.device:type_name -> violin.v1.Blob
+	73, // 30: violin.v1.NodeResult.memory:type_name -> violin.v1.Blob
+	18, // 31: violin.v1.NodeResult.ports:type_name -> violin.v1.NodePort
 	78, // 32: violin.v1.RecordedFrame.at:type_name -> google.protobuf.Timestamp
-	76, // 33: violin.v1.HostResult.reads:type_name -> violin.v1.HostResult.ReadsEntry
-	70, // 34: violin.v1.PutTableRequest.regions:type_name -> violin.v1.MemoryRegion
-	74, // 35: violin.v1.PutTableResponse.table:type_name -> violin.v1.Blob
-	74, // 36: violin.v1.PutBlobResponse.blob:type_name -> violin.v1.Blob
+	75, // 33: violin.v1.HostResult.reads:type_name -> violin.v1.HostResult.ReadsEntry
+	69, // 34: violin.v1.PutTableRequest.regions:type_name -> violin.v1.MemoryRegion
+	73, // 35: violin.v1.PutTableResponse.table:type_name -> violin.v1.Blob
+	73, // 36: violin.v1.PutBlobResponse.blob:type_name -> violin.v1.Blob
 	0,  // 37: violin.v1.JoinService.Enroll:input_type -> violin.v1.EnrollRequest
 	2,  // 38: violin.v1.RenewalService.RenewHost:input_type -> violin.v1.RenewHostRequest
 	4,  // 39: violin.v1.AgentService.Describe:input_type -> violin.v1.DescribeRequest
@@ -4868,23 +4795,23 @@ var file_violin_v1_agent_proto_depIdxs = []int32{
 	12, // 43: violin.v1.AgentService.SetRemotes:input_type -> violin.v1.SetRemotesRequest
 	15, // 44: violin.v1.AgentService.AddGateway:input_type -> violin.v1.AddGatewayRequest
 	17, // 45: violin.v1.AgentService.AddNode:input_type -> violin.v1.AddNodeRequest
-	21, // 46: violin.v1.AgentService.Load:input_type -> violin.v1.LoadRequest
-	23, // 47: violin.v1.AgentService.RunNode:input_type -> violin.v1.RunNodeRequest
-	26, // 48: violin.v1.AgentService.ContinueNode:input_type -> violin.v1.ContinueNodeRequest
-	28, // 49: violin.v1.AgentService.SetClock:input_type -> violin.v1.SetClockRequest
-	30, // 50: violin.v1.AgentService.NodeStatus:input_type -> violin.v1.NodeStatusRequest
-	32, // 51: violin.v1.AgentService.ExecNode:input_type -> violin.v1.ExecNodeRequest
-	34, // 52: violin.v1.AgentService.JoinConsole:input_type -> violin.v1.JoinConsoleRequest
-	36, // 53: violin.v1.AgentService.AwaitGone:input_type -> violin.v1.AwaitGoneRequest
-	38, // 54: violin.v1.AgentService.MarkOutput:input_type -> violin.v1.MarkOutputRequest
-	40, // 55: violin.v1.AgentService.ReleaseOutput:input_type -> violin.v1.ReleaseOutputRequest
-	42, // 56: violin.v1.AgentService.Now:input_type -> violin.v1.NowRequest
-	44, // 57: violin.v1.AgentService.Cut:input_type -> violin.v1.CutRequest
-	60, // 58: violin.v1.AgentService.Results:input_type -> violin.v1.ResultsRequest
-	65, // 59: violin.v1.IngestService.Has:input_type -> violin.v1.HasRequest
-	67, // 60: violin.v1.IngestService.PutPages:input_type -> violin.v1.PutPagesRequest
-	69, // 61: violin.v1.IngestService.PutTable:input_type -> violin.v1.PutTableRequest
-	72, // 62: violin.v1.IngestService.PutBlob:input_type -> violin.v1.PutBlobRequest
+	20, // 46: violin.v1.AgentService.Load:input_type -> violin.v1.LoadRequest
+	22, // 47: violin.v1.AgentService.RunNode:input_type -> violin.v1.RunNodeRequest
+	25, // 48: violin.v1.AgentService.ContinueNode:input_type -> violin.v1.ContinueNodeRequest
+	27, // 49: violin.v1.AgentService.SetClock:input_type -> violin.v1.SetClockRequest
+	29, // 50: violin.v1.AgentService.NodeStatus:input_type -> violin.v1.NodeStatusRequest
+	31, // 51: violin.v1.AgentService.ExecNode:input_type -> violin.v1.ExecNodeRequest
+	33, // 52: violin.v1.AgentService.JoinConsole:input_type -> violin.v1.JoinConsoleRequest
+	35, // 53: violin.v1.AgentService.AwaitGone:input_type -> violin.v1.AwaitGoneRequest
+	37, // 54: violin.v1.AgentService.MarkOutput:input_type -> violin.v1.MarkOutputRequest
+	39, // 55: violin.v1.AgentService.ReleaseOutput:input_type -> violin.v1.ReleaseOutputRequest
+	41, // 56: violin.v1.AgentService.Now:input_type -> violin.v1.NowRequest
+	43, // 57: violin.v1.AgentService.Cut:input_type -> violin.v1.CutRequest
+	59, // 58: violin.v1.AgentService.Results:input_type -> violin.v1.ResultsRequest
+	64, // 59: violin.v1.IngestService.Has:input_type -> violin.v1.HasRequest
+	66, // 60: violin.v1.IngestService.PutPages:input_type -> violin.v1.PutPagesRequest
+	68, // 61: violin.v1.IngestService.PutTable:input_type -> violin.v1.PutTableRequest
+	71, // 62: violin.v1.IngestService.PutBlob:input_type -> violin.v1.PutBlobRequest
 	1,  // 63: violin.v1.JoinService.Enroll:output_type -> violin.v1.EnrollResponse
 	3,  // 64: violin.v1.RenewalService.RenewHost:output_type -> violin.v1.RenewHostResponse
 	5,  // 65: violin.v1.AgentService.Describe:output_type -> violin.v1.DescribeResponse
@@ -4893,24 +4820,24 @@ var file_violin_v1_agent_proto_depIdxs = []int32{
 	11, // 68: violin.v1.AgentService.AddPeer:output_type -> violin.v1.AddPeerResponse
 	14, // 69: violin.v1.AgentService.SetRemotes:output_type -> violin.v1.SetRemotesResponse
 	16, // 70: violin.v1.AgentService.AddGateway:output_type -> violin.v1.AddGatewayResponse
-	20, // 71: violin.v1.AgentService.AddNode:output_type -> violin.v1.AddNodeResponse
-	22, // 72: violin.v1.AgentService.Load:output_type -> violin.v1.LoadResponse
-	25, // 73: violin.v1.AgentService.RunNode:output_type -> violin.v1.RunNodeResponse
-	27, // 74: violin.v1.AgentService.ContinueNode:output_type -> violin.v1.ContinueNodeResponse
-	29, // 75: violin.v1.AgentService.SetClock:output_type -> violin.v1.SetClockResponse
-	31, // 76: violin.v1.AgentService.NodeStatus:output_type -> violin.v1.NodeStatusResponse
-	33, // 77: violin.v1.AgentService.ExecNode:output_type -> violin.v1.ExecNodeResponse
-	35, // 78: violin.v1.AgentService.JoinConsole:output_type -> violin.v1.JoinConsoleResponse
-	37, // 79: violin.v1.AgentService.AwaitGone:output_type -> violin.v1.AwaitGoneResponse
-	39, // 80: violin.v1.AgentService.MarkOutput:output_type -> violin.v1.MarkOutputResponse
-	41, // 81: violin.v1.AgentService.ReleaseOutput:output_type -> violin.v1.ReleaseOutputResponse
-	43, // 82: violin.v1.AgentService.Now:output_type -> violin.v1.NowResponse
-	51, // 83: violin.v1.AgentService.Cut:output_type -> violin.v1.CutResponse
-	61, // 84: violin.v1.AgentService.Results:output_type -> violin.v1.ResultsResponse
-	66, // 85: violin.v1.IngestService.Has:output_type -> violin.v1.HasResponse
-	68, // 86: violin.v1.IngestService.PutPages:output_type -> violin.v1.PutPagesResponse
-	71, // 87: violin.v1.IngestService.PutTable:output_type -> violin.v1.PutTableResponse
-	73, // 88: violin.v1.IngestService.PutBlob:output_type -> violin.v1.PutBlobResponse
+	19, // 71: violin.v1.AgentService.AddNode:output_type -> violin.v1.AddNodeResponse
+	21, // 72: violin.v1.AgentService.Load:output_type -> violin.v1.LoadResponse
+	24, // 73: violin.v1.AgentService.RunNode:output_type -> violin.v1.RunNodeResponse
+	26, // 74: violin.v1.AgentService.ContinueNode:output_type -> violin.v1.ContinueNodeResponse
+	28, // 75: violin.v1.AgentService.SetClock:output_type -> violin.v1.SetClockResponse
+	30, // 76: violin.v1.AgentService.NodeStatus:output_type -> violin.v1.NodeStatusResponse
+	32, // 77: violin.v1.AgentService.ExecNode:output_type -> violin.v1.ExecNodeResponse
+	34, // 78: violin.v1.AgentService.JoinConsole:output_type -> violin.v1.JoinConsoleResponse
+	36, // 79: violin.v1.AgentService.AwaitGone:output_type -> violin.v1.AwaitGoneResponse
+	38, // 80: violin.v1.AgentService.MarkOutput:output_type -> violin.v1.MarkOutputResponse
+	40, // 81: violin.v1.AgentService.ReleaseOutput:output_type -> violin.v1.ReleaseOutputResponse
+	42, // 82: violin.v1.AgentService.Now:output_type -> violin.v1.NowResponse
+	50, // 83: violin.v1.AgentService.Cut:output_type -> violin.v1.CutResponse
+	60, // 84: violin.v1.AgentService.Results:output_type -> violin.v1.ResultsResponse
+	65, // 85: violin.v1.IngestService.Has:output_type -> violin.v1.HasResponse
+	67, // 86: violin.v1.IngestService.PutPages:output_type -> violin.v1.PutPagesResponse
+	70, // 87: violin.v1.IngestService.PutTable:output_type -> violin.v1.PutTableResponse
+	72, // 88: violin.v1.IngestService.PutBlob:output_type -> violin.v1.PutBlobResponse
 	63, // [63:89] is the sub-list for method output_type
 	37, // [37:63] is the sub-list for method input_type
 	37, // [37:37] is the sub-list for extension type_name
@@ -4923,7 +4850,8 @@ func file_violin_v1_agent_proto_init() {
 	if File_violin_v1_agent_proto != nil {
 		return
 	}
-	file_violin_v1_agent_proto_msgTypes[44].OneofWrappers = []any{
+	file_violin_v1_supply_proto_init()
+	file_violin_v1_agent_proto_msgTypes[43].OneofWrappers = []any{
 		(*CutRequest_Prepare)(nil),
 		(*CutRequest_Nodes)(nil),
 		(*CutRequest_Poll)(nil),
@@ -4931,7 +4859,7 @@ func file_violin_v1_agent_proto_init() {
 		(*CutRequest_Commit)(nil),
 		(*CutRequest_Abort)(nil),
 	}
-	file_violin_v1_agent_proto_msgTypes[51].OneofWrappers = []any{
+	file_violin_v1_agent_proto_msgTypes[50].OneofWrappers = []any{
 		(*CutResponse_Prepared)(nil),
 		(*CutResponse_NodeCut)(nil),
 		(*CutResponse_Stored)(nil),
@@ -4941,7 +4869,7 @@ func file_violin_v1_agent_proto_init() {
 		(*CutResponse_Aborted)(nil),
 		(*CutResponse_Failed)(nil),
 	}
-	file_violin_v1_agent_proto_msgTypes[61].OneofWrappers = []any{
+	file_violin_v1_agent_proto_msgTypes[60].OneofWrappers = []any{
 		(*ResultsResponse_Node)(nil),
 		(*ResultsResponse_Frame)(nil),
 		(*ResultsResponse_Host)(nil),
@@ -4952,7 +4880,7 @@ func file_violin_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_violin_v1_agent_proto_rawDesc), len(file_violin_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   77,
+			NumMessages:   76,
 			NumExtensions: 0,
 			NumServices:   4,
 		},
