@@ -18,22 +18,67 @@ import (
 const leaveKey = 0x1d
 
 func (a *app) consoleCommand() *cobra.Command {
-	return &cobra.Command{
+	var log, follow bool
+	var tail int32
+	cmd := &cobra.Command{
 		Use:   "console SLICE/NODE",
-		Short: "Join the serial console of a node",
+		Short: "Join the serial console of a node, or read its log",
 		Long: `Join the serial console of a node. NODE alone will do if just one slice has a node of
 that name. On a terminal every key goes to the node, Ctrl-C too; Ctrl-] leaves.
 Otherwise standard input is sent to the node, and what the node prints is copied
-to stdout until the node or Ctrl-C ends it: '</dev/null' just listens.`,
+to stdout until the node or Ctrl-C ends it: '</dev/null' just listens.
+
+--log prints what the node has printed since it was started, of which the last MiB at
+least is kept; also that of a node that has died. A restore goes on with the same log,
+and says so in it.`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: a.completion(nodeNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := a.tableOnly(cmd); err != nil {
 				return err
 			}
-			return a.console(cmd.Context(), args[0])
+			if !log {
+				for _, flag := range []string{"follow", "tail"} {
+					if cmd.Flags().Changed(flag) {
+						return &failure{code: exitUsage, err: fmt.Errorf("--%s is of the log: say --log as well", flag)}
+					}
+				}
+				return a.console(cmd.Context(), args[0])
+			}
+			request := &violinv1.ConsoleLogRequest{Follow: follow}
+			if cmd.Flags().Changed("tail") {
+				if tail < 0 {
+					return &failure{code: exitUsage, err: fmt.Errorf("--tail %d: it is a number of lines", tail)}
+				}
+				n := uint32(tail)
+				request.Tail = &n
+			}
+			return a.consoleLog(cmd.Context(), args[0], request)
 		},
 	}
+	cmd.Flags().BoolVar(&log, "log", false, "print the console's log instead")
+	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "with --log, go on with what the node prints, until it ends")
+	cmd.Flags().Int32Var(&tail, "tail", 0, "with --log, begin with its last so many lines")
+	return cmd
+}
+
+func (a *app) consoleLog(ctx context.Context, name string, request *violinv1.ConsoleLogRequest) error {
+	c, slice, node, err := a.findNode(ctx, name)
+	if err != nil {
+		return err
+	}
+	request.Slice, request.Node = slice, node
+	stream, err := c.ConsoleLog(ctx, request)
+	if err != nil {
+		return err
+	}
+	defer stream.Close()
+	for stream.Receive() {
+		if _, err := a.out.Write(stream.Msg().GetData()); err != nil {
+			return err
+		}
+	}
+	return stream.Err()
 }
 
 func (a *app) console(ctx context.Context, name string) error {

@@ -269,6 +269,19 @@ func (f *fakeServer) Exec(ctx context.Context, request *violinv1.ExecRequest) (*
 	return &violinv1.ExecResponse{Stdout: fmt.Appendf(nil, "%q in %s/%s\n", request.GetCommand(), request.GetSlice(), request.GetNode())}, nil
 }
 
+func (f *fakeServer) ConsoleLog(ctx context.Context, request *violinv1.ConsoleLogRequest, stream *connect.ServerStream[violinv1.ConsoleLogResponse]) error {
+	f.got(request)
+	if err := f.fault(ctx, request.GetSlice()); err != nil {
+		return err
+	}
+	if request.Tail == nil {
+		if err := stream.Send(&violinv1.ConsoleLogResponse{Data: []byte("[    0.0] Linux\r\n")}); err != nil {
+			return err
+		}
+	}
+	return stream.Send(&violinv1.ConsoleLogResponse{Data: []byte("login: ")})
+}
+
 // Console echoes in capitals, and ends when it has been told "bye".
 func (f *fakeServer) Console(ctx context.Context, stream *connect.BidiStream[violinv1.ConsoleRequest, violinv1.ConsoleResponse]) error {
 	first, err := stream.Receive()
@@ -337,6 +350,11 @@ func firstSnapshot() *violinv1.Snapshot {
 			CutAt: timestamppb.New(created), CutOffset: durationpb.New(time.Duration(i) * 713_333),
 			FramesHeld: uint64(i), FramesRecorded: uint64(5 - i), RawBytes: 92<<20 + uint64(i)<<18, StoredBytes: uint64(21-6*i) << 20,
 			Pages: 23000, ZeroPages: 42536,
+		}
+		if i == 0 {
+			node.Disks = []*violinv1.SnapshotDisk{
+				{Name: "data", SizeBytes: 4 << 30, StoredBytes: 5 << 20}, {Name: "tools", SizeBytes: 1 << 20, StoredBytes: 1 << 20, Use: violinv1.DiskUse_DISK_USE_SHARE},
+			}
 		}
 		s.RawBytes += node.GetRawBytes()
 		s.StoredBytes += node.GetStoredBytes()
@@ -556,6 +574,11 @@ func TestTranscripts(t *testing.T) {
 			{why: "input has ended, the node goes on", args: []string{"console", "other"}},
 			{why: "no such slice", args: []string{"console", "missing/rank0"}},
 			{why: "nothing for programs", args: []string{"console", "other", "-o", "json"}},
+			{why: "its log", args: []string{"console", "other", "--log"}},
+			{why: "the end of it", args: []string{"console", "other", "--log", "--tail", "1", "-f"}},
+			{why: "no number of lines", args: []string{"console", "other", "--log", "--tail", "-1"}},
+			{why: "without it", args: []string{"console", "other", "-f"}},
+			{why: "no such slice's", args: []string{"console", "missing/rank0", "--log"}},
 		}},
 		{name: "store", commands: storeCommands},
 		{name: "errors", commands: []command{

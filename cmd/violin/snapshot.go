@@ -121,6 +121,13 @@ func modeName(m violinv1.CaptureMode) string {
 	return strings.ToLower(strings.TrimPrefix(m.String(), "CAPTURE_MODE_"))
 }
 
+func diskUse(u violinv1.DiskUse) string {
+	if u == violinv1.DiskUse_DISK_USE_UNSPECIFIED {
+		return ""
+	}
+	return strings.ToLower(strings.TrimPrefix(u.String(), "DISK_USE_"))
+}
+
 func (a *app) snapshot(ctx context.Context, request *violinv1.SnapshotRequest) error {
 	c, err := a.findSliceServer(ctx, request.GetSlice())
 	if err != nil {
@@ -154,6 +161,19 @@ func writeSnapshot(w io.Writer, s *violinv1.Snapshot) {
 		formatCount(s.GetFramesHeld()), formatCount(s.GetFramesRecorded()),
 		formatBytes(s.GetRawBytes()), formatBytes(s.GetStoredBytes()), formatRatio(s.GetStoredBytes(), s.GetRawBytes()))
 	t.write(w)
+
+	disks := newTable("DISK", "USE", ">SIZE", ">STORED")
+	some := false
+	for _, n := range s.GetNodes() {
+		for _, d := range n.GetDisks() {
+			some = true
+			disks.row(n.GetName()+"/"+d.GetName(), diskUse(d.GetUse()), formatBytes(d.GetSizeBytes()), formatBytes(d.GetStoredBytes()))
+		}
+	}
+	if some {
+		fmt.Fprintln(w)
+		disks.write(w)
+	}
 
 	fmt.Fprintln(w)
 	facts := newTable("snapshot", printable(snapshotName(s)))

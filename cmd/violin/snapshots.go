@@ -16,7 +16,8 @@ func (a *app) snapshotsCommand() *cobra.Command {
 		Use:   "snapshots [SLICE]",
 		Short: "List the snapshots of a slice, or of all, oldest first",
 		Long: `List the snapshots of a slice, or of all, oldest first. PARENT is the snapshot that
-the slice had last been taken to or restored from. A slice need not run for this.`,
+the slice had last been taken to or restored from. A slice need not run for this. DISKS is
+how large the disks in it are, and what of STORED is theirs; -o json tells it of each.`,
 		Args:              cobra.MaximumNArgs(1),
 		ValidArgsFunction: a.completion(sliceNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -44,12 +45,27 @@ func (a *app) snapshots(ctx context.Context, slice string) error {
 		if len(list.GetSnapshots()) == 0 {
 			return
 		}
-		t := newTable("SNAPSHOT", "TAG", "PARENT", "CREATED", "MODE", ">NODES", ">SKEW", ">RECORDED", ">STATE", ">STORED", ">TOOK")
+		t := newTable("SNAPSHOT", "TAG", "PARENT", "CREATED", "MODE", ">NODES", ">SKEW", ">RECORDED", ">STATE", ">STORED", ">DISKS", ">TOOK")
 		for _, s := range list.GetSnapshots() {
 			t.row(snapshotName(s), tagsOf(s), s.GetParent(), a.formatTime(s.GetCreated()), modeName(s.GetMode()),
 				fmt.Sprint(len(s.GetNodes())), optionalDuration(s.GetSkew()), formatCount(s.GetFramesRecorded()),
-				formatBytes(s.GetRawBytes()), formatBytes(s.GetStoredBytes()), optionalDuration(s.GetDuration()))
+				formatBytes(s.GetRawBytes()), formatBytes(s.GetStoredBytes()), disksOf(s), optionalDuration(s.GetDuration()))
 		}
 		t.write(w)
 	})
+}
+
+// disksOf sums a snapshot's disks up: their sizes, and what the store grew by for them.
+func disksOf(s *violinv1.Snapshot) string {
+	var size, stored uint64
+	n := 0
+	for _, node := range s.GetNodes() {
+		for _, d := range node.GetDisks() {
+			n, size, stored = n+1, size+d.GetSizeBytes(), stored+d.GetStoredBytes()
+		}
+	}
+	if n == 0 {
+		return ""
+	}
+	return formatBytes(size) + " (" + formatBytes(stored) + " new)"
 }

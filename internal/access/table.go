@@ -42,6 +42,7 @@ var table = map[string]row{
 	violinv1connect.SliceServiceRestoreProcedure:       {who: users, names: snapshot, operator: overcommit},
 	violinv1connect.SliceServiceExecProcedure:          {who: users, names: slice},
 	violinv1connect.SliceServiceConsoleProcedure:       {who: users, names: slice},
+	violinv1connect.SliceServiceConsoleLogProcedure:    {who: users, names: slice},
 	violinv1connect.SliceServiceVersionProcedure:       {who: users},
 	violinv1connect.SliceServiceVerifyProcedure:        {who: users, names: snapshot},
 	violinv1connect.SliceServiceFramesProcedure:        {who: users, names: snapshot},

@@ -366,3 +366,23 @@ func (a *Agent) Console(ctx context.Context, slice, name string) (net.Conn, erro
 	}
 	return c, nil
 }
+
+// LogWish is what of a node's console log is wanted.
+type LogWish struct {
+	Tail   *int // of what is there, only the last so many lines; nil for all
+	Follow bool // what comes, too, until the node ends
+}
+
+// ConsoleLog reads what a node has printed to its serial console, until ctx ends or it
+// is closed.
+func (a *Agent) ConsoleLog(ctx context.Context, slice, name string, w LogWish) (io.ReadCloser, error) {
+	n, err := a.node(slice, name)
+	if err != nil {
+		return nil, err
+	}
+	log, err := n.vm.ReadConsoleLog(ctx, w.Tail, w.Follow)
+	if err != nil {
+		return nil, fmt.Errorf("node %q: read its console's log: %w", name, err)
+	}
+	return log, nil
+}

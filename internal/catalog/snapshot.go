@@ -92,7 +92,18 @@ type Disk struct {
 	Name   string        `json:"name"`
 	Size   int64         `json:"size"`   // bytes
 	Blocks store.BlobRef `json:"blocks"` // its page table; see [store.DiskWriter]
+	// StoredBytes is what the store grew by for it, which the node's has in it; 0 in
+	// snapshots of before this was told.
+	StoredBytes int64 `json:"stored_bytes,omitempty"`
+	// Use is whose the disk is: nothing for the node's own, or Seed or Share.
+	Use string `json:"use,omitempty"`
 }
+
+// The disks that a node is given to read.
+const (
+	Seed  = "seed"  // what cloud-init in the guest reads
+	Share = "share" // the content of a directory
+)
 
 // A BootFile is a file that a node booted from.
 type BootFile struct {

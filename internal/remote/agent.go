@@ -302,6 +302,40 @@ func (a *Agent) Console(ctx context.Context, _, name string) (net.Conn, error) {
 	return ours, nil
 }
 
+// ConsoleLog reads what a node has printed to its serial console.
+func (a *Agent) ConsoleLog(ctx context.Context, _, name string, w agent.LogWish) (io.ReadCloser, error) {
+	client, err := a.host.now()
+	if err != nil {
+		return nil, err
+	}
+	m := &violinv1.ReadConsoleLogRequest{Run: a.run, Node: name, Follow: w.Follow}
+	if w.Tail != nil {
+		n := uint32(*w.Tail)
+		m.Tail = &n
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	s, err := client.ReadConsoleLog(ctx, m)
+	if err != nil {
+		cancel()
+		return nil, fmt.Errorf("host %s: %w", a.host.name, said(err))
+	}
+	ours, theirs := io.Pipe()
+	go func() {
+		defer cancel()
+		for s.Receive() {
+			if _, err := theirs.Write(s.Msg().GetData()); err != nil {
+				return
+			}
+		}
+		err := s.Err()
+		if err != nil {
+			err = fmt.Errorf("host %s: %w", a.host.name, said(err))
+		}
+		theirs.CloseWithError(err)
+	}()
+	return ours, nil
+}
+
 // MarkOutput says where the frames end that wait at the host's gateways now.
 func (a *Agent) MarkOutput(ctx context.Context, _ string) (marks []uint64, err error) {
 	err = a.call(ctx, func(ctx context.Context, c violinv1connect.AgentServiceClient) error {

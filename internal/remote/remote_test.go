@@ -154,6 +154,13 @@ func (h *host) Console(context.Context, string, string) (net.Conn, error) {
 	return a, nil
 }
 
+func (h *host) ConsoleLog(_ context.Context, _, name string, w agent.LogWish) (io.ReadCloser, error) {
+	if name != "n" {
+		return nil, errors.New("there is no such node")
+	}
+	return io.NopCloser(strings.NewReader(fmt.Sprintf("%d %v", *w.Tail, w.Follow))), nil
+}
+
 func (h *host) Handle(o agent.Order, report func(cut.Event)) {
 	h.mu.Lock()
 	h.orders = append(h.orders, o)
@@ -323,6 +330,20 @@ func TestCalls(t *testing.T) {
 	got := make([]byte, 5)
 	if _, err := io.ReadFull(c, got); err != nil || string(got) != "hello" {
 		t.Errorf("%q, %v", got, err)
+	}
+	tail := 7
+	log, err := w.agent.ConsoleLog(ctx, "s", "n", agent.LogWish{Tail: &tail, Follow: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := io.ReadAll(log); err != nil || string(b) != "7 true" || log.Close() != nil {
+		t.Errorf("%q, %v", b, err)
+	}
+	if log, err = w.agent.ConsoleLog(ctx, "s", "none", agent.LogWish{Tail: &tail}); err == nil {
+		_, err = io.ReadAll(log)
+	}
+	if err == nil || err.Error() != "host alpha: there is no such node" {
+		t.Error(err)
 	}
 	gone, err := w.agent.Gone("s", "n")
 	if err != nil {

@@ -40,6 +40,7 @@ type runner interface {
 	Status(ctx context.Context, slice, name string) (agent.NodeStatus, error)
 	Exec(ctx context.Context, slice, name string, command []string, stdin []byte) (qga.Result, error)
 	Console(ctx context.Context, slice, name string) (net.Conn, error)
+	ConsoleLog(ctx context.Context, slice, name string, w agent.LogWish) (io.ReadCloser, error)
 	Handle(o agent.Order, report func(cut.Event))
 	Results(slice, id string) (agent.HostResult, error)
 	MarkOutput(ctx context.Context, slice string) ([]uint64, error)
@@ -324,6 +325,26 @@ func (h *Host) JoinConsole(ctx context.Context, s *connect.BidiStream[violinv1.J
 			return nil // the node has ended, or the caller
 		}
 	}
+}
+
+// ReadConsoleLog implements the agents' protocol.
+func (h *Host) ReadConsoleLog(ctx context.Context, req *violinv1.ReadConsoleLogRequest, s *connect.ServerStream[violinv1.ReadConsoleLogResponse]) error {
+	r, err := h.running(req.GetRun())
+	if err != nil {
+		return err
+	}
+	wish := agent.LogWish{Follow: req.GetFollow()}
+	if req.Tail != nil {
+		n := int(req.GetTail())
+		wish.Tail = &n
+	}
+	log, err := r.agent.ConsoleLog(ctx, r.slice, req.GetNode(), wish)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	_, err = io.Copy(parts(func(b []byte) error { return s.Send(&violinv1.ReadConsoleLogResponse{Data: b}) }), log)
+	return err
 }
 
 // AwaitGone implements the agents' protocol.

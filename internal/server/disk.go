@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"path/filepath"
 
+	violinv1 "violin/api/violin/v1"
 	"violin/internal/agent"
 	"violin/internal/catalog"
 	"violin/internal/hypervisor/qemu"
@@ -51,6 +52,31 @@ func (s *Server) disksOf(n *topology.Node, root *image.Info) ([]qemu.Disk, error
 	}
 	return disks, nil
 }
+
+// disksTold are the disks of nodes whose VMs are given, by node, as far as they are known
+// before a snapshot.
+func disksTold(machines map[string]qemu.Spec) map[string][]catalog.Disk {
+	all := map[string][]catalog.Disk{}
+	for node, spec := range machines {
+		for _, d := range spec.Disks {
+			all[node] = append(all[node], catalog.Disk{Name: d.Name, Size: int64(d.Size)})
+		}
+	}
+	return all
+}
+
+// useOf is whose a disk of a node is, as in [catalog.Disk].
+func (sl *slice) useOf(node, disk string) string {
+	for _, d := range sl.disks[node] {
+		if d.Name == disk {
+			return d.Use
+		}
+	}
+	return ""
+}
+
+// diskUses are the uses of disks as the API tells them.
+var diskUses = map[string]violinv1.DiskUse{catalog.Seed: violinv1.DiskUse_DISK_USE_SEED, catalog.Share: violinv1.DiskUse_DISK_USE_SHARE}
 
 // restoreDisks has a node's disks begin as a snapshot has them.
 func (s *Server) restoreDisks(ctx context.Context, spec *agent.NodeSpec, snap *catalog.Snapshot) error {

@@ -44,6 +44,7 @@ type hostAgent interface {
 	Status(ctx context.Context, slice, name string) (agent.NodeStatus, error)
 	Exec(ctx context.Context, slice, name string, command []string, stdin []byte) (qga.Result, error)
 	Console(ctx context.Context, slice, name string) (net.Conn, error)
+	ConsoleLog(ctx context.Context, slice, name string, w agent.LogWish) (io.ReadCloser, error)
 	MarkOutput(ctx context.Context, slice string) ([]uint64, error)
 	ReleaseOutput(ctx context.Context, slice string, marks []uint64) error
 	Gone(slice, name string) (<-chan struct{}, error)

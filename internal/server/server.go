@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"os"
@@ -21,6 +22,7 @@ import (
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
 	"violin/internal/access"
+	"violin/internal/agent"
 	"violin/internal/catalog"
 	"violin/internal/certificate"
 	"violin/internal/coordinator"
@@ -422,6 +424,45 @@ func (s *Server) Console(ctx context.Context, stream *connect.BidiStream[violinv
 		}
 		if err != nil {
 			return ctx.Err() // the node's end of its console: the node has ended
+		}
+	}
+}
+
+// ConsoleLog implements the API.
+func (s *Server) ConsoleLog(ctx context.Context, req *violinv1.ConsoleLogRequest, out *connect.ServerStream[violinv1.ConsoleLogResponse]) error {
+	sl, err := s.slice(req.GetSlice())
+	if err != nil {
+		return err
+	}
+	a, err := sl.agentOf(req.GetNode())
+	if err != nil {
+		return err
+	}
+	wish := agent.LogWish{Follow: req.GetFollow()}
+	if req.Tail != nil {
+		n := int(req.GetTail())
+		wish.Tail = &n
+	}
+	log, err := a.ConsoleLog(ctx, req.GetSlice(), req.GetNode(), wish)
+	if err != nil {
+		return connect.NewError(connect.CodeFailedPrecondition, err)
+	}
+	defer log.Close()
+	buf := make([]byte, 32<<10)
+	for {
+		n, err := log.Read(buf)
+		if n > 0 {
+			if err := out.Send(&violinv1.ConsoleLogResponse{Data: buf[:n]}); err != nil {
+				return err
+			}
+		}
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case err != nil:
+			return apiError(err)
 		}
 	}
 }

@@ -50,6 +50,7 @@ type slice struct {
 
 	boot       map[string][]catalog.BootFile // by node, as they were when it came up
 	generation map[string]string             // by node, its VM generation id, if it has one
+	disks      map[string][]catalog.Disk     // by node, without what a snapshot tells of them
 }
 
 // build brings a slice's hosts, switches and nodes up. With load, the nodes wait
@@ -66,7 +67,7 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 	if err != nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
 	}
-	sl := &slice{topo: topo, created: time.Now(), agents: map[string]hostAgent{}, boot: boot, generation: generation,
+	sl := &slice{topo: topo, created: time.Now(), agents: map[string]hostAgent{}, boot: boot, generation: generation, disks: disksTold(machines),
 		stopped: make(chan struct{}), broken: make(chan struct{}), changed: make(chan struct{}, 1)}
 	defer func() {
 		if err != nil {
@@ -410,7 +411,7 @@ func (sl *slice) message(ctx context.Context) *violinv1.Slice {
 	defer cancel()
 	for i := range sl.topo.Nodes {
 		n := &sl.topo.Nodes[i]
-		node := nodeMessage(n)
+		node := nodeMessage(n, sl.disks[n.Name])
 		st, err := sl.agents[n.Host].Status(ctx, sl.topo.Slice, n.Name)
 		switch {
 		case err != nil:
@@ -428,8 +429,8 @@ func (sl *slice) message(ctx context.Context) *violinv1.Slice {
 	return m
 }
 
-// nodeMessage is what the topology says of a node.
-func nodeMessage(n *topology.Node) *violinv1.Node {
+// nodeMessage is what the topology says of a node, and what disks it has.
+func nodeMessage(n *topology.Node, disks []catalog.Disk) *violinv1.Node {
 	node := &violinv1.Node{
 		Name: n.Name, Host: n.Host, Site: n.Site, MemoryBytes: n.Memory, Cpus: uint32(n.CPUs),
 	}
@@ -439,6 +440,9 @@ func nodeMessage(n *topology.Node) *violinv1.Node {
 			address = ifc.Address.String()
 		}
 		node.Interfaces = append(node.Interfaces, &violinv1.Interface{Network: ifc.Network, Address: address, Mac: ifc.MAC.String()})
+	}
+	for _, d := range disks {
+		node.Disks = append(node.Disks, &violinv1.NodeDisk{Name: d.Name, SizeBytes: uint64(d.Size), Use: diskUses[d.Use]})
 	}
 	return node
 }

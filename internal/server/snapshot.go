@@ -194,7 +194,7 @@ func (s *Server) seal(ctx context.Context, sl *slice, snap *catalog.Snapshot, se
 		})
 		for _, d := range r.Disks {
 			n := &snap.Nodes[len(snap.Nodes)-1]
-			n.Disks = append(n.Disks, catalog.Disk{Name: d.Name, Size: int64(d.Size), Blocks: d.Blocks})
+			n.Disks = append(n.Disks, catalog.Disk{Name: d.Name, Size: int64(d.Size), Blocks: d.Blocks, StoredBytes: d.Stats.StoredBytes, Use: sl.useOf(r.Node, d.Name)})
 			n.StoredBytes += d.Stats.StoredBytes
 		}
 		snap.Totals.Held += int64(r.Held)
@@ -366,8 +366,13 @@ func snapshotMessage(s *catalog.Snapshot) *violinv1.Snapshot {
 		}
 	}
 	for _, n := range s.Nodes {
+		var disks []*violinv1.SnapshotDisk
+		for _, d := range n.Disks {
+			disks = append(disks, &violinv1.SnapshotDisk{Name: d.Name, SizeBytes: uint64(d.Size), StoredBytes: uint64(d.StoredBytes), Use: diskUses[d.Use]})
+		}
 		m.Nodes = append(m.Nodes, &violinv1.SnapshotNode{
-			Name: n.Name, Host: n.Host, Pause: durationpb.New(n.Pause), CutAt: timestamp(n.CutAt), CutOffset: durationpb.New(n.CutAt.Sub(first)),
+			Disks: disks,
+			Name:  n.Name, Host: n.Host, Pause: durationpb.New(n.Pause), CutAt: timestamp(n.CutAt), CutOffset: durationpb.New(n.CutAt.Sub(first)),
 			FramesHeld: uint64(n.Held), FramesRecorded: uint64(n.Recorded), RawBytes: uint64(n.RawBytes),
 			StoredBytes: uint64(n.StoredBytes), Pages: uint64(n.Pages), ZeroPages: uint64(n.ZeroPages),
 		})

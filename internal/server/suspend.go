@@ -93,7 +93,11 @@ func (s *Server) suspendedMessage(ctx context.Context, name string) *violinv1.Sl
 		return m
 	}
 	for i := range topo.Nodes {
-		node := nodeMessage(&topo.Nodes[i])
+		var disks []catalog.Disk
+		if n := snap.Node(topo.Nodes[i].Name); n != nil {
+			disks = n.Disks
+		}
+		node := nodeMessage(&topo.Nodes[i], disks)
 		node.State = violinv1.NodeState_NODE_STATE_SUSPENDED
 		m.Nodes = append(m.Nodes, node)
 	}

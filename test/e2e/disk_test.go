@@ -131,7 +131,10 @@ func TestDisks(t *testing.T) {
 		}
 		var snap struct {
 			ID    string
-			Nodes []struct{ Pause string }
+			Nodes []struct {
+				Pause string
+				Disks []struct{ SizeBytes, StoredBytes string }
+			}
 		}
 		before := ask(t, dirs, node, "status").Writes
 		if err := json.Unmarshal(must(t, dirs, "snapshot", "blocks", "--mode", mode, "--output", "json"), &snap); err != nil {
@@ -140,6 +143,9 @@ func TestDisks(t *testing.T) {
 		pause, err := time.ParseDuration(snap.Nodes[0].Pause)
 		if err != nil {
 			t.Fatal(err)
+		}
+		if disks := snap.Nodes[0].Disks; len(disks) != 2 || disks[1].SizeBytes != "8388608" || disks[0].StoredBytes == "0" {
+			t.Errorf("its disks are told as %v", disks)
 		}
 		if mode == "background" {
 			longest = max(longest, pause)

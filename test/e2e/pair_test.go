@@ -148,6 +148,10 @@ func TestPair(t *testing.T) {
 			kill(t, n.PID)
 		}
 		must(t, dirs, "restore", "pair@"+snap.ID)
+		printed := string(must(t, dirs, "console", "pair/left", "--log"))
+		if !strings.HasPrefix(printed, "[violin: started ") || !strings.Contains(printed, "violin: left is up") || !strings.Contains(printed, "[violin: restored ") {
+			t.Errorf("%s: the console's log after a restore: %q", mode, printed)
+		}
 		if strings.Contains(log(), "picture ") {
 			t.Errorf("%s: restored to after the computation's end", mode)
 		}

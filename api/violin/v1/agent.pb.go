@@ -4331,6 +4331,118 @@ func (x *Blob) GetSize() int64 {
 	return 0
 }
 
+type ReadConsoleLogRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Run           string                 `protobuf:"bytes,1,opt,name=run,proto3" json:"run,omitempty"`
+	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	Follow        bool                   `protobuf:"varint,3,opt,name=follow,proto3" json:"follow,omitempty"`
+	Tail          *uint32                `protobuf:"varint,4,opt,name=tail,proto3,oneof" json:"tail,omitempty"` // as in ConsoleLogRequest
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadConsoleLogRequest) Reset() {
+	*x = ReadConsoleLogRequest{}
+	mi := &file_violin_v1_agent_proto_msgTypes[74]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadConsoleLogRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadConsoleLogRequest) ProtoMessage() {}
+
+func (x *ReadConsoleLogRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_agent_proto_msgTypes[74]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadConsoleLogRequest.ProtoReflect.Descriptor instead.
+func (*ReadConsoleLogRequest) Descriptor() ([]byte, []int) {
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{74}
+}
+
+func (x *ReadConsoleLogRequest) GetRun() string {
+	if x != nil {
+		return x.Run
+	}
+	return ""
+}
+
+func (x *ReadConsoleLogRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *ReadConsoleLogRequest) GetFollow() bool {
+	if x != nil {
+		return x.Follow
+	}
+	return false
+}
+
+func (x *ReadConsoleLogRequest) GetTail() uint32 {
+	if x != nil && x.Tail != nil {
+		return *x.Tail
+	}
+	return 0
+}
+
+type ReadConsoleLogResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadConsoleLogResponse) Reset() {
+	*x = ReadConsoleLogResponse{}
+	mi := &file_violin_v1_agent_proto_msgTypes[75]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadConsoleLogResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadConsoleLogResponse) ProtoMessage() {}
+
+func (x *ReadConsoleLogResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_agent_proto_msgTypes[75]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadConsoleLogResponse.ProtoReflect.Descriptor instead.
+func (*ReadConsoleLogResponse) Descriptor() ([]byte, []int) {
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{75}
+}
+
+func (x *ReadConsoleLogResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
 var File_violin_v1_agent_proto protoreflect.FileDescriptor
 
 const file_violin_v1_agent_proto_rawDesc = "" +
@@ -4617,12 +4729,19 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"\x04blob\x18\x01 \x01(\v2\x0f.violin.v1.BlobR\x04blob\".\n" +
 	"\x04Blob\x12\x12\n" +
 	"\x04hash\x18\x01 \x01(\fR\x04hash\x12\x12\n" +
-	"\x04size\x18\x02 \x01(\x03R\x04size2L\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\"w\n" +
+	"\x15ReadConsoleLogRequest\x12\x10\n" +
+	"\x03run\x18\x01 \x01(\tR\x03run\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\x12\x16\n" +
+	"\x06follow\x18\x03 \x01(\bR\x06follow\x12\x17\n" +
+	"\x04tail\x18\x04 \x01(\rH\x00R\x04tail\x88\x01\x01B\a\n" +
+	"\x05_tail\",\n" +
+	"\x16ReadConsoleLogResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data2L\n" +
 	"\vJoinService\x12=\n" +
 	"\x06Enroll\x12\x18.violin.v1.EnrollRequest\x1a\x19.violin.v1.EnrollResponse2X\n" +
 	"\x0eRenewalService\x12F\n" +
-	"\tRenewHost\x12\x1b.violin.v1.RenewHostRequest\x1a\x1c.violin.v1.RenewHostResponse2\xef\n" +
-	"\n" +
+	"\tRenewHost\x12\x1b.violin.v1.RenewHostRequest\x1a\x1c.violin.v1.RenewHostResponse2\xc8\v\n" +
 	"\fAgentService\x12C\n" +
 	"\bDescribe\x12\x1a.violin.v1.DescribeRequest\x1a\x1b.violin.v1.DescribeResponse\x12:\n" +
 	"\x05Begin\x12\x17.violin.v1.BeginRequest\x1a\x18.violin.v1.BeginResponse\x124\n" +
@@ -4640,7 +4759,8 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"NodeStatus\x12\x1c.violin.v1.NodeStatusRequest\x1a\x1d.violin.v1.NodeStatusResponse\x12C\n" +
 	"\bExecNode\x12\x1a.violin.v1.ExecNodeRequest\x1a\x1b.violin.v1.ExecNodeResponse\x12P\n" +
-	"\vJoinConsole\x12\x1d.violin.v1.JoinConsoleRequest\x1a\x1e.violin.v1.JoinConsoleResponse(\x010\x01\x12F\n" +
+	"\vJoinConsole\x12\x1d.violin.v1.JoinConsoleRequest\x1a\x1e.violin.v1.JoinConsoleResponse(\x010\x01\x12W\n" +
+	"\x0eReadConsoleLog\x12 .violin.v1.ReadConsoleLogRequest\x1a!.violin.v1.ReadConsoleLogResponse0\x01\x12F\n" +
 	"\tAwaitGone\x12\x1b.violin.v1.AwaitGoneRequest\x1a\x1c.violin.v1.AwaitGoneResponse\x12I\n" +
 	"\n" +
 	"MarkOutput\x12\x1c.violin.v1.MarkOutputRequest\x1a\x1d.violin.v1.MarkOutputResponse\x12R\n" +
@@ -4666,104 +4786,106 @@ func file_violin_v1_agent_proto_rawDescGZIP() []byte {
 	return file_violin_v1_agent_proto_rawDescData
 }
 
-var file_violin_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 76)
+var file_violin_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 78)
 var file_violin_v1_agent_proto_goTypes = []any{
-	(*EnrollRequest)(nil),         // 0: violin.v1.EnrollRequest
-	(*EnrollResponse)(nil),        // 1: violin.v1.EnrollResponse
-	(*RenewHostRequest)(nil),      // 2: violin.v1.RenewHostRequest
-	(*RenewHostResponse)(nil),     // 3: violin.v1.RenewHostResponse
-	(*DescribeRequest)(nil),       // 4: violin.v1.DescribeRequest
-	(*DescribeResponse)(nil),      // 5: violin.v1.DescribeResponse
-	(*BeginRequest)(nil),          // 6: violin.v1.BeginRequest
-	(*BeginResponse)(nil),         // 7: violin.v1.BeginResponse
-	(*EndRequest)(nil),            // 8: violin.v1.EndRequest
-	(*EndResponse)(nil),           // 9: violin.v1.EndResponse
-	(*AddPeerRequest)(nil),        // 10: violin.v1.AddPeerRequest
-	(*AddPeerResponse)(nil),       // 11: violin.v1.AddPeerResponse
-	(*SetRemotesRequest)(nil),     // 12: violin.v1.SetRemotesRequest
-	(*Remote)(nil),                // 13: violin.v1.Remote
-	(*SetRemotesResponse)(nil),    // 14: violin.v1.SetRemotesResponse
-	(*AddGatewayRequest)(nil),     // 15: violin.v1.AddGatewayRequest
-	(*AddGatewayResponse)(nil),    // 16: violin.v1.AddGatewayResponse
-	(*AddNodeRequest)(nil),        // 17: violin.v1.AddNodeRequest
-	(*NodePort)(nil),              // 18: violin.v1.NodePort
-	(*AddNodeResponse)(nil),       // 19: violin.v1.AddNodeResponse
-	(*LoadRequest)(nil),           // 20: violin.v1.LoadRequest
-	(*LoadResponse)(nil),          // 21: violin.v1.LoadResponse
-	(*RunNodeRequest)(nil),        // 22: violin.v1.RunNodeRequest
-	(*ChannelFrame)(nil),          // 23: violin.v1.ChannelFrame
-	(*RunNodeResponse)(nil),       // 24: violin.v1.RunNodeResponse
-	(*ContinueNodeRequest)(nil),   // 25: violin.v1.ContinueNodeRequest
-	(*ContinueNodeResponse)(nil),  // 26: violin.v1.ContinueNodeResponse
-	(*SetClockRequest)(nil),       // 27: violin.v1.SetClockRequest
-	(*SetClockResponse)(nil),      // 28: violin.v1.SetClockResponse
-	(*NodeStatusRequest)(nil),     // 29: violin.v1.NodeStatusRequest
-	(*NodeStatusResponse)(nil),    // 30: violin.v1.NodeStatusResponse
-	(*ExecNodeRequest)(nil),       // 31: violin.v1.ExecNodeRequest
-	(*ExecNodeResponse)(nil),      // 32: violin.v1.ExecNodeResponse
-	(*JoinConsoleRequest)(nil),    // 33: violin.v1.JoinConsoleRequest
-	(*JoinConsoleResponse)(nil),   // 34: violin.v1.JoinConsoleResponse
-	(*AwaitGoneRequest)(nil),      // 35: violin.v1.AwaitGoneRequest
-	(*AwaitGoneResponse)(nil),     // 36: violin.v1.AwaitGoneResponse
-	(*MarkOutputRequest)(nil),     // 37: violin.v1.MarkOutputRequest
-	(*MarkOutputResponse)(nil),    // 38: violin.v1.MarkOutputResponse
-	(*ReleaseOutputRequest)(nil),  // 39: violin.v1.ReleaseOutputRequest
-	(*ReleaseOutputResponse)(nil), // 40: violin.v1.ReleaseOutputResponse
-	(*NowRequest)(nil),            // 41: violin.v1.NowRequest
-	(*NowResponse)(nil),           // 42: violin.v1.NowResponse
-	(*CutRequest)(nil),            // 43: violin.v1.CutRequest
-	(*PrepareOrder)(nil),          // 44: violin.v1.PrepareOrder
-	(*CutOrder)(nil),              // 45: violin.v1.CutOrder
-	(*PollOrder)(nil),             // 46: violin.v1.PollOrder
-	(*CollectOrder)(nil),          // 47: violin.v1.CollectOrder
-	(*CommitOrder)(nil),           // 48: violin.v1.CommitOrder
-	(*AbortOrder)(nil),            // 49: violin.v1.AbortOrder
-	(*CutResponse)(nil),           // 50: violin.v1.CutResponse
-	(*PreparedEvent)(nil),         // 51: violin.v1.PreparedEvent
-	(*NodeEvent)(nil),             // 52: violin.v1.NodeEvent
-	(*CountersEvent)(nil),         // 53: violin.v1.CountersEvent
-	(*ChannelCount)(nil),          // 54: violin.v1.ChannelCount
-	(*CollectedEvent)(nil),        // 55: violin.v1.CollectedEvent
-	(*CommittedEvent)(nil),        // 56: violin.v1.CommittedEvent
-	(*AbortedEvent)(nil),          // 57: violin.v1.AbortedEvent
-	(*FailedEvent)(nil),           // 58: violin.v1.FailedEvent
-	(*ResultsRequest)(nil),        // 59: violin.v1.ResultsRequest
-	(*ResultsResponse)(nil),       // 60: violin.v1.ResultsResponse
-	(*NodeResult)(nil),            // 61: violin.v1.NodeResult
-	(*RecordedFrame)(nil),         // 62: violin.v1.RecordedFrame
-	(*HostResult)(nil),            // 63: violin.v1.HostResult
-	(*HasRequest)(nil),            // 64: violin.v1.HasRequest
-	(*HasResponse)(nil),           // 65: violin.v1.HasResponse
-	(*PutPagesRequest)(nil),       // 66: violin.v1.PutPagesRequest
-	(*PutPagesResponse)(nil),      // 67: violin.v1.PutPagesResponse
-	(*PutTableRequest)(nil),       // 68: violin.v1.PutTableRequest
-	(*MemoryRegion)(nil),          // 69: violin.v1.MemoryRegion
-	(*PutTableResponse)(nil),      // 70: violin.v1.PutTableResponse
-	(*PutBlobRequest)(nil),        // 71: violin.v1.PutBlobRequest
-	(*PutBlobResponse)(nil),       // 72: violin.v1.PutBlobResponse
-	(*Blob)(nil),                  // 73: violin.v1.Blob
-	nil,                           // 74: violin.v1.PrepareOrder.NetworksEntry
-	nil,                           // 75: violin.v1.HostResult.ReadsEntry
-	(*NodeFile)(nil),              // 76: violin.v1.NodeFile
-	(*durationpb.Duration)(nil),   // 77: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 78: google.protobuf.Timestamp
+	(*EnrollRequest)(nil),          // 0: violin.v1.EnrollRequest
+	(*EnrollResponse)(nil),         // 1: violin.v1.EnrollResponse
+	(*RenewHostRequest)(nil),       // 2: violin.v1.RenewHostRequest
+	(*RenewHostResponse)(nil),      // 3: violin.v1.RenewHostResponse
+	(*DescribeRequest)(nil),        // 4: violin.v1.DescribeRequest
+	(*DescribeResponse)(nil),       // 5: violin.v1.DescribeResponse
+	(*BeginRequest)(nil),           // 6: violin.v1.BeginRequest
+	(*BeginResponse)(nil),          // 7: violin.v1.BeginResponse
+	(*EndRequest)(nil),             // 8: violin.v1.EndRequest
+	(*EndResponse)(nil),            // 9: violin.v1.EndResponse
+	(*AddPeerRequest)(nil),         // 10: violin.v1.AddPeerRequest
+	(*AddPeerResponse)(nil),        // 11: violin.v1.AddPeerResponse
+	(*SetRemotesRequest)(nil),      // 12: violin.v1.SetRemotesRequest
+	(*Remote)(nil),                 // 13: violin.v1.Remote
+	(*SetRemotesResponse)(nil),     // 14: violin.v1.SetRemotesResponse
+	(*AddGatewayRequest)(nil),      // 15: violin.v1.AddGatewayRequest
+	(*AddGatewayResponse)(nil),     // 16: violin.v1.AddGatewayResponse
+	(*AddNodeRequest)(nil),         // 17: violin.v1.AddNodeRequest
+	(*NodePort)(nil),               // 18: violin.v1.NodePort
+	(*AddNodeResponse)(nil),        // 19: violin.v1.AddNodeResponse
+	(*LoadRequest)(nil),            // 20: violin.v1.LoadRequest
+	(*LoadResponse)(nil),           // 21: violin.v1.LoadResponse
+	(*RunNodeRequest)(nil),         // 22: violin.v1.RunNodeRequest
+	(*ChannelFrame)(nil),           // 23: violin.v1.ChannelFrame
+	(*RunNodeResponse)(nil),        // 24: violin.v1.RunNodeResponse
+	(*ContinueNodeRequest)(nil),    // 25: violin.v1.ContinueNodeRequest
+	(*ContinueNodeResponse)(nil),   // 26: violin.v1.ContinueNodeResponse
+	(*SetClockRequest)(nil),        // 27: violin.v1.SetClockRequest
+	(*SetClockResponse)(nil),       // 28: violin.v1.SetClockResponse
+	(*NodeStatusRequest)(nil),      // 29: violin.v1.NodeStatusRequest
+	(*NodeStatusResponse)(nil),     // 30: violin.v1.NodeStatusResponse
+	(*ExecNodeRequest)(nil),        // 31: violin.v1.ExecNodeRequest
+	(*ExecNodeResponse)(nil),       // 32: violin.v1.ExecNodeResponse
+	(*JoinConsoleRequest)(nil),     // 33: violin.v1.JoinConsoleRequest
+	(*JoinConsoleResponse)(nil),    // 34: violin.v1.JoinConsoleResponse
+	(*AwaitGoneRequest)(nil),       // 35: violin.v1.AwaitGoneRequest
+	(*AwaitGoneResponse)(nil),      // 36: violin.v1.AwaitGoneResponse
+	(*MarkOutputRequest)(nil),      // 37: violin.v1.MarkOutputRequest
+	(*MarkOutputResponse)(nil),     // 38: violin.v1.MarkOutputResponse
+	(*ReleaseOutputRequest)(nil),   // 39: violin.v1.ReleaseOutputRequest
+	(*ReleaseOutputResponse)(nil),  // 40: violin.v1.ReleaseOutputResponse
+	(*NowRequest)(nil),             // 41: violin.v1.NowRequest
+	(*NowResponse)(nil),            // 42: violin.v1.NowResponse
+	(*CutRequest)(nil),             // 43: violin.v1.CutRequest
+	(*PrepareOrder)(nil),           // 44: violin.v1.PrepareOrder
+	(*CutOrder)(nil),               // 45: violin.v1.CutOrder
+	(*PollOrder)(nil),              // 46: violin.v1.PollOrder
+	(*CollectOrder)(nil),           // 47: violin.v1.CollectOrder
+	(*CommitOrder)(nil),            // 48: violin.v1.CommitOrder
+	(*AbortOrder)(nil),             // 49: violin.v1.AbortOrder
+	(*CutResponse)(nil),            // 50: violin.v1.CutResponse
+	(*PreparedEvent)(nil),          // 51: violin.v1.PreparedEvent
+	(*NodeEvent)(nil),              // 52: violin.v1.NodeEvent
+	(*CountersEvent)(nil),          // 53: violin.v1.CountersEvent
+	(*ChannelCount)(nil),           // 54: violin.v1.ChannelCount
+	(*CollectedEvent)(nil),         // 55: violin.v1.CollectedEvent
+	(*CommittedEvent)(nil),         // 56: violin.v1.CommittedEvent
+	(*AbortedEvent)(nil),           // 57: violin.v1.AbortedEvent
+	(*FailedEvent)(nil),            // 58: violin.v1.FailedEvent
+	(*ResultsRequest)(nil),         // 59: violin.v1.ResultsRequest
+	(*ResultsResponse)(nil),        // 60: violin.v1.ResultsResponse
+	(*NodeResult)(nil),             // 61: violin.v1.NodeResult
+	(*RecordedFrame)(nil),          // 62: violin.v1.RecordedFrame
+	(*HostResult)(nil),             // 63: violin.v1.HostResult
+	(*HasRequest)(nil),             // 64: violin.v1.HasRequest
+	(*HasResponse)(nil),            // 65: violin.v1.HasResponse
+	(*PutPagesRequest)(nil),        // 66: violin.v1.PutPagesRequest
+	(*PutPagesResponse)(nil),       // 67: violin.v1.PutPagesResponse
+	(*PutTableRequest)(nil),        // 68: violin.v1.PutTableRequest
+	(*MemoryRegion)(nil),           // 69: violin.v1.MemoryRegion
+	(*PutTableResponse)(nil),       // 70: violin.v1.PutTableResponse
+	(*PutBlobRequest)(nil),         // 71: violin.v1.PutBlobRequest
+	(*PutBlobResponse)(nil),        // 72: violin.v1.PutBlobResponse
+	(*Blob)(nil),                   // 73: violin.v1.Blob
+	(*ReadConsoleLogRequest)(nil),  // 74: violin.v1.ReadConsoleLogRequest
+	(*ReadConsoleLogResponse)(nil), // 75: violin.v1.ReadConsoleLogResponse
+	nil,                            // 76: violin.v1.PrepareOrder.NetworksEntry
+	nil,                            // 77: violin.v1.HostResult.ReadsEntry
+	(*NodeFile)(nil),               // 78: violin.v1.NodeFile
+	(*durationpb.Duration)(nil),    // 79: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),  // 80: google.protobuf.Timestamp
 }
 var file_violin_v1_agent_proto_depIdxs = []int32{
 	13, // 0: violin.v1.SetRemotesRequest.remotes:type_name -> violin.v1.Remote
-	76, // 1: violin.v1.AddNodeRequest.files:type_name -> violin.v1.NodeFile
+	78, // 1: violin.v1.AddNodeRequest.files:type_name -> violin.v1.NodeFile
 	18, // 2: violin.v1.AddNodeRequest.ports:type_name -> violin.v1.NodePort
 	23, // 3: violin.v1.RunNodeRequest.frames:type_name -> violin.v1.ChannelFrame
-	77, // 4: violin.v1.ChannelFrame.at:type_name -> google.protobuf.Duration
-	78, // 5: violin.v1.RunNodeResponse.began:type_name -> google.protobuf.Timestamp
-	78, // 6: violin.v1.NowResponse.now:type_name -> google.protobuf.Timestamp
+	79, // 4: violin.v1.ChannelFrame.at:type_name -> google.protobuf.Duration
+	80, // 5: violin.v1.RunNodeResponse.began:type_name -> google.protobuf.Timestamp
+	80, // 6: violin.v1.NowResponse.now:type_name -> google.protobuf.Timestamp
 	44, // 7: violin.v1.CutRequest.prepare:type_name -> violin.v1.PrepareOrder
 	45, // 8: violin.v1.CutRequest.nodes:type_name -> violin.v1.CutOrder
 	46, // 9: violin.v1.CutRequest.poll:type_name -> violin.v1.PollOrder
 	47, // 10: violin.v1.CutRequest.collect:type_name -> violin.v1.CollectOrder
 	48, // 11: violin.v1.CutRequest.commit:type_name -> violin.v1.CommitOrder
 	49, // 12: violin.v1.CutRequest.abort:type_name -> violin.v1.AbortOrder
-	74, // 13: violin.v1.PrepareOrder.networks:type_name -> violin.v1.PrepareOrder.NetworksEntry
-	78, // 14: violin.v1.CutOrder.at:type_name -> google.protobuf.Timestamp
+	76, // 13: violin.v1.PrepareOrder.networks:type_name -> violin.v1.PrepareOrder.NetworksEntry
+	80, // 14: violin.v1.CutOrder.at:type_name -> google.protobuf.Timestamp
 	51, // 15: violin.v1.CutResponse.prepared:type_name -> violin.v1.PreparedEvent
 	52, // 16: violin.v1.CutResponse.node_cut:type_name -> violin.v1.NodeEvent
 	52, // 17: violin.v1.CutResponse.stored:type_name -> violin.v1.NodeEvent
@@ -4776,13 +4898,13 @@ var file_violin_v1_agent_proto_depIdxs = []int32{
 	61, // 24: violin.v1.ResultsResponse.node:type_name -> violin.v1.NodeResult
 	62, // 25: violin.v1.ResultsResponse.frame:type_name -> violin.v1.RecordedFrame
 	63, // 26: violin.v1.ResultsResponse.host:type_name -> violin.v1.HostResult
-	78, // 27: violin.v1.NodeResult.cut_at:type_name -> google.protobuf.Timestamp
-	77, // 28: violin.v1.NodeResult.pause:type_name -> google.protobuf.Duration
+	80, // 27: violin.v1.NodeResult.cut_at:type_name -> google.protobuf.Timestamp
+	79, // 28: violin.v1.NodeResult.pause:type_name -> google.protobuf.Duration
 	73, // 29: violin.v1.NodeResult.device:type_name -> violin.v1.Blob
 	73, // 30: violin.v1.NodeResult.memory:type_name -> violin.v1.Blob
 	18, // 31: violin.v1.NodeResult.ports:type_name -> violin.v1.NodePort
-	78, // 32: violin.v1.RecordedFrame.at:type_name -> google.protobuf.Timestamp
-	75, // 33: violin.v1.HostResult.reads:type_name -> violin.v1.HostResult.ReadsEntry
+	80, // 32: violin.v1.RecordedFrame.at:type_name -> google.protobuf.Timestamp
+	77, // 33: violin.v1.HostResult.reads:type_name -> violin.v1.HostResult.ReadsEntry
 	69, // 34: violin.v1.PutTableRequest.regions:type_name -> violin.v1.MemoryRegion
 	73, // 35: violin.v1.PutTableResponse.table:type_name -> violin.v1.Blob
 	73, // 36: violin.v1.PutBlobResponse.blob:type_name -> violin.v1.Blob
@@ -4802,44 +4924,46 @@ var file_violin_v1_agent_proto_depIdxs = []int32{
 	29, // 50: violin.v1.AgentService.NodeStatus:input_type -> violin.v1.NodeStatusRequest
 	31, // 51: violin.v1.AgentService.ExecNode:input_type -> violin.v1.ExecNodeRequest
 	33, // 52: violin.v1.AgentService.JoinConsole:input_type -> violin.v1.JoinConsoleRequest
-	35, // 53: violin.v1.AgentService.AwaitGone:input_type -> violin.v1.AwaitGoneRequest
-	37, // 54: violin.v1.AgentService.MarkOutput:input_type -> violin.v1.MarkOutputRequest
-	39, // 55: violin.v1.AgentService.ReleaseOutput:input_type -> violin.v1.ReleaseOutputRequest
-	41, // 56: violin.v1.AgentService.Now:input_type -> violin.v1.NowRequest
-	43, // 57: violin.v1.AgentService.Cut:input_type -> violin.v1.CutRequest
-	59, // 58: violin.v1.AgentService.Results:input_type -> violin.v1.ResultsRequest
-	64, // 59: violin.v1.IngestService.Has:input_type -> violin.v1.HasRequest
-	66, // 60: violin.v1.IngestService.PutPages:input_type -> violin.v1.PutPagesRequest
-	68, // 61: violin.v1.IngestService.PutTable:input_type -> violin.v1.PutTableRequest
-	71, // 62: violin.v1.IngestService.PutBlob:input_type -> violin.v1.PutBlobRequest
-	1,  // 63: violin.v1.JoinService.Enroll:output_type -> violin.v1.EnrollResponse
-	3,  // 64: violin.v1.RenewalService.RenewHost:output_type -> violin.v1.RenewHostResponse
-	5,  // 65: violin.v1.AgentService.Describe:output_type -> violin.v1.DescribeResponse
-	7,  // 66: violin.v1.AgentService.Begin:output_type -> violin.v1.BeginResponse
-	9,  // 67: violin.v1.AgentService.End:output_type -> violin.v1.EndResponse
-	11, // 68: violin.v1.AgentService.AddPeer:output_type -> violin.v1.AddPeerResponse
-	14, // 69: violin.v1.AgentService.SetRemotes:output_type -> violin.v1.SetRemotesResponse
-	16, // 70: violin.v1.AgentService.AddGateway:output_type -> violin.v1.AddGatewayResponse
-	19, // 71: violin.v1.AgentService.AddNode:output_type -> violin.v1.AddNodeResponse
-	21, // 72: violin.v1.AgentService.Load:output_type -> violin.v1.LoadResponse
-	24, // 73: violin.v1.AgentService.RunNode:output_type -> violin.v1.RunNodeResponse
-	26, // 74: violin.v1.AgentService.ContinueNode:output_type -> violin.v1.ContinueNodeResponse
-	28, // 75: violin.v1.AgentService.SetClock:output_type -> violin.v1.SetClockResponse
-	30, // 76: violin.v1.AgentService.NodeStatus:output_type -> violin.v1.NodeStatusResponse
-	32, // 77: violin.v1.AgentService.ExecNode:output_type -> violin.v1.ExecNodeResponse
-	34, // 78: violin.v1.AgentService.JoinConsole:output_type -> violin.v1.JoinConsoleResponse
-	36, // 79: violin.v1.AgentService.AwaitGone:output_type -> violin.v1.AwaitGoneResponse
-	38, // 80: violin.v1.AgentService.MarkOutput:output_type -> violin.v1.MarkOutputResponse
-	40, // 81: violin.v1.AgentService.ReleaseOutput:output_type -> violin.v1.ReleaseOutputResponse
-	42, // 82: violin.v1.AgentService.Now:output_type -> violin.v1.NowResponse
-	50, // 83: violin.v1.AgentService.Cut:output_type -> violin.v1.CutResponse
-	60, // 84: violin.v1.AgentService.Results:output_type -> violin.v1.ResultsResponse
-	65, // 85: violin.v1.IngestService.Has:output_type -> violin.v1.HasResponse
-	67, // 86: violin.v1.IngestService.PutPages:output_type -> violin.v1.PutPagesResponse
-	70, // 87: violin.v1.IngestService.PutTable:output_type -> violin.v1.PutTableResponse
-	72, // 88: violin.v1.IngestService.PutBlob:output_type -> violin.v1.PutBlobResponse
-	63, // [63:89] is the sub-list for method output_type
-	37, // [37:63] is the sub-list for method input_type
+	74, // 53: violin.v1.AgentService.ReadConsoleLog:input_type -> violin.v1.ReadConsoleLogRequest
+	35, // 54: violin.v1.AgentService.AwaitGone:input_type -> violin.v1.AwaitGoneRequest
+	37, // 55: violin.v1.AgentService.MarkOutput:input_type -> violin.v1.MarkOutputRequest
+	39, // 56: violin.v1.AgentService.ReleaseOutput:input_type -> violin.v1.ReleaseOutputRequest
+	41, // 57: violin.v1.AgentService.Now:input_type -> violin.v1.NowRequest
+	43, // 58: violin.v1.AgentService.Cut:input_type -> violin.v1.CutRequest
+	59, // 59: violin.v1.AgentService.Results:input_type -> violin.v1.ResultsRequest
+	64, // 60: violin.v1.IngestService.Has:input_type -> violin.v1.HasRequest
+	66, // 61: violin.v1.IngestService.PutPages:input_type -> violin.v1.PutPagesRequest
+	68, // 62: violin.v1.IngestService.PutTable:input_type -> violin.v1.PutTableRequest
+	71, // 63: violin.v1.IngestService.PutBlob:input_type -> violin.v1.PutBlobRequest
+	1,  // 64: violin.v1.JoinService.Enroll:output_type -> violin.v1.EnrollResponse
+	3,  // 65: violin.v1.RenewalService.RenewHost:output_type -> violin.v1.RenewHostResponse
+	5,  // 66: violin.v1.AgentService.Describe:output_type -> violin.v1.DescribeResponse
+	7,  // 67: violin.v1.AgentService.Begin:output_type -> violin.v1.BeginResponse
+	9,  // 68: violin.v1.AgentService.End:output_type -> violin.v1.EndResponse
+	11, // 69: violin.v1.AgentService.AddPeer:output_type -> violin.v1.AddPeerResponse
+	14, // 70: violin.v1.AgentService.SetRemotes:output_type -> violin.v1.SetRemotesResponse
+	16, // 71: violin.v1.AgentService.AddGateway:output_type -> violin.v1.AddGatewayResponse
+	19, // 72: violin.v1.AgentService.AddNode:output_type -> violin.v1.AddNodeResponse
+	21, // 73: violin.v1.AgentService.Load:output_type -> violin.v1.LoadResponse
+	24, // 74: violin.v1.AgentService.RunNode:output_type -> violin.v1.RunNodeResponse
+	26, // 75: violin.v1.AgentService.ContinueNode:output_type -> violin.v1.ContinueNodeResponse
+	28, // 76: violin.v1.AgentService.SetClock:output_type -> violin.v1.SetClockResponse
+	30, // 77: violin.v1.AgentService.NodeStatus:output_type -> violin.v1.NodeStatusResponse
+	32, // 78: violin.v1.AgentService.ExecNode:output_type -> violin.v1.ExecNodeResponse
+	34, // 79: violin.v1.AgentService.JoinConsole:output_type -> violin.v1.JoinConsoleResponse
+	75, // 80: violin.v1.AgentService.ReadConsoleLog:output_type -> violin.v1.ReadConsoleLogResponse
+	36, // 81: violin.v1.AgentService.AwaitGone:output_type -> violin.v1.AwaitGoneResponse
+	38, // 82: violin.v1.AgentService.MarkOutput:output_type -> violin.v1.MarkOutputResponse
+	40, // 83: violin.v1.AgentService.ReleaseOutput:output_type -> violin.v1.ReleaseOutputResponse
+	42, // 84: violin.v1.AgentService.Now:output_type -> violin.v1.NowResponse
+	50, // 85: violin.v1.AgentService.Cut:output_type -> violin.v1.CutResponse
+	60, // 86: violin.v1.AgentService.Results:output_type -> violin.v1.ResultsResponse
+	65, // 87: violin.v1.IngestService.Has:output_type -> violin.v1.HasResponse
+	67, // 88: violin.v1.IngestService.PutPages:output_type -> violin.v1.PutPagesResponse
+	70, // 89: violin.v1.IngestService.PutTable:output_type -> violin.v1.PutTableResponse
+	72, // 90: violin.v1.IngestService.PutBlob:output_type -> violin.v1.PutBlobResponse
+	64, // [64:91] is the sub-list for method output_type
+	37, // [37:64] is the sub-list for method input_type
 	37, // [37:37] is the sub-list for extension type_name
 	37, // [37:37] is the sub-list for extension extendee
 	0,  // [0:37] is the sub-list for field type_name
@@ -4874,13 +4998,14 @@ func file_violin_v1_agent_proto_init() {
 		(*ResultsResponse_Frame)(nil),
 		(*ResultsResponse_Host)(nil),
 	}
+	file_violin_v1_agent_proto_msgTypes[74].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_violin_v1_agent_proto_rawDesc), len(file_violin_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   76,
+			NumMessages:   78,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

@@ -92,6 +92,56 @@ func (NodeState) EnumDescriptor() ([]byte, []int) {
 	return file_violin_v1_violin_proto_rawDescGZIP(), []int{0}
 }
 
+// DiskUse is whose a disk of a node is.
+type DiskUse int32
+
+const (
+	DiskUse_DISK_USE_UNSPECIFIED DiskUse = 0 // the node's own
+	DiskUse_DISK_USE_SEED        DiskUse = 1 // what cloud-init in the guest reads; read-only
+	DiskUse_DISK_USE_SHARE       DiskUse = 2 // the content of a directory of the server's; read-only
+)
+
+// Enum value maps for DiskUse.
+var (
+	DiskUse_name = map[int32]string{
+		0: "DISK_USE_UNSPECIFIED",
+		1: "DISK_USE_SEED",
+		2: "DISK_USE_SHARE",
+	}
+	DiskUse_value = map[string]int32{
+		"DISK_USE_UNSPECIFIED": 0,
+		"DISK_USE_SEED":        1,
+		"DISK_USE_SHARE":       2,
+	}
+)
+
+func (x DiskUse) Enum() *DiskUse {
+	p := new(DiskUse)
+	*p = x
+	return p
+}
+
+func (x DiskUse) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (DiskUse) Descriptor() protoreflect.EnumDescriptor {
+	return file_violin_v1_violin_proto_enumTypes[1].Descriptor()
+}
+
+func (DiskUse) Type() protoreflect.EnumType {
+	return &file_violin_v1_violin_proto_enumTypes[1]
+}
+
+func (x DiskUse) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use DiskUse.Descriptor instead.
+func (DiskUse) EnumDescriptor() ([]byte, []int) {
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{1}
+}
+
 type CaptureMode int32
 
 const (
@@ -125,11 +175,11 @@ func (x CaptureMode) String() string {
 }
 
 func (CaptureMode) Descriptor() protoreflect.EnumDescriptor {
-	return file_violin_v1_violin_proto_enumTypes[1].Descriptor()
+	return file_violin_v1_violin_proto_enumTypes[2].Descriptor()
 }
 
 func (CaptureMode) Type() protoreflect.EnumType {
-	return &file_violin_v1_violin_proto_enumTypes[1]
+	return &file_violin_v1_violin_proto_enumTypes[2]
 }
 
 func (x CaptureMode) Number() protoreflect.EnumNumber {
@@ -138,7 +188,7 @@ func (x CaptureMode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CaptureMode.Descriptor instead.
 func (CaptureMode) EnumDescriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{1}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{2}
 }
 
 // NewerPolicy is what becomes of a frame that reaches a node before the node's cut
@@ -179,11 +229,11 @@ func (x NewerPolicy) String() string {
 }
 
 func (NewerPolicy) Descriptor() protoreflect.EnumDescriptor {
-	return file_violin_v1_violin_proto_enumTypes[2].Descriptor()
+	return file_violin_v1_violin_proto_enumTypes[3].Descriptor()
 }
 
 func (NewerPolicy) Type() protoreflect.EnumType {
-	return &file_violin_v1_violin_proto_enumTypes[2]
+	return &file_violin_v1_violin_proto_enumTypes[3]
 }
 
 func (x NewerPolicy) Number() protoreflect.EnumNumber {
@@ -192,7 +242,7 @@ func (x NewerPolicy) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NewerPolicy.Descriptor instead.
 func (NewerPolicy) EnumDescriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{2}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{3}
 }
 
 // ClockPolicy is what becomes of the guests' clocks at a restore.
@@ -229,11 +279,11 @@ func (x ClockPolicy) String() string {
 }
 
 func (ClockPolicy) Descriptor() protoreflect.EnumDescriptor {
-	return file_violin_v1_violin_proto_enumTypes[3].Descriptor()
+	return file_violin_v1_violin_proto_enumTypes[4].Descriptor()
 }
 
 func (ClockPolicy) Type() protoreflect.EnumType {
-	return &file_violin_v1_violin_proto_enumTypes[3]
+	return &file_violin_v1_violin_proto_enumTypes[4]
 }
 
 func (x ClockPolicy) Number() protoreflect.EnumNumber {
@@ -242,7 +292,7 @@ func (x ClockPolicy) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ClockPolicy.Descriptor instead.
 func (ClockPolicy) EnumDescriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{3}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{4}
 }
 
 // Progress is one step of a long call, for people.
@@ -378,6 +428,7 @@ type Node struct {
 	Epoch         uint32                 `protobuf:"varint,8,opt,name=epoch,proto3" json:"epoch,omitempty"`   // the node's colour
 	Pid           int64                  `protobuf:"varint,9,opt,name=pid,proto3" json:"pid,omitempty"`       // of the hypervisor process, 0 if none
 	Detail        string                 `protobuf:"bytes,10,opt,name=detail,proto3" json:"detail,omitempty"` // why a dead node died, as far as known
+	Disks         []*NodeDisk            `protobuf:"bytes,20,rep,name=disks,proto3" json:"disks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -482,6 +533,73 @@ func (x *Node) GetDetail() string {
 	return ""
 }
 
+func (x *Node) GetDisks() []*NodeDisk {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+type NodeDisk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	SizeBytes     uint64                 `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	Use           DiskUse                `protobuf:"varint,3,opt,name=use,proto3,enum=violin.v1.DiskUse" json:"use,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodeDisk) Reset() {
+	*x = NodeDisk{}
+	mi := &file_violin_v1_violin_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeDisk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeDisk) ProtoMessage() {}
+
+func (x *NodeDisk) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_violin_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeDisk.ProtoReflect.Descriptor instead.
+func (*NodeDisk) Descriptor() ([]byte, []int) {
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *NodeDisk) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *NodeDisk) GetSizeBytes() uint64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *NodeDisk) GetUse() DiskUse {
+	if x != nil {
+		return x.Use
+	}
+	return DiskUse_DISK_USE_UNSPECIFIED
+}
+
 type Slice struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -500,7 +618,7 @@ type Slice struct {
 
 func (x *Slice) Reset() {
 	*x = Slice{}
-	mi := &file_violin_v1_violin_proto_msgTypes[3]
+	mi := &file_violin_v1_violin_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -512,7 +630,7 @@ func (x *Slice) String() string {
 func (*Slice) ProtoMessage() {}
 
 func (x *Slice) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[3]
+	mi := &file_violin_v1_violin_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -525,7 +643,7 @@ func (x *Slice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Slice.ProtoReflect.Descriptor instead.
 func (*Slice) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{3}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Slice) GetName() string {
@@ -610,7 +728,7 @@ type UpRequest struct {
 
 func (x *UpRequest) Reset() {
 	*x = UpRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[4]
+	mi := &file_violin_v1_violin_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -622,7 +740,7 @@ func (x *UpRequest) String() string {
 func (*UpRequest) ProtoMessage() {}
 
 func (x *UpRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[4]
+	mi := &file_violin_v1_violin_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -635,7 +753,7 @@ func (x *UpRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpRequest.ProtoReflect.Descriptor instead.
 func (*UpRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{4}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *UpRequest) GetFile() string {
@@ -679,7 +797,7 @@ type UpResponse struct {
 
 func (x *UpResponse) Reset() {
 	*x = UpResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[5]
+	mi := &file_violin_v1_violin_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -691,7 +809,7 @@ func (x *UpResponse) String() string {
 func (*UpResponse) ProtoMessage() {}
 
 func (x *UpResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[5]
+	mi := &file_violin_v1_violin_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -704,7 +822,7 @@ func (x *UpResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpResponse.ProtoReflect.Descriptor instead.
 func (*UpResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{5}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *UpResponse) GetEvent() isUpResponse_Event {
@@ -759,7 +877,7 @@ type DownRequest struct {
 
 func (x *DownRequest) Reset() {
 	*x = DownRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[6]
+	mi := &file_violin_v1_violin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -771,7 +889,7 @@ func (x *DownRequest) String() string {
 func (*DownRequest) ProtoMessage() {}
 
 func (x *DownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[6]
+	mi := &file_violin_v1_violin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -784,7 +902,7 @@ func (x *DownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownRequest.ProtoReflect.Descriptor instead.
 func (*DownRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{6}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *DownRequest) GetSlice() string {
@@ -810,7 +928,7 @@ type DownResponse struct {
 
 func (x *DownResponse) Reset() {
 	*x = DownResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[7]
+	mi := &file_violin_v1_violin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -822,7 +940,7 @@ func (x *DownResponse) String() string {
 func (*DownResponse) ProtoMessage() {}
 
 func (x *DownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[7]
+	mi := &file_violin_v1_violin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -835,7 +953,7 @@ func (x *DownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownResponse.ProtoReflect.Descriptor instead.
 func (*DownResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{7}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *DownResponse) GetSlices() []string {
@@ -854,7 +972,7 @@ type ListSlicesRequest struct {
 
 func (x *ListSlicesRequest) Reset() {
 	*x = ListSlicesRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[8]
+	mi := &file_violin_v1_violin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -866,7 +984,7 @@ func (x *ListSlicesRequest) String() string {
 func (*ListSlicesRequest) ProtoMessage() {}
 
 func (x *ListSlicesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[8]
+	mi := &file_violin_v1_violin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -879,7 +997,7 @@ func (x *ListSlicesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSlicesRequest.ProtoReflect.Descriptor instead.
 func (*ListSlicesRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{8}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListSlicesRequest) GetSlice() string {
@@ -898,7 +1016,7 @@ type ListSlicesResponse struct {
 
 func (x *ListSlicesResponse) Reset() {
 	*x = ListSlicesResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[9]
+	mi := &file_violin_v1_violin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -910,7 +1028,7 @@ func (x *ListSlicesResponse) String() string {
 func (*ListSlicesResponse) ProtoMessage() {}
 
 func (x *ListSlicesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[9]
+	mi := &file_violin_v1_violin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -923,7 +1041,7 @@ func (x *ListSlicesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSlicesResponse.ProtoReflect.Descriptor instead.
 func (*ListSlicesResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{9}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListSlicesResponse) GetSlices() []*Slice {
@@ -953,7 +1071,7 @@ type SnapshotRequest struct {
 
 func (x *SnapshotRequest) Reset() {
 	*x = SnapshotRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[10]
+	mi := &file_violin_v1_violin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -965,7 +1083,7 @@ func (x *SnapshotRequest) String() string {
 func (*SnapshotRequest) ProtoMessage() {}
 
 func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[10]
+	mi := &file_violin_v1_violin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -978,7 +1096,7 @@ func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{10}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SnapshotRequest) GetSlice() string {
@@ -1050,7 +1168,7 @@ type SnapshotResponse struct {
 
 func (x *SnapshotResponse) Reset() {
 	*x = SnapshotResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[11]
+	mi := &file_violin_v1_violin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1062,7 +1180,7 @@ func (x *SnapshotResponse) String() string {
 func (*SnapshotResponse) ProtoMessage() {}
 
 func (x *SnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[11]
+	mi := &file_violin_v1_violin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1075,7 +1193,7 @@ func (x *SnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{11}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SnapshotResponse) GetEvent() isSnapshotResponse_Event {
@@ -1132,13 +1250,14 @@ type SnapshotNode struct {
 	StoredBytes    uint64                 `protobuf:"varint,9,opt,name=stored_bytes,json=storedBytes,proto3" json:"stored_bytes,omitempty"`          // new bytes in the store for this node
 	Pages          uint64                 `protobuf:"varint,10,opt,name=pages,proto3" json:"pages,omitempty"`                                        // non-zero pages
 	ZeroPages      uint64                 `protobuf:"varint,11,opt,name=zero_pages,json=zeroPages,proto3" json:"zero_pages,omitempty"`
+	Disks          []*SnapshotDisk        `protobuf:"bytes,20,rep,name=disks,proto3" json:"disks,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *SnapshotNode) Reset() {
 	*x = SnapshotNode{}
-	mi := &file_violin_v1_violin_proto_msgTypes[12]
+	mi := &file_violin_v1_violin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1150,7 +1269,7 @@ func (x *SnapshotNode) String() string {
 func (*SnapshotNode) ProtoMessage() {}
 
 func (x *SnapshotNode) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[12]
+	mi := &file_violin_v1_violin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1163,7 +1282,7 @@ func (x *SnapshotNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotNode.ProtoReflect.Descriptor instead.
 func (*SnapshotNode) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{12}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SnapshotNode) GetName() string {
@@ -1243,6 +1362,81 @@ func (x *SnapshotNode) GetZeroPages() uint64 {
 	return 0
 }
 
+func (x *SnapshotNode) GetDisks() []*SnapshotDisk {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+type SnapshotDisk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	SizeBytes     uint64                 `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	StoredBytes   uint64                 `protobuf:"varint,3,opt,name=stored_bytes,json=storedBytes,proto3" json:"stored_bytes,omitempty"` // new bytes in the store for it, which are among the node's; 0 in snapshots of before this was told
+	Use           DiskUse                `protobuf:"varint,4,opt,name=use,proto3,enum=violin.v1.DiskUse" json:"use,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotDisk) Reset() {
+	*x = SnapshotDisk{}
+	mi := &file_violin_v1_violin_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotDisk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotDisk) ProtoMessage() {}
+
+func (x *SnapshotDisk) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_violin_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotDisk.ProtoReflect.Descriptor instead.
+func (*SnapshotDisk) Descriptor() ([]byte, []int) {
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *SnapshotDisk) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SnapshotDisk) GetSizeBytes() uint64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *SnapshotDisk) GetStoredBytes() uint64 {
+	if x != nil {
+		return x.StoredBytes
+	}
+	return 0
+}
+
+func (x *SnapshotDisk) GetUse() DiskUse {
+	if x != nil {
+		return x.Use
+	}
+	return DiskUse_DISK_USE_UNSPECIFIED
+}
+
 type Snapshot struct {
 	state               protoimpl.MessageState `protogen:"open.v1"`
 	Id                  string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1271,7 +1465,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_violin_v1_violin_proto_msgTypes[13]
+	mi := &file_violin_v1_violin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1283,7 +1477,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[13]
+	mi := &file_violin_v1_violin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1296,7 +1490,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{13}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Snapshot) GetId() string {
@@ -1448,7 +1642,7 @@ type ListSnapshotsRequest struct {
 
 func (x *ListSnapshotsRequest) Reset() {
 	*x = ListSnapshotsRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[14]
+	mi := &file_violin_v1_violin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1460,7 +1654,7 @@ func (x *ListSnapshotsRequest) String() string {
 func (*ListSnapshotsRequest) ProtoMessage() {}
 
 func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[14]
+	mi := &file_violin_v1_violin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1473,7 +1667,7 @@ func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{14}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListSnapshotsRequest) GetSlice() string {
@@ -1492,7 +1686,7 @@ type ListSnapshotsResponse struct {
 
 func (x *ListSnapshotsResponse) Reset() {
 	*x = ListSnapshotsResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[15]
+	mi := &file_violin_v1_violin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1504,7 +1698,7 @@ func (x *ListSnapshotsResponse) String() string {
 func (*ListSnapshotsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[15]
+	mi := &file_violin_v1_violin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1517,7 +1711,7 @@ func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{15}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
@@ -1542,7 +1736,7 @@ type RestoreRequest struct {
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[16]
+	mi := &file_violin_v1_violin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1554,7 +1748,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[16]
+	mi := &file_violin_v1_violin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1567,7 +1761,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{16}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RestoreRequest) GetSnapshot() string {
@@ -1611,7 +1805,7 @@ type RestoreResponse struct {
 
 func (x *RestoreResponse) Reset() {
 	*x = RestoreResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[17]
+	mi := &file_violin_v1_violin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1623,7 +1817,7 @@ func (x *RestoreResponse) String() string {
 func (*RestoreResponse) ProtoMessage() {}
 
 func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[17]
+	mi := &file_violin_v1_violin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1636,7 +1830,7 @@ func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreResponse.ProtoReflect.Descriptor instead.
 func (*RestoreResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{17}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RestoreResponse) GetEvent() isRestoreResponse_Event {
@@ -1695,7 +1889,7 @@ type Restored struct {
 
 func (x *Restored) Reset() {
 	*x = Restored{}
-	mi := &file_violin_v1_violin_proto_msgTypes[18]
+	mi := &file_violin_v1_violin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1707,7 +1901,7 @@ func (x *Restored) String() string {
 func (*Restored) ProtoMessage() {}
 
 func (x *Restored) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[18]
+	mi := &file_violin_v1_violin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1720,7 +1914,7 @@ func (x *Restored) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Restored.ProtoReflect.Descriptor instead.
 func (*Restored) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{18}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Restored) GetSlice() *Slice {
@@ -1785,7 +1979,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[19]
+	mi := &file_violin_v1_violin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1797,7 +1991,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[19]
+	mi := &file_violin_v1_violin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1810,7 +2004,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{19}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ExecRequest) GetSlice() string {
@@ -1859,7 +2053,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[20]
+	mi := &file_violin_v1_violin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1871,7 +2065,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[20]
+	mi := &file_violin_v1_violin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1884,7 +2078,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{20}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ExecResponse) GetExitCode() int32 {
@@ -1919,7 +2113,7 @@ type ConsoleRequest struct {
 
 func (x *ConsoleRequest) Reset() {
 	*x = ConsoleRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[21]
+	mi := &file_violin_v1_violin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1931,7 +2125,7 @@ func (x *ConsoleRequest) String() string {
 func (*ConsoleRequest) ProtoMessage() {}
 
 func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[21]
+	mi := &file_violin_v1_violin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1944,7 +2138,7 @@ func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleRequest.ProtoReflect.Descriptor instead.
 func (*ConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{21}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ConsoleRequest) GetSlice() string {
@@ -1977,7 +2171,7 @@ type ConsoleResponse struct {
 
 func (x *ConsoleResponse) Reset() {
 	*x = ConsoleResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[22]
+	mi := &file_violin_v1_violin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1989,7 +2183,7 @@ func (x *ConsoleResponse) String() string {
 func (*ConsoleResponse) ProtoMessage() {}
 
 func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[22]
+	mi := &file_violin_v1_violin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2002,10 +2196,122 @@ func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleResponse.ProtoReflect.Descriptor instead.
 func (*ConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{22}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ConsoleResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type ConsoleLogRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Slice         string                 `protobuf:"bytes,1,opt,name=slice,proto3" json:"slice,omitempty"`
+	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	Follow        bool                   `protobuf:"varint,3,opt,name=follow,proto3" json:"follow,omitempty"`
+	Tail          *uint32                `protobuf:"varint,4,opt,name=tail,proto3,oneof" json:"tail,omitempty"` // only the last so many lines of what is there
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConsoleLogRequest) Reset() {
+	*x = ConsoleLogRequest{}
+	mi := &file_violin_v1_violin_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConsoleLogRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConsoleLogRequest) ProtoMessage() {}
+
+func (x *ConsoleLogRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_violin_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConsoleLogRequest.ProtoReflect.Descriptor instead.
+func (*ConsoleLogRequest) Descriptor() ([]byte, []int) {
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *ConsoleLogRequest) GetSlice() string {
+	if x != nil {
+		return x.Slice
+	}
+	return ""
+}
+
+func (x *ConsoleLogRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *ConsoleLogRequest) GetFollow() bool {
+	if x != nil {
+		return x.Follow
+	}
+	return false
+}
+
+func (x *ConsoleLogRequest) GetTail() uint32 {
+	if x != nil && x.Tail != nil {
+		return *x.Tail
+	}
+	return 0
+}
+
+type ConsoleLogResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConsoleLogResponse) Reset() {
+	*x = ConsoleLogResponse{}
+	mi := &file_violin_v1_violin_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConsoleLogResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConsoleLogResponse) ProtoMessage() {}
+
+func (x *ConsoleLogResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_violin_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConsoleLogResponse.ProtoReflect.Descriptor instead.
+func (*ConsoleLogResponse) Descriptor() ([]byte, []int) {
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *ConsoleLogResponse) GetData() []byte {
 	if x != nil {
 		return x.Data
 	}
@@ -2020,7 +2326,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[23]
+	mi := &file_violin_v1_violin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2032,7 +2338,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[23]
+	mi := &file_violin_v1_violin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2045,7 +2351,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{23}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{27}
 }
 
 type VersionResponse struct {
@@ -2061,7 +2367,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[24]
+	mi := &file_violin_v1_violin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2073,7 +2379,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[24]
+	mi := &file_violin_v1_violin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2086,7 +2392,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{24}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *VersionResponse) GetVersion() string {
@@ -2135,7 +2441,7 @@ type VerifyRequest struct {
 
 func (x *VerifyRequest) Reset() {
 	*x = VerifyRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[25]
+	mi := &file_violin_v1_violin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2147,7 +2453,7 @@ func (x *VerifyRequest) String() string {
 func (*VerifyRequest) ProtoMessage() {}
 
 func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[25]
+	mi := &file_violin_v1_violin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2160,7 +2466,7 @@ func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyRequest.ProtoReflect.Descriptor instead.
 func (*VerifyRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{25}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *VerifyRequest) GetSnapshot() string {
@@ -2199,7 +2505,7 @@ type VerifyResponse struct {
 
 func (x *VerifyResponse) Reset() {
 	*x = VerifyResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[26]
+	mi := &file_violin_v1_violin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2211,7 +2517,7 @@ func (x *VerifyResponse) String() string {
 func (*VerifyResponse) ProtoMessage() {}
 
 func (x *VerifyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[26]
+	mi := &file_violin_v1_violin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2224,7 +2530,7 @@ func (x *VerifyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyResponse.ProtoReflect.Descriptor instead.
 func (*VerifyResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{26}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *VerifyResponse) GetSnapshot() string {
@@ -2285,7 +2591,7 @@ type FramesRequest struct {
 
 func (x *FramesRequest) Reset() {
 	*x = FramesRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[27]
+	mi := &file_violin_v1_violin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2297,7 +2603,7 @@ func (x *FramesRequest) String() string {
 func (*FramesRequest) ProtoMessage() {}
 
 func (x *FramesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[27]
+	mi := &file_violin_v1_violin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2310,7 +2616,7 @@ func (x *FramesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FramesRequest.ProtoReflect.Descriptor instead.
 func (*FramesRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{27}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *FramesRequest) GetSnapshot() string {
@@ -2329,7 +2635,7 @@ type FramesResponse struct {
 
 func (x *FramesResponse) Reset() {
 	*x = FramesResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[28]
+	mi := &file_violin_v1_violin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2341,7 +2647,7 @@ func (x *FramesResponse) String() string {
 func (*FramesResponse) ProtoMessage() {}
 
 func (x *FramesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[28]
+	mi := &file_violin_v1_violin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2354,7 +2660,7 @@ func (x *FramesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FramesResponse.ProtoReflect.Descriptor instead.
 func (*FramesResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{28}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *FramesResponse) GetData() []byte {
@@ -2376,7 +2682,7 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\tInterface\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x10\n" +
-	"\x03mac\x18\x03 \x01(\tR\x03mac\"\x9b\x02\n" +
+	"\x03mac\x18\x03 \x01(\tR\x03mac\"\xc6\x02\n" +
 	"\x04Node\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x12\n" +
@@ -2390,7 +2696,13 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x05epoch\x18\b \x01(\rR\x05epoch\x12\x10\n" +
 	"\x03pid\x18\t \x01(\x03R\x03pid\x12\x16\n" +
 	"\x06detail\x18\n" +
-	" \x01(\tR\x06detail\"\xa8\x02\n" +
+	" \x01(\tR\x06detail\x12)\n" +
+	"\x05disks\x18\x14 \x03(\v2\x13.violin.v1.NodeDiskR\x05disks\"c\n" +
+	"\bNodeDisk\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x02 \x01(\x04R\tsizeBytes\x12$\n" +
+	"\x03use\x18\x03 \x01(\x0e2\x12.violin.v1.DiskUseR\x03use\"\xa8\x02\n" +
 	"\x05Slice\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x124\n" +
 	"\acreated\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12%\n" +
@@ -2436,7 +2748,7 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x10SnapshotResponse\x121\n" +
 	"\bprogress\x18\x01 \x01(\v2\x13.violin.v1.ProgressH\x00R\bprogress\x121\n" +
 	"\bsnapshot\x18\x02 \x01(\v2\x13.violin.v1.SnapshotH\x00R\bsnapshotB\a\n" +
-	"\x05event\"\x93\x03\n" +
+	"\x05event\"\xc2\x03\n" +
 	"\fSnapshotNode\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12/\n" +
@@ -2452,7 +2764,14 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x05pages\x18\n" +
 	" \x01(\x04R\x05pages\x12\x1d\n" +
 	"\n" +
-	"zero_pages\x18\v \x01(\x04R\tzeroPages\"\xde\x05\n" +
+	"zero_pages\x18\v \x01(\x04R\tzeroPages\x12-\n" +
+	"\x05disks\x18\x14 \x03(\v2\x17.violin.v1.SnapshotDiskR\x05disks\"\x8a\x01\n" +
+	"\fSnapshotDisk\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x02 \x01(\x04R\tsizeBytes\x12!\n" +
+	"\fstored_bytes\x18\x03 \x01(\x04R\vstoredBytes\x12$\n" +
+	"\x03use\x18\x04 \x01(\x0e2\x12.violin.v1.DiskUseR\x03use\"\xde\x05\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05slice\x18\x02 \x01(\tR\x05slice\x12\x10\n" +
@@ -2517,6 +2836,14 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x12\n" +
 	"\x04data\x18\x03 \x01(\fR\x04data\"%\n" +
 	"\x0fConsoleResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"w\n" +
+	"\x11ConsoleLogRequest\x12\x14\n" +
+	"\x05slice\x18\x01 \x01(\tR\x05slice\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\x12\x16\n" +
+	"\x06follow\x18\x03 \x01(\bR\x06follow\x12\x17\n" +
+	"\x04tail\x18\x04 \x01(\rH\x00R\x04tail\x88\x01\x01B\a\n" +
+	"\x05_tail\"(\n" +
+	"\x12ConsoleLogResponse\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\"\x10\n" +
 	"\x0eVersionRequest\"\xde\x01\n" +
 	"\x0fVersionResponse\x12\x18\n" +
@@ -2552,7 +2879,11 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x12NODE_STATE_RUNNING\x10\x02\x12\x15\n" +
 	"\x11NODE_STATE_PAUSED\x10\x03\x12\x13\n" +
 	"\x0fNODE_STATE_DEAD\x10\x04\x12\x18\n" +
-	"\x14NODE_STATE_SUSPENDED\x10\x05*b\n" +
+	"\x14NODE_STATE_SUSPENDED\x10\x05*J\n" +
+	"\aDiskUse\x12\x18\n" +
+	"\x14DISK_USE_UNSPECIFIED\x10\x00\x12\x11\n" +
+	"\rDISK_USE_SEED\x10\x01\x12\x12\n" +
+	"\x0eDISK_USE_SHARE\x10\x02*b\n" +
 	"\vCaptureMode\x12\x1c\n" +
 	"\x18CAPTURE_MODE_UNSPECIFIED\x10\x00\x12\x1b\n" +
 	"\x17CAPTURE_MODE_BACKGROUND\x10\x01\x12\x18\n" +
@@ -2565,7 +2896,7 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\vClockPolicy\x12\x1c\n" +
 	"\x18CLOCK_POLICY_UNSPECIFIED\x10\x00\x12\x17\n" +
 	"\x13CLOCK_POLICY_FROZEN\x10\x01\x12\x19\n" +
-	"\x15CLOCK_POLICY_CATCH_UP\x10\x022\x80\x06\n" +
+	"\x15CLOCK_POLICY_CATCH_UP\x10\x022\xd2\x06\n" +
 	"\fSliceService\x123\n" +
 	"\x02Up\x12\x14.violin.v1.UpRequest\x1a\x15.violin.v1.UpResponse0\x01\x127\n" +
 	"\x04Down\x12\x16.violin.v1.DownRequest\x1a\x17.violin.v1.DownResponse\x12N\n" +
@@ -2575,7 +2906,9 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\rListSnapshots\x12\x1f.violin.v1.ListSnapshotsRequest\x1a .violin.v1.ListSnapshotsResponse\"\x03\x90\x02\x01\x12B\n" +
 	"\aRestore\x12\x19.violin.v1.RestoreRequest\x1a\x1a.violin.v1.RestoreResponse0\x01\x127\n" +
 	"\x04Exec\x12\x16.violin.v1.ExecRequest\x1a\x17.violin.v1.ExecResponse\x12D\n" +
-	"\aConsole\x12\x19.violin.v1.ConsoleRequest\x1a\x1a.violin.v1.ConsoleResponse(\x010\x01\x12E\n" +
+	"\aConsole\x12\x19.violin.v1.ConsoleRequest\x1a\x1a.violin.v1.ConsoleResponse(\x010\x01\x12P\n" +
+	"\n" +
+	"ConsoleLog\x12\x1c.violin.v1.ConsoleLogRequest\x1a\x1d.violin.v1.ConsoleLogResponse\"\x03\x90\x02\x010\x01\x12E\n" +
 	"\aVersion\x12\x19.violin.v1.VersionRequest\x1a\x1a.violin.v1.VersionResponse\"\x03\x90\x02\x01\x12B\n" +
 	"\x06Verify\x12\x18.violin.v1.VerifyRequest\x1a\x19.violin.v1.VerifyResponse\"\x03\x90\x02\x01\x12D\n" +
 	"\x06Frames\x12\x18.violin.v1.FramesRequest\x1a\x19.violin.v1.FramesResponse\"\x03\x90\x02\x010\x01B\x1fZ\x1dviolin/api/violin/v1;violinv1b\x06proto3"
@@ -2592,107 +2925,118 @@ func file_violin_v1_violin_proto_rawDescGZIP() []byte {
 	return file_violin_v1_violin_proto_rawDescData
 }
 
-var file_violin_v1_violin_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_violin_v1_violin_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_violin_v1_violin_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
+var file_violin_v1_violin_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_violin_v1_violin_proto_goTypes = []any{
 	(NodeState)(0),                // 0: violin.v1.NodeState
-	(CaptureMode)(0),              // 1: violin.v1.CaptureMode
-	(NewerPolicy)(0),              // 2: violin.v1.NewerPolicy
-	(ClockPolicy)(0),              // 3: violin.v1.ClockPolicy
-	(*Progress)(nil),              // 4: violin.v1.Progress
-	(*Interface)(nil),             // 5: violin.v1.Interface
-	(*Node)(nil),                  // 6: violin.v1.Node
-	(*Slice)(nil),                 // 7: violin.v1.Slice
-	(*UpRequest)(nil),             // 8: violin.v1.UpRequest
-	(*UpResponse)(nil),            // 9: violin.v1.UpResponse
-	(*DownRequest)(nil),           // 10: violin.v1.DownRequest
-	(*DownResponse)(nil),          // 11: violin.v1.DownResponse
-	(*ListSlicesRequest)(nil),     // 12: violin.v1.ListSlicesRequest
-	(*ListSlicesResponse)(nil),    // 13: violin.v1.ListSlicesResponse
-	(*SnapshotRequest)(nil),       // 14: violin.v1.SnapshotRequest
-	(*SnapshotResponse)(nil),      // 15: violin.v1.SnapshotResponse
-	(*SnapshotNode)(nil),          // 16: violin.v1.SnapshotNode
-	(*Snapshot)(nil),              // 17: violin.v1.Snapshot
-	(*ListSnapshotsRequest)(nil),  // 18: violin.v1.ListSnapshotsRequest
-	(*ListSnapshotsResponse)(nil), // 19: violin.v1.ListSnapshotsResponse
-	(*RestoreRequest)(nil),        // 20: violin.v1.RestoreRequest
-	(*RestoreResponse)(nil),       // 21: violin.v1.RestoreResponse
-	(*Restored)(nil),              // 22: violin.v1.Restored
-	(*ExecRequest)(nil),           // 23: violin.v1.ExecRequest
-	(*ExecResponse)(nil),          // 24: violin.v1.ExecResponse
-	(*ConsoleRequest)(nil),        // 25: violin.v1.ConsoleRequest
-	(*ConsoleResponse)(nil),       // 26: violin.v1.ConsoleResponse
-	(*VersionRequest)(nil),        // 27: violin.v1.VersionRequest
-	(*VersionResponse)(nil),       // 28: violin.v1.VersionResponse
-	(*VerifyRequest)(nil),         // 29: violin.v1.VerifyRequest
-	(*VerifyResponse)(nil),        // 30: violin.v1.VerifyResponse
-	(*FramesRequest)(nil),         // 31: violin.v1.FramesRequest
-	(*FramesResponse)(nil),        // 32: violin.v1.FramesResponse
-	nil,                           // 33: violin.v1.VersionResponse.FormatsEntry
-	(*timestamppb.Timestamp)(nil), // 34: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 35: google.protobuf.Duration
+	(DiskUse)(0),                  // 1: violin.v1.DiskUse
+	(CaptureMode)(0),              // 2: violin.v1.CaptureMode
+	(NewerPolicy)(0),              // 3: violin.v1.NewerPolicy
+	(ClockPolicy)(0),              // 4: violin.v1.ClockPolicy
+	(*Progress)(nil),              // 5: violin.v1.Progress
+	(*Interface)(nil),             // 6: violin.v1.Interface
+	(*Node)(nil),                  // 7: violin.v1.Node
+	(*NodeDisk)(nil),              // 8: violin.v1.NodeDisk
+	(*Slice)(nil),                 // 9: violin.v1.Slice
+	(*UpRequest)(nil),             // 10: violin.v1.UpRequest
+	(*UpResponse)(nil),            // 11: violin.v1.UpResponse
+	(*DownRequest)(nil),           // 12: violin.v1.DownRequest
+	(*DownResponse)(nil),          // 13: violin.v1.DownResponse
+	(*ListSlicesRequest)(nil),     // 14: violin.v1.ListSlicesRequest
+	(*ListSlicesResponse)(nil),    // 15: violin.v1.ListSlicesResponse
+	(*SnapshotRequest)(nil),       // 16: violin.v1.SnapshotRequest
+	(*SnapshotResponse)(nil),      // 17: violin.v1.SnapshotResponse
+	(*SnapshotNode)(nil),          // 18: violin.v1.SnapshotNode
+	(*SnapshotDisk)(nil),          // 19: violin.v1.SnapshotDisk
+	(*Snapshot)(nil),              // 20: violin.v1.Snapshot
+	(*ListSnapshotsRequest)(nil),  // 21: violin.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil), // 22: violin.v1.ListSnapshotsResponse
+	(*RestoreRequest)(nil),        // 23: violin.v1.RestoreRequest
+	(*RestoreResponse)(nil),       // 24: violin.v1.RestoreResponse
+	(*Restored)(nil),              // 25: violin.v1.Restored
+	(*ExecRequest)(nil),           // 26: violin.v1.ExecRequest
+	(*ExecResponse)(nil),          // 27: violin.v1.ExecResponse
+	(*ConsoleRequest)(nil),        // 28: violin.v1.ConsoleRequest
+	(*ConsoleResponse)(nil),       // 29: violin.v1.ConsoleResponse
+	(*ConsoleLogRequest)(nil),     // 30: violin.v1.ConsoleLogRequest
+	(*ConsoleLogResponse)(nil),    // 31: violin.v1.ConsoleLogResponse
+	(*VersionRequest)(nil),        // 32: violin.v1.VersionRequest
+	(*VersionResponse)(nil),       // 33: violin.v1.VersionResponse
+	(*VerifyRequest)(nil),         // 34: violin.v1.VerifyRequest
+	(*VerifyResponse)(nil),        // 35: violin.v1.VerifyResponse
+	(*FramesRequest)(nil),         // 36: violin.v1.FramesRequest
+	(*FramesResponse)(nil),        // 37: violin.v1.FramesResponse
+	nil,                           // 38: violin.v1.VersionResponse.FormatsEntry
+	(*timestamppb.Timestamp)(nil), // 39: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 40: google.protobuf.Duration
 }
 var file_violin_v1_violin_proto_depIdxs = []int32{
 	0,  // 0: violin.v1.Node.state:type_name -> violin.v1.NodeState
-	5,  // 1: violin.v1.Node.interfaces:type_name -> violin.v1.Interface
-	34, // 2: violin.v1.Slice.created:type_name -> google.protobuf.Timestamp
-	6,  // 3: violin.v1.Slice.nodes:type_name -> violin.v1.Node
-	4,  // 4: violin.v1.UpResponse.progress:type_name -> violin.v1.Progress
-	7,  // 5: violin.v1.UpResponse.slice:type_name -> violin.v1.Slice
-	7,  // 6: violin.v1.ListSlicesResponse.slices:type_name -> violin.v1.Slice
-	1,  // 7: violin.v1.SnapshotRequest.mode:type_name -> violin.v1.CaptureMode
-	2,  // 8: violin.v1.SnapshotRequest.newer:type_name -> violin.v1.NewerPolicy
-	34, // 9: violin.v1.SnapshotRequest.at:type_name -> google.protobuf.Timestamp
-	35, // 10: violin.v1.SnapshotRequest.hold_time:type_name -> google.protobuf.Duration
-	3,  // 11: violin.v1.SnapshotRequest.clock:type_name -> violin.v1.ClockPolicy
-	4,  // 12: violin.v1.SnapshotResponse.progress:type_name -> violin.v1.Progress
-	17, // 13: violin.v1.SnapshotResponse.snapshot:type_name -> violin.v1.Snapshot
-	35, // 14: violin.v1.SnapshotNode.pause:type_name -> google.protobuf.Duration
-	34, // 15: violin.v1.SnapshotNode.cut_at:type_name -> google.protobuf.Timestamp
-	35, // 16: violin.v1.SnapshotNode.cut_offset:type_name -> google.protobuf.Duration
-	34, // 17: violin.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
-	1,  // 18: violin.v1.Snapshot.mode:type_name -> violin.v1.CaptureMode
-	35, // 19: violin.v1.Snapshot.duration:type_name -> google.protobuf.Duration
-	35, // 20: violin.v1.Snapshot.skew:type_name -> google.protobuf.Duration
-	16, // 21: violin.v1.Snapshot.nodes:type_name -> violin.v1.SnapshotNode
-	3,  // 22: violin.v1.Snapshot.clock:type_name -> violin.v1.ClockPolicy
-	17, // 23: violin.v1.ListSnapshotsResponse.snapshots:type_name -> violin.v1.Snapshot
-	3,  // 24: violin.v1.RestoreRequest.clock:type_name -> violin.v1.ClockPolicy
-	4,  // 25: violin.v1.RestoreResponse.progress:type_name -> violin.v1.Progress
-	22, // 26: violin.v1.RestoreResponse.restored:type_name -> violin.v1.Restored
-	7,  // 27: violin.v1.Restored.slice:type_name -> violin.v1.Slice
-	17, // 28: violin.v1.Restored.snapshot:type_name -> violin.v1.Snapshot
-	35, // 29: violin.v1.Restored.duration:type_name -> google.protobuf.Duration
-	35, // 30: violin.v1.Restored.skew:type_name -> google.protobuf.Duration
-	35, // 31: violin.v1.ExecRequest.timeout:type_name -> google.protobuf.Duration
-	33, // 32: violin.v1.VersionResponse.formats:type_name -> violin.v1.VersionResponse.FormatsEntry
-	8,  // 33: violin.v1.SliceService.Up:input_type -> violin.v1.UpRequest
-	10, // 34: violin.v1.SliceService.Down:input_type -> violin.v1.DownRequest
-	12, // 35: violin.v1.SliceService.ListSlices:input_type -> violin.v1.ListSlicesRequest
-	14, // 36: violin.v1.SliceService.Snapshot:input_type -> violin.v1.SnapshotRequest
-	18, // 37: violin.v1.SliceService.ListSnapshots:input_type -> violin.v1.ListSnapshotsRequest
-	20, // 38: violin.v1.SliceService.Restore:input_type -> violin.v1.RestoreRequest
-	23, // 39: violin.v1.SliceService.Exec:input_type -> violin.v1.ExecRequest
-	25, // 40: violin.v1.SliceService.Console:input_type -> violin.v1.ConsoleRequest
-	27, // 41: violin.v1.SliceService.Version:input_type -> violin.v1.VersionRequest
-	29, // 42: violin.v1.SliceService.Verify:input_type -> violin.v1.VerifyRequest
-	31, // 43: violin.v1.SliceService.Frames:input_type -> violin.v1.FramesRequest
-	9,  // 44: violin.v1.SliceService.Up:output_type -> violin.v1.UpResponse
-	11, // 45: violin.v1.SliceService.Down:output_type -> violin.v1.DownResponse
-	13, // 46: violin.v1.SliceService.ListSlices:output_type -> violin.v1.ListSlicesResponse
-	15, // 47: violin.v1.SliceService.Snapshot:output_type -> violin.v1.SnapshotResponse
-	19, // 48: violin.v1.SliceService.ListSnapshots:output_type -> violin.v1.ListSnapshotsResponse
-	21, // 49: violin.v1.SliceService.Restore:output_type -> violin.v1.RestoreResponse
-	24, // 50: violin.v1.SliceService.Exec:output_type -> violin.v1.ExecResponse
-	26, // 51: violin.v1.SliceService.Console:output_type -> violin.v1.ConsoleResponse
-	28, // 52: violin.v1.SliceService.Version:output_type -> violin.v1.VersionResponse
-	30, // 53: violin.v1.SliceService.Verify:output_type -> violin.v1.VerifyResponse
-	32, // 54: violin.v1.SliceService.Frames:output_type -> violin.v1.FramesResponse
-	44, // [44:55] is the sub-list for method output_type
-	33, // [33:44] is the sub-list for method input_type
-	33, // [33:33] is the sub-list for extension type_name
-	33, // [33:33] is the sub-list for extension extendee
-	0,  // [0:33] is the sub-list for field type_name
+	6,  // 1: violin.v1.Node.interfaces:type_name -> violin.v1.Interface
+	8,  // 2: violin.v1.Node.disks:type_name -> violin.v1.NodeDisk
+	1,  // 3: violin.v1.NodeDisk.use:type_name -> violin.v1.DiskUse
+	39, // 4: violin.v1.Slice.created:type_name -> google.protobuf.Timestamp
+	7,  // 5: violin.v1.Slice.nodes:type_name -> violin.v1.Node
+	5,  // 6: violin.v1.UpResponse.progress:type_name -> violin.v1.Progress
+	9,  // 7: violin.v1.UpResponse.slice:type_name -> violin.v1.Slice
+	9,  // 8: violin.v1.ListSlicesResponse.slices:type_name -> violin.v1.Slice
+	2,  // 9: violin.v1.SnapshotRequest.mode:type_name -> violin.v1.CaptureMode
+	3,  // 10: violin.v1.SnapshotRequest.newer:type_name -> violin.v1.NewerPolicy
+	39, // 11: violin.v1.SnapshotRequest.at:type_name -> google.protobuf.Timestamp
+	40, // 12: violin.v1.SnapshotRequest.hold_time:type_name -> google.protobuf.Duration
+	4,  // 13: violin.v1.SnapshotRequest.clock:type_name -> violin.v1.ClockPolicy
+	5,  // 14: violin.v1.SnapshotResponse.progress:type_name -> violin.v1.Progress
+	20, // 15: violin.v1.SnapshotResponse.snapshot:type_name -> violin.v1.Snapshot
+	40, // 16: violin.v1.SnapshotNode.pause:type_name -> google.protobuf.Duration
+	39, // 17: violin.v1.SnapshotNode.cut_at:type_name -> google.protobuf.Timestamp
+	40, // 18: violin.v1.SnapshotNode.cut_offset:type_name -> google.protobuf.Duration
+	19, // 19: violin.v1.SnapshotNode.disks:type_name -> violin.v1.SnapshotDisk
+	1,  // 20: violin.v1.SnapshotDisk.use:type_name -> violin.v1.DiskUse
+	39, // 21: violin.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	2,  // 22: violin.v1.Snapshot.mode:type_name -> violin.v1.CaptureMode
+	40, // 23: violin.v1.Snapshot.duration:type_name -> google.protobuf.Duration
+	40, // 24: violin.v1.Snapshot.skew:type_name -> google.protobuf.Duration
+	18, // 25: violin.v1.Snapshot.nodes:type_name -> violin.v1.SnapshotNode
+	4,  // 26: violin.v1.Snapshot.clock:type_name -> violin.v1.ClockPolicy
+	20, // 27: violin.v1.ListSnapshotsResponse.snapshots:type_name -> violin.v1.Snapshot
+	4,  // 28: violin.v1.RestoreRequest.clock:type_name -> violin.v1.ClockPolicy
+	5,  // 29: violin.v1.RestoreResponse.progress:type_name -> violin.v1.Progress
+	25, // 30: violin.v1.RestoreResponse.restored:type_name -> violin.v1.Restored
+	9,  // 31: violin.v1.Restored.slice:type_name -> violin.v1.Slice
+	20, // 32: violin.v1.Restored.snapshot:type_name -> violin.v1.Snapshot
+	40, // 33: violin.v1.Restored.duration:type_name -> google.protobuf.Duration
+	40, // 34: violin.v1.Restored.skew:type_name -> google.protobuf.Duration
+	40, // 35: violin.v1.ExecRequest.timeout:type_name -> google.protobuf.Duration
+	38, // 36: violin.v1.VersionResponse.formats:type_name -> violin.v1.VersionResponse.FormatsEntry
+	10, // 37: violin.v1.SliceService.Up:input_type -> violin.v1.UpRequest
+	12, // 38: violin.v1.SliceService.Down:input_type -> violin.v1.DownRequest
+	14, // 39: violin.v1.SliceService.ListSlices:input_type -> violin.v1.ListSlicesRequest
+	16, // 40: violin.v1.SliceService.Snapshot:input_type -> violin.v1.SnapshotRequest
+	21, // 41: violin.v1.SliceService.ListSnapshots:input_type -> violin.v1.ListSnapshotsRequest
+	23, // 42: violin.v1.SliceService.Restore:input_type -> violin.v1.RestoreRequest
+	26, // 43: violin.v1.SliceService.Exec:input_type -> violin.v1.ExecRequest
+	28, // 44: violin.v1.SliceService.Console:input_type -> violin.v1.ConsoleRequest
+	30, // 45: violin.v1.SliceService.ConsoleLog:input_type -> violin.v1.ConsoleLogRequest
+	32, // 46: violin.v1.SliceService.Version:input_type -> violin.v1.VersionRequest
+	34, // 47: violin.v1.SliceService.Verify:input_type -> violin.v1.VerifyRequest
+	36, // 48: violin.v1.SliceService.Frames:input_type -> violin.v1.FramesRequest
+	11, // 49: violin.v1.SliceService.Up:output_type -> violin.v1.UpResponse
+	13, // 50: violin.v1.SliceService.Down:output_type -> violin.v1.DownResponse
+	15, // 51: violin.v1.SliceService.ListSlices:output_type -> violin.v1.ListSlicesResponse
+	17, // 52: violin.v1.SliceService.Snapshot:output_type -> violin.v1.SnapshotResponse
+	22, // 53: violin.v1.SliceService.ListSnapshots:output_type -> violin.v1.ListSnapshotsResponse
+	24, // 54: violin.v1.SliceService.Restore:output_type -> violin.v1.RestoreResponse
+	27, // 55: violin.v1.SliceService.Exec:output_type -> violin.v1.ExecResponse
+	29, // 56: violin.v1.SliceService.Console:output_type -> violin.v1.ConsoleResponse
+	31, // 57: violin.v1.SliceService.ConsoleLog:output_type -> violin.v1.ConsoleLogResponse
+	33, // 58: violin.v1.SliceService.Version:output_type -> violin.v1.VersionResponse
+	35, // 59: violin.v1.SliceService.Verify:output_type -> violin.v1.VerifyResponse
+	37, // 60: violin.v1.SliceService.Frames:output_type -> violin.v1.FramesResponse
+	49, // [49:61] is the sub-list for method output_type
+	37, // [37:49] is the sub-list for method input_type
+	37, // [37:37] is the sub-list for extension type_name
+	37, // [37:37] is the sub-list for extension extendee
+	0,  // [0:37] is the sub-list for field type_name
 }
 
 func init() { file_violin_v1_violin_proto_init() }
@@ -2700,26 +3044,27 @@ func file_violin_v1_violin_proto_init() {
 	if File_violin_v1_violin_proto != nil {
 		return
 	}
-	file_violin_v1_violin_proto_msgTypes[5].OneofWrappers = []any{
+	file_violin_v1_violin_proto_msgTypes[6].OneofWrappers = []any{
 		(*UpResponse_Progress)(nil),
 		(*UpResponse_Slice)(nil),
 	}
-	file_violin_v1_violin_proto_msgTypes[11].OneofWrappers = []any{
+	file_violin_v1_violin_proto_msgTypes[12].OneofWrappers = []any{
 		(*SnapshotResponse_Progress)(nil),
 		(*SnapshotResponse_Snapshot)(nil),
 	}
-	file_violin_v1_violin_proto_msgTypes[16].OneofWrappers = []any{}
-	file_violin_v1_violin_proto_msgTypes[17].OneofWrappers = []any{
+	file_violin_v1_violin_proto_msgTypes[18].OneofWrappers = []any{}
+	file_violin_v1_violin_proto_msgTypes[19].OneofWrappers = []any{
 		(*RestoreResponse_Progress)(nil),
 		(*RestoreResponse_Restored)(nil),
 	}
+	file_violin_v1_violin_proto_msgTypes[25].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_violin_v1_violin_proto_rawDesc), len(file_violin_v1_violin_proto_rawDesc)),
-			NumEnums:      4,
-			NumMessages:   30,
+			NumEnums:      5,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

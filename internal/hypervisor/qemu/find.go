@@ -31,6 +31,7 @@ func Find(ctx context.Context, spec Spec, log *slog.Logger) (*VM, error) {
 		return vm, nil
 	}
 	go vm.watch()
+	go vm.tendConsoleLog()
 	if err := priority.Calm(vm.PID()); err != nil {
 		vm.log.Debug("its priority is not as it should be", "err", err)
 	}

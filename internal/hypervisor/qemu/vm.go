@@ -121,6 +121,9 @@ func Start(ctx context.Context, l Launcher, spec Spec, incoming bool, log *slog.
 			return nil, fmt.Errorf("start QEMU: remove what an earlier one left: %w", err)
 		}
 	}
+	if err := vm.beginConsoleLog(incoming); err != nil {
+		return nil, fmt.Errorf("start QEMU of %s: %w", spec.Name, err)
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, vm.removeDisks())
@@ -160,6 +163,7 @@ func Start(ctx context.Context, l Launcher, spec Spec, incoming bool, log *slog.
 	}
 	vm.proc = child.Started(cmd)
 	go vm.watch()
+	go vm.tendConsoleLog()
 	if vm.qmp, err = qmp.Dial(ctx, vm.path("qmp.sock")); err != nil {
 		tail := vm.logTail()
 		return nil, errors.Join(fmt.Errorf("start QEMU of %s: %w%s", spec.Name, err, tail), vm.Close())
@@ -208,7 +212,7 @@ func (vm *VM) args(incoming bool, config string) []string {
 		"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max",
 		"-m", strconv.FormatUint(s.Memory>>10+oddMemory, 10) + "K", "-smp", strconv.Itoa(s.CPUs), "-S",
 		"-chardev", "socket,id=qmp,fd=3,server=on,wait=off", "-mon", "chardev=qmp,mode=control",
-		"-chardev", "socket,id=console,path=" + vm.ConsolePath() + ",server=on,wait=off,logfile=" + vm.ConsoleLog() + ",logappend=on",
+		"-chardev", "socket,id=console,path=" + vm.ConsolePath() + ",server=on,wait=off,logfile=" + vm.consoleLog() + ",logappend=on",
 		"-serial", "chardev:console",
 		"-device", "virtio-serial-pci",
 		"-chardev", "socket,id=agent,path=" + vm.AgentPath() + ",server=on,wait=off",
@@ -304,11 +308,10 @@ func quote(s string) string {
 
 func (vm *VM) path(name string) string { return filepath.Join(vm.spec.Dir, name) }
 
-// ConsolePath is the unix socket of the serial console, AgentPath that of the
-// guest agent, and ConsoleLog where all that the console printed is kept.
+// ConsolePath is the unix socket of the serial console, and AgentPath that of the
+// guest agent.
 func (vm *VM) ConsolePath() string { return vm.path("console.sock") }
 func (vm *VM) AgentPath() string   { return vm.path("agent.sock") }
-func (vm *VM) ConsoleLog() string  { return vm.path("console.log") }
 
 // PID is QEMU's process.
 func (vm *VM) PID() int { return vm.proc.PID() }

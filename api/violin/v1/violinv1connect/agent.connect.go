@@ -82,6 +82,9 @@ const (
 	// AgentServiceJoinConsoleProcedure is the fully-qualified name of the AgentService's JoinConsole
 	// RPC.
 	AgentServiceJoinConsoleProcedure = "/violin.v1.AgentService/JoinConsole"
+	// AgentServiceReadConsoleLogProcedure is the fully-qualified name of the AgentService's
+	// ReadConsoleLog RPC.
+	AgentServiceReadConsoleLogProcedure = "/violin.v1.AgentService/ReadConsoleLog"
 	// AgentServiceAwaitGoneProcedure is the fully-qualified name of the AgentService's AwaitGone RPC.
 	AgentServiceAwaitGoneProcedure = "/violin.v1.AgentService/AwaitGone"
 	// AgentServiceMarkOutputProcedure is the fully-qualified name of the AgentService's MarkOutput RPC.
@@ -276,6 +279,7 @@ type AgentServiceClient interface {
 	NodeStatus(context.Context, *v1.NodeStatusRequest) (*v1.NodeStatusResponse, error)
 	ExecNode(context.Context, *v1.ExecNodeRequest) (*v1.ExecNodeResponse, error)
 	JoinConsole(context.Context) (*connect.BidiStreamForClientSimple[v1.JoinConsoleRequest, v1.JoinConsoleResponse], error)
+	ReadConsoleLog(context.Context, *v1.ReadConsoleLogRequest) (*connect.ServerStreamForClient[v1.ReadConsoleLogResponse], error)
 	// AwaitGone returns when a node's hypervisor, or without a node the host's switch, has ended.
 	AwaitGone(context.Context, *v1.AwaitGoneRequest) (*v1.AwaitGoneResponse, error)
 	MarkOutput(context.Context, *v1.MarkOutputRequest) (*v1.MarkOutputResponse, error)
@@ -383,6 +387,12 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(agentServiceMethods.ByName("JoinConsole")),
 			connect.WithClientOptions(opts...),
 		),
+		readConsoleLog: connect.NewClient[v1.ReadConsoleLogRequest, v1.ReadConsoleLogResponse](
+			httpClient,
+			baseURL+AgentServiceReadConsoleLogProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("ReadConsoleLog")),
+			connect.WithClientOptions(opts...),
+		),
 		awaitGone: connect.NewClient[v1.AwaitGoneRequest, v1.AwaitGoneResponse](
 			httpClient,
 			baseURL+AgentServiceAwaitGoneProcedure,
@@ -424,26 +434,27 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 
 // agentServiceClient implements AgentServiceClient.
 type agentServiceClient struct {
-	describe      *connect.Client[v1.DescribeRequest, v1.DescribeResponse]
-	begin         *connect.Client[v1.BeginRequest, v1.BeginResponse]
-	end           *connect.Client[v1.EndRequest, v1.EndResponse]
-	addPeer       *connect.Client[v1.AddPeerRequest, v1.AddPeerResponse]
-	setRemotes    *connect.Client[v1.SetRemotesRequest, v1.SetRemotesResponse]
-	addGateway    *connect.Client[v1.AddGatewayRequest, v1.AddGatewayResponse]
-	addNode       *connect.Client[v1.AddNodeRequest, v1.AddNodeResponse]
-	load          *connect.Client[v1.LoadRequest, v1.LoadResponse]
-	runNode       *connect.Client[v1.RunNodeRequest, v1.RunNodeResponse]
-	continueNode  *connect.Client[v1.ContinueNodeRequest, v1.ContinueNodeResponse]
-	setClock      *connect.Client[v1.SetClockRequest, v1.SetClockResponse]
-	nodeStatus    *connect.Client[v1.NodeStatusRequest, v1.NodeStatusResponse]
-	execNode      *connect.Client[v1.ExecNodeRequest, v1.ExecNodeResponse]
-	joinConsole   *connect.Client[v1.JoinConsoleRequest, v1.JoinConsoleResponse]
-	awaitGone     *connect.Client[v1.AwaitGoneRequest, v1.AwaitGoneResponse]
-	markOutput    *connect.Client[v1.MarkOutputRequest, v1.MarkOutputResponse]
-	releaseOutput *connect.Client[v1.ReleaseOutputRequest, v1.ReleaseOutputResponse]
-	now           *connect.Client[v1.NowRequest, v1.NowResponse]
-	cut           *connect.Client[v1.CutRequest, v1.CutResponse]
-	results       *connect.Client[v1.ResultsRequest, v1.ResultsResponse]
+	describe       *connect.Client[v1.DescribeRequest, v1.DescribeResponse]
+	begin          *connect.Client[v1.BeginRequest, v1.BeginResponse]
+	end            *connect.Client[v1.EndRequest, v1.EndResponse]
+	addPeer        *connect.Client[v1.AddPeerRequest, v1.AddPeerResponse]
+	setRemotes     *connect.Client[v1.SetRemotesRequest, v1.SetRemotesResponse]
+	addGateway     *connect.Client[v1.AddGatewayRequest, v1.AddGatewayResponse]
+	addNode        *connect.Client[v1.AddNodeRequest, v1.AddNodeResponse]
+	load           *connect.Client[v1.LoadRequest, v1.LoadResponse]
+	runNode        *connect.Client[v1.RunNodeRequest, v1.RunNodeResponse]
+	continueNode   *connect.Client[v1.ContinueNodeRequest, v1.ContinueNodeResponse]
+	setClock       *connect.Client[v1.SetClockRequest, v1.SetClockResponse]
+	nodeStatus     *connect.Client[v1.NodeStatusRequest, v1.NodeStatusResponse]
+	execNode       *connect.Client[v1.ExecNodeRequest, v1.ExecNodeResponse]
+	joinConsole    *connect.Client[v1.JoinConsoleRequest, v1.JoinConsoleResponse]
+	readConsoleLog *connect.Client[v1.ReadConsoleLogRequest, v1.ReadConsoleLogResponse]
+	awaitGone      *connect.Client[v1.AwaitGoneRequest, v1.AwaitGoneResponse]
+	markOutput     *connect.Client[v1.MarkOutputRequest, v1.MarkOutputResponse]
+	releaseOutput  *connect.Client[v1.ReleaseOutputRequest, v1.ReleaseOutputResponse]
+	now            *connect.Client[v1.NowRequest, v1.NowResponse]
+	cut            *connect.Client[v1.CutRequest, v1.CutResponse]
+	results        *connect.Client[v1.ResultsRequest, v1.ResultsResponse]
 }
 
 // Describe calls violin.v1.AgentService.Describe.
@@ -564,6 +575,11 @@ func (c *agentServiceClient) JoinConsole(ctx context.Context) (*connect.BidiStre
 	return c.joinConsole.CallBidiStreamSimple(ctx)
 }
 
+// ReadConsoleLog calls violin.v1.AgentService.ReadConsoleLog.
+func (c *agentServiceClient) ReadConsoleLog(ctx context.Context, req *v1.ReadConsoleLogRequest) (*connect.ServerStreamForClient[v1.ReadConsoleLogResponse], error) {
+	return c.readConsoleLog.CallServerStream(ctx, connect.NewRequest(req))
+}
+
 // AwaitGone calls violin.v1.AgentService.AwaitGone.
 func (c *agentServiceClient) AwaitGone(ctx context.Context, req *v1.AwaitGoneRequest) (*v1.AwaitGoneResponse, error) {
 	response, err := c.awaitGone.CallUnary(ctx, connect.NewRequest(req))
@@ -629,6 +645,7 @@ type AgentServiceHandler interface {
 	NodeStatus(context.Context, *v1.NodeStatusRequest) (*v1.NodeStatusResponse, error)
 	ExecNode(context.Context, *v1.ExecNodeRequest) (*v1.ExecNodeResponse, error)
 	JoinConsole(context.Context, *connect.BidiStream[v1.JoinConsoleRequest, v1.JoinConsoleResponse]) error
+	ReadConsoleLog(context.Context, *v1.ReadConsoleLogRequest, *connect.ServerStream[v1.ReadConsoleLogResponse]) error
 	// AwaitGone returns when a node's hypervisor, or without a node the host's switch, has ended.
 	AwaitGone(context.Context, *v1.AwaitGoneRequest) (*v1.AwaitGoneResponse, error)
 	MarkOutput(context.Context, *v1.MarkOutputRequest) (*v1.MarkOutputResponse, error)
@@ -732,6 +749,12 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(agentServiceMethods.ByName("JoinConsole")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentServiceReadConsoleLogHandler := connect.NewServerStreamHandlerSimple(
+		AgentServiceReadConsoleLogProcedure,
+		svc.ReadConsoleLog,
+		connect.WithSchema(agentServiceMethods.ByName("ReadConsoleLog")),
+		connect.WithHandlerOptions(opts...),
+	)
 	agentServiceAwaitGoneHandler := connect.NewUnaryHandlerSimple(
 		AgentServiceAwaitGoneProcedure,
 		svc.AwaitGone,
@@ -798,6 +821,8 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServiceExecNodeHandler.ServeHTTP(w, r)
 		case AgentServiceJoinConsoleProcedure:
 			agentServiceJoinConsoleHandler.ServeHTTP(w, r)
+		case AgentServiceReadConsoleLogProcedure:
+			agentServiceReadConsoleLogHandler.ServeHTTP(w, r)
 		case AgentServiceAwaitGoneProcedure:
 			agentServiceAwaitGoneHandler.ServeHTTP(w, r)
 		case AgentServiceMarkOutputProcedure:
@@ -873,6 +898,10 @@ func (UnimplementedAgentServiceHandler) ExecNode(context.Context, *v1.ExecNodeRe
 
 func (UnimplementedAgentServiceHandler) JoinConsole(context.Context, *connect.BidiStream[v1.JoinConsoleRequest, v1.JoinConsoleResponse]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.AgentService.JoinConsole is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) ReadConsoleLog(context.Context, *v1.ReadConsoleLogRequest, *connect.ServerStream[v1.ReadConsoleLogResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.AgentService.ReadConsoleLog is not implemented"))
 }
 
 func (UnimplementedAgentServiceHandler) AwaitGone(context.Context, *v1.AwaitGoneRequest) (*v1.AwaitGoneResponse, error) {

@@ -61,6 +61,8 @@ const (
 	SliceServiceExecProcedure = "/violin.v1.SliceService/Exec"
 	// SliceServiceConsoleProcedure is the fully-qualified name of the SliceService's Console RPC.
 	SliceServiceConsoleProcedure = "/violin.v1.SliceService/Console"
+	// SliceServiceConsoleLogProcedure is the fully-qualified name of the SliceService's ConsoleLog RPC.
+	SliceServiceConsoleLogProcedure = "/violin.v1.SliceService/ConsoleLog"
 	// SliceServiceVersionProcedure is the fully-qualified name of the SliceService's Version RPC.
 	SliceServiceVersionProcedure = "/violin.v1.SliceService/Version"
 	// SliceServiceVerifyProcedure is the fully-qualified name of the SliceService's Verify RPC.
@@ -88,6 +90,9 @@ type SliceServiceClient interface {
 	// Console joins the node's serial console. The first request names the node; the rest carry bytes.
 	// The client may close its side and go on listening: the stream ends when the node does.
 	Console(context.Context) (*connect.BidiStreamForClientSimple[v1.ConsoleRequest, v1.ConsoleResponse], error)
+	// ConsoleLog gives what a node has printed to its serial console, as far as it is kept. With follow the stream goes
+	// on with what it prints, until the node ends.
+	ConsoleLog(context.Context, *v1.ConsoleLogRequest) (*connect.ServerStreamForClient[v1.ConsoleLogResponse], error)
 	// Version tells the versions of the server, of the API and of what the server writes.
 	Version(context.Context, *v1.VersionRequest) (*v1.VersionResponse, error)
 	// Verify checks a snapshot's certificate and what it binds. A snapshot that does not hold is an answer, not an
@@ -158,6 +163,13 @@ func NewSliceServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(sliceServiceMethods.ByName("Console")),
 			connect.WithClientOptions(opts...),
 		),
+		consoleLog: connect.NewClient[v1.ConsoleLogRequest, v1.ConsoleLogResponse](
+			httpClient,
+			baseURL+SliceServiceConsoleLogProcedure,
+			connect.WithSchema(sliceServiceMethods.ByName("ConsoleLog")),
+			connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+			connect.WithClientOptions(opts...),
+		),
 		version: connect.NewClient[v1.VersionRequest, v1.VersionResponse](
 			httpClient,
 			baseURL+SliceServiceVersionProcedure,
@@ -192,6 +204,7 @@ type sliceServiceClient struct {
 	restore       *connect.Client[v1.RestoreRequest, v1.RestoreResponse]
 	exec          *connect.Client[v1.ExecRequest, v1.ExecResponse]
 	console       *connect.Client[v1.ConsoleRequest, v1.ConsoleResponse]
+	consoleLog    *connect.Client[v1.ConsoleLogRequest, v1.ConsoleLogResponse]
 	version       *connect.Client[v1.VersionRequest, v1.VersionResponse]
 	verify        *connect.Client[v1.VerifyRequest, v1.VerifyResponse]
 	frames        *connect.Client[v1.FramesRequest, v1.FramesResponse]
@@ -253,6 +266,11 @@ func (c *sliceServiceClient) Console(ctx context.Context) (*connect.BidiStreamFo
 	return c.console.CallBidiStreamSimple(ctx)
 }
 
+// ConsoleLog calls violin.v1.SliceService.ConsoleLog.
+func (c *sliceServiceClient) ConsoleLog(ctx context.Context, req *v1.ConsoleLogRequest) (*connect.ServerStreamForClient[v1.ConsoleLogResponse], error) {
+	return c.consoleLog.CallServerStream(ctx, connect.NewRequest(req))
+}
+
 // Version calls violin.v1.SliceService.Version.
 func (c *sliceServiceClient) Version(ctx context.Context, req *v1.VersionRequest) (*v1.VersionResponse, error) {
 	response, err := c.version.CallUnary(ctx, connect.NewRequest(req))
@@ -295,6 +313,9 @@ type SliceServiceHandler interface {
 	// Console joins the node's serial console. The first request names the node; the rest carry bytes.
 	// The client may close its side and go on listening: the stream ends when the node does.
 	Console(context.Context, *connect.BidiStream[v1.ConsoleRequest, v1.ConsoleResponse]) error
+	// ConsoleLog gives what a node has printed to its serial console, as far as it is kept. With follow the stream goes
+	// on with what it prints, until the node ends.
+	ConsoleLog(context.Context, *v1.ConsoleLogRequest, *connect.ServerStream[v1.ConsoleLogResponse]) error
 	// Version tells the versions of the server, of the API and of what the server writes.
 	Version(context.Context, *v1.VersionRequest) (*v1.VersionResponse, error)
 	// Verify checks a snapshot's certificate and what it binds. A snapshot that does not hold is an answer, not an
@@ -361,6 +382,13 @@ func NewSliceServiceHandler(svc SliceServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(sliceServiceMethods.ByName("Console")),
 		connect.WithHandlerOptions(opts...),
 	)
+	sliceServiceConsoleLogHandler := connect.NewServerStreamHandlerSimple(
+		SliceServiceConsoleLogProcedure,
+		svc.ConsoleLog,
+		connect.WithSchema(sliceServiceMethods.ByName("ConsoleLog")),
+		connect.WithIdempotency(connect.IdempotencyNoSideEffects),
+		connect.WithHandlerOptions(opts...),
+	)
 	sliceServiceVersionHandler := connect.NewUnaryHandlerSimple(
 		SliceServiceVersionProcedure,
 		svc.Version,
@@ -400,6 +428,8 @@ func NewSliceServiceHandler(svc SliceServiceHandler, opts ...connect.HandlerOpti
 			sliceServiceExecHandler.ServeHTTP(w, r)
 		case SliceServiceConsoleProcedure:
 			sliceServiceConsoleHandler.ServeHTTP(w, r)
+		case SliceServiceConsoleLogProcedure:
+			sliceServiceConsoleLogHandler.ServeHTTP(w, r)
 		case SliceServiceVersionProcedure:
 			sliceServiceVersionHandler.ServeHTTP(w, r)
 		case SliceServiceVerifyProcedure:
@@ -445,6 +475,10 @@ func (UnimplementedSliceServiceHandler) Exec(context.Context, *v1.ExecRequest) (
 
 func (UnimplementedSliceServiceHandler) Console(context.Context, *connect.BidiStream[v1.ConsoleRequest, v1.ConsoleResponse]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.SliceService.Console is not implemented"))
+}
+
+func (UnimplementedSliceServiceHandler) ConsoleLog(context.Context, *v1.ConsoleLogRequest, *connect.ServerStream[v1.ConsoleLogResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.SliceService.ConsoleLog is not implemented"))
 }
 
 func (UnimplementedSliceServiceHandler) Version(context.Context, *v1.VersionRequest) (*v1.VersionResponse, error) {
