@@ -20,7 +20,8 @@ func (a *app) psCommand() *cobra.Command {
 		Use:   "ps [SLICE]",
 		Short: "List the slices that run or are suspended, and their nodes",
 		Long: `List the slices that run or are suspended, and their nodes. A node that died stays in
-the list, with the reason as far as it is known. HEAD is the snapshot that the slice
+the list, with the reason as far as it is known; one is away whose host's agent is not
+connected, and as far as is known it runs on. HEAD is the snapshot that the slice
 descends from last; of a fork it names that snapshot's slice, too.`,
 		Args:              cobra.MaximumNArgs(1),
 		ValidArgsFunction: a.completion(sliceNames),
@@ -112,6 +113,8 @@ func sliceState(s *violinv1.Slice, counts map[violinv1.NodeState]int) string {
 		return "suspended"
 	case counts[violinv1.NodeState_NODE_STATE_DEAD] > 0:
 		return "broken"
+	case counts[violinv1.NodeState_NODE_STATE_AWAY] > 0:
+		return "away"
 	case s.GetCutting():
 		return "cutting"
 	case counts[violinv1.NodeState_NODE_STATE_STARTING] > 0:

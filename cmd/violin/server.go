@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
+	"os/signal"
 	"runtime"
 	"strconv"
 	"time"
@@ -30,7 +31,9 @@ func (a *app) serverCommand() *cobra.Command {
 		Short: "Run the server in the foreground",
 		Long: `Run the server of this machine in the foreground, with its log on stderr. This is
 seldom needed: 'violin up' and others start it in the background. It ends with
-SIGTERM or Ctrl-C, and every slice ends with it.
+SIGTERM or Ctrl-C, and every slice ends with it, but for those on hosts that have joined:
+with SIGTERM they run on, and the next server goes on with them. So it does after a
+server that was killed.
 
 The API is HTTP (Connect, gRPC, JSON) on the unix socket server.sock in the run
 directory, for its user only:
@@ -81,6 +84,8 @@ func (a *app) serve(ctx context.Context, listen string, idleExit time.Duration, 
 	logger := slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: level}))
 	runtime.GOMAXPROCS(runtime.NumCPU() + spareProcessors)
 	raisePriority(logger)
+	interrupted := make(chan os.Signal, 1)
+	signal.Notify(interrupted, os.Interrupt)
 	err = daemon.Serve(ctx, daemon.Config{
 		Dirs:     dirs,
 		IdleExit: idleExit,
@@ -88,7 +93,8 @@ func (a *app) serve(ctx context.Context, listen string, idleExit time.Duration, 
 		Version:  violinVersion(),
 		Logger:   logger,
 		Start: func(ctx context.Context) (daemon.Service, error) {
-			s, err := server.New(ctx, server.Config{StateDir: dirs.State, Storage: storage, RunDir: dirs.Run, Logger: logger, Version: violinVersion(), Listen: listen})
+			s, err := server.New(ctx, server.Config{StateDir: dirs.State, Storage: storage, RunDir: dirs.Run, Logger: logger, Version: violinVersion(), Listen: listen,
+				Leave: func() bool { return len(interrupted) == 0 }})
 			if err != nil {
 				return nil, err
 			}

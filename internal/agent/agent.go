@@ -173,6 +173,9 @@ type node struct {
 	ports []*port
 	disks map[string]store.BlobRef // its disks as of the last snapshot that counts; of the cut that runs
 
+	running sync.Mutex // held while it is let run
+	began   time.Time  // that it has been, by this agent or before it; zero if not
+
 	mu       sync.Mutex // guards what follows; held while frames are given to the guest, so that they stay in order
 	gate     *cut.Gate[arrival]
 	arrived  time.Time // of the last frame that the switch handed over and did not deliver

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"violin/internal/child"
 	"violin/internal/coloring"
@@ -142,6 +143,8 @@ func (a *Agent) findNode(ctx context.Context, e nodeEntry) error {
 	n := &node{spec: e.Spec, gate: cut.NewGate[arrival](color.Epoch, a.cfg.Limits)}
 	if color.Closed || !e.Whole {
 		n.gate.Close()
+	} else {
+		n.began = time.Now() // which opened it
 	}
 	spec := e.Spec.Machine
 	spec.Dir = a.dirOf(e.Spec)

@@ -148,11 +148,17 @@ func (a *Agent) LoadStream(ctx context.Context, slice, name string, write func(i
 
 // RunNode lets a node's vCPUs run, gives it the channel state at the frames'
 // relative times, in order, and only then opens its gate. It returns when the
-// vCPUs began to run.
+// vCPUs began to run. One that has been let run is left as it is: a server that comes
+// back may say it again.
 func (a *Agent) RunNode(ctx context.Context, slice, name string, channel []frames.Frame, receivers []frames.Receiver) (time.Time, error) {
 	n, err := a.node(slice, name)
 	if err != nil {
 		return time.Time{}, err
+	}
+	n.running.Lock()
+	defer n.running.Unlock()
+	if !n.began.IsZero() {
+		return n.began, nil
 	}
 	began, err := n.vm.Resume(ctx)
 	if err != nil {
@@ -176,7 +182,11 @@ func (a *Agent) RunNode(ctx context.Context, slice, name string, channel []frame
 			return time.Time{}, fmt.Errorf("node %q: give it its channel state: %w", name, err)
 		}
 	}
-	return began, a.open(ctx, n)
+	if err := a.open(ctx, n); err != nil {
+		return time.Time{}, err
+	}
+	n.began = began
+	return began, nil
 }
 
 // ContinueNode lets the vCPUs of a node that a cut has halted run again.

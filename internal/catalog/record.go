@@ -1,7 +1,6 @@
 package catalog
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -65,24 +64,9 @@ func recordName(slice string) string { return recordDir + "/" + slice + ".json" 
 
 func parseRecord(doc []byte) (*Record, error) {
 	damaged := func(err error) (*Record, error) { return nil, fmt.Errorf("%w: %w", store.ErrDamaged, err) }
-	var head struct {
-		Format  string
-		Version int
-	}
-	if err := json.Unmarshal(doc, &head); err != nil {
-		return damaged(err)
-	}
-	switch {
-	case head.Format != recordFormat:
-		return damaged(fmt.Errorf("format %q, want %q", head.Format, recordFormat))
-	case head.Version < 1 || head.Version > recordVersion:
-		return nil, fmt.Errorf("slice's record has format version %d, this violin reads version %d and older; use a later violin", head.Version, recordVersion)
-	}
-	dec := json.NewDecoder(bytes.NewReader(doc))
-	dec.DisallowUnknownFields()
 	var d recordDocument
-	if err := dec.Decode(&d); err != nil {
-		return damaged(err)
+	if err := parseNote(doc, "slice's record", recordFormat, recordVersion, &d); err != nil {
+		return nil, err
 	}
 	if d.Record == nil {
 		return damaged(errors.New("there is no record in it"))

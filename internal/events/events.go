@@ -34,7 +34,8 @@ const (
 	CheckpointFailed Kind = "checkpoint-failed"
 	NodeDied         Kind = "node-died"
 	HostLost         Kind = "host-lost"
-	ServerReturned   Kind = "server-returned" // and a protected slice had ended with the one before
+	ServerReturned   Kind = "server-returned" // and a slice had ended with the one before, if it was protected, or waits for its hosts
+	Adopted          Kind = "adopted"         // by a server that came back: all its hosts are there, and it runs on
 	RollbackBegun    Kind = "rollback-begun"
 	RolledBack       Kind = "rolled-back"
 	RollbackFailed   Kind = "rollback-failed"

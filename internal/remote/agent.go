@@ -68,6 +68,56 @@ func (a *Agent) call(ctx context.Context, f func(context.Context, violinv1connec
 	return nil
 }
 
+// Run is the name of what the host runs of the slice.
+func (a *Agent) Run() string { return a.run }
+
+// Begin makes the host ready for the slice.
+func (a *Agent) Begin(ctx context.Context) error {
+	return a.call(ctx, func(ctx context.Context, c violinv1connect.AgentServiceClient) error {
+		_, err := c.Begin(ctx, &violinv1.BeginRequest{Run: a.run, Slice: a.slice})
+		return err
+	})
+}
+
+// Away tells why the host's agent cannot be called; nil if it is connected.
+func (a *Agent) Away() error {
+	_, err := a.host.now()
+	return err
+}
+
+// AwaitConnected waits until the host's agent is connected; false if ctx ends, or the
+// run, before.
+func (a *Agent) AwaitConnected(ctx context.Context) bool {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(a.life, cancel)()
+	for {
+		a.host.mu.Lock()
+		connected, changed := a.host.client != nil, a.host.changed
+		a.host.mu.Unlock()
+		if connected {
+			return true
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
+// Part ends what the server does with the run, which goes on: for the next server.
+func (a *Agent) Part() {
+	a.end()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.cut != nil {
+		a.cut.cancel()
+	}
+	a.host.ingest.close(a.session)
+	a.host.supply.close(a.run)
+}
+
 // Underlay is where the host is attached to what joins the hosts.
 func (a *Agent) Underlay() agent.Underlay {
 	a.host.mu.Lock()
@@ -75,8 +125,8 @@ func (a *Agent) Underlay() agent.Underlay {
 	return a.host.machine.Underlay
 }
 
-// Peer is the host's number among those that have joined: the same for all of them, as
-// long as the server runs.
+// Peer is the host's number among those that have joined: the same for all slices, and
+// for as long as one of them runs there.
 func (a *Agent) Peer() uint16 { return a.host.number }
 
 // AddPeer joins the host to another one.
@@ -421,14 +471,7 @@ func (a *Agent) Results(_, id string) (agent.HostResult, error) {
 func (a *Agent) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), closeBound)
 	defer cancel()
-	a.end()
-	a.mu.Lock()
-	if a.cut != nil {
-		a.cut.cancel()
-	}
-	a.host.ingest.close(a.session)
-	a.mu.Unlock()
-	a.host.supply.close(a.run)
+	a.Part()
 	err := a.call(ctx, func(ctx context.Context, c violinv1connect.AgentServiceClient) error {
 		_, err := c.End(ctx, &violinv1.EndRequest{Run: a.run})
 		return err

@@ -3,6 +3,7 @@ package remote
 import (
 	"context"
 	"crypto/tls"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -18,6 +19,7 @@ import (
 	"sync"
 	"time"
 
+	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
 
 	violinv1 "violin/api/violin/v1"
@@ -74,6 +76,7 @@ type Host struct {
 	log   *slog.Logger
 	stock stock
 
+	fence    *fence
 	underlay agent.Underlay
 	device   *machine.Device // nil where a test has none
 
@@ -122,6 +125,13 @@ func ServeHost(ctx context.Context, cfg HostConfig) error {
 	}
 	config, err := cfg.Identity.Config()
 	if err != nil {
+		return err
+	}
+	authority, err := cfg.Identity.Authority()
+	if err != nil {
+		return err
+	}
+	if h.fence, err = newFence(filepath.Join(cfg.Dir, termFile), hex.EncodeToString(authority[:]), cfg.Identity.Host); err != nil {
 		return err
 	}
 	retry := firstRetry
@@ -174,6 +184,7 @@ const (
 	deviceFile = "device.json" // the underlay's device as it was before the switch took it
 	runsDir    = "runs"
 	runSuffix  = ".json"
+	termFile   = "term.json" // of the server that was obeyed last
 )
 
 func (h *Host) dir() string { return filepath.Join(h.cfg.Dir, sharedDir) }
@@ -339,8 +350,8 @@ func (h *Host) connect(ctx context.Context, config *tls.Config) error {
 		return err
 	}
 	mux := http.NewServeMux()
-	mux.Handle(violinv1connect.NewAgentServiceHandler(h, serveOptions(h.log)...))
-	mux.Handle(violinv1connect.NewProvisionServiceHandler(h, serveOptions(h.log)...))
+	mux.Handle(violinv1connect.NewAgentServiceHandler(h, append(serveOptions(h.log), connect.WithInterceptors(h.fence))...))
+	mux.Handle(violinv1connect.NewProvisionServiceHandler(h, append(serveOptions(h.log), connect.WithInterceptors(h.fence))...))
 	l, err := newLink(conn, true, mux, h.log)
 	if err != nil {
 		return err

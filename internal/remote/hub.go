@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -33,8 +32,21 @@ type HubConfig struct {
 	Authority *trust.Authority
 	Images    string // the directory that hosts, too, have images in
 	// Users takes connections that are no agents'. It is not to wait for their ends.
-	Users  func(*tls.Conn)
+	Users func(*tls.Conn)
+	// Term is greater than that of any server before this one. Agents obey no server of a
+	// term that is lower than one that they have obeyed.
+	Term uint64
+	// Runs are what servers before this one have begun, and what is to go on. Agents end
+	// all else that they run.
+	Runs   []Run
 	Logger *slog.Logger
+}
+
+// Run is what a host runs of a slice, as it was noted.
+type Run struct {
+	Host, Slice string
+	Name        string // of the run
+	Peer        uint16 // the host's number among the hosts
 }
 
 // Hub is a server's end of its agents' connections.
@@ -101,8 +113,24 @@ func Listen(ctx context.Context, cfg HubConfig) (*Hub, error) {
 		return nil, fmt.Errorf("listen for agents on %s: %w", cfg.Address, err)
 	}
 	h.lifetime, h.end = context.WithCancel(context.Background())
+	h.goOn(cfg.Runs)
 	h.serving.Go(func() { h.accept(config) })
 	return h, nil
+}
+
+// goOn makes known what is to go on, before any agent can ask.
+func (h *Hub) goOn(runs []Run) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, r := range runs {
+		j := h.hostLocked(r.Host, r.Peer)
+		j.running[r.Name] = newAgent(j, r.Slice, r.Name)
+	}
+}
+
+// agentOptions are those of all calls to agents.
+func (h *Hub) agentOptions() []connect.ClientOption {
+	return append(callOptions(), connect.WithInterceptors(asTerm(h.cfg.Term)))
 }
 
 // Address is where the hub listens.
@@ -200,14 +228,28 @@ func (e enroll) Enroll(_ context.Context, req *violinv1.EnrollRequest) (*violinv
 func (h *Hub) host(name string) *joined {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	j := h.hosts[name]
-	if j == nil {
-		j = &joined{
-			hub: h, name: name, number: uint16(len(h.hosts) + 1), running: map[string]*Agent{}, log: h.log.With("host", name), changed: make(chan struct{}),
-			ingest: &ingest{sessions: map[string]*store.Session{}}, supply: &supply{runs: map[string]*offer{}},
-		}
-		h.hosts[name] = j
+	return h.hostLocked(name, 0)
+}
+
+// hostLocked returns a host; a new one gets the number, or for 0 one that none has.
+func (h *Hub) hostLocked(name string, number uint16) *joined {
+	if j := h.hosts[name]; j != nil {
+		return j
 	}
+	taken := map[uint16]bool{}
+	for _, j := range h.hosts {
+		taken[j.number] = true
+	}
+	for n := uint16(1); number == 0; n++ {
+		if !taken[n] {
+			number = n
+		}
+	}
+	j := &joined{
+		hub: h, name: name, number: number, running: map[string]*Agent{}, log: h.log.With("host", name), changed: make(chan struct{}),
+		ingest: &ingest{sessions: map[string]*store.Session{}}, supply: &supply{runs: map[string]*offer{}},
+	}
+	h.hosts[name] = j
 	return j
 }
 
@@ -223,7 +265,7 @@ func (h *Hub) serve(conn *tls.Conn, name string) {
 		return
 	}
 	defer l.close()
-	client := violinv1connect.NewAgentServiceClient(l.client, "http://agent", callOptions()...)
+	client := violinv1connect.NewAgentServiceClient(l.client, "http://agent", h.agentOptions()...)
 	machine, err := j.describe(h.lifetime, client)
 	if err != nil {
 		j.log.Warn("an agent that connected does not answer", "err", err)
@@ -422,20 +464,27 @@ func (j *joined) slices() []string {
 	return names
 }
 
-// Begin makes a host ready for a slice.
-func (h *Hub) Begin(ctx context.Context, name, slice string) (*Agent, error) {
-	j := h.host(name)
-	a := &Agent{host: j, slice: slice, run: rand.Text()}
+func newAgent(j *joined, slice, run string) *Agent {
+	a := &Agent{host: j, slice: slice, run: run}
 	a.life, a.end = context.WithCancel(context.Background())
+	return a
+}
+
+// Reserve returns the agent of a host for a slice that is to begin there: by
+// [Agent.Begin], once it is noted.
+func (h *Hub) Reserve(name, slice string) *Agent {
+	j := h.host(name)
+	a := newAgent(j, slice, rand.Text())
 	j.mu.Lock()
+	defer j.mu.Unlock()
 	j.running[a.run] = a
-	j.mu.Unlock()
-	err := a.call(ctx, func(ctx context.Context, c violinv1connect.AgentServiceClient) error {
-		_, err := c.Begin(ctx, &violinv1.BeginRequest{Run: a.run, Slice: slice})
-		return err
-	})
-	if err != nil {
-		return nil, errors.Join(err, a.Close())
-	}
-	return a, nil
+	return a
+}
+
+// GoesOn returns the agent for a run of [HubConfig.Runs]; nil if there is no such.
+func (h *Hub) GoesOn(host, run string) *Agent {
+	j := h.host(host)
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.running[run]
 }

@@ -58,7 +58,10 @@ func newCable(t *testing.T, to string) *cable {
 			if err != nil {
 				return
 			}
-			b, err := net.Dial("tcp", c.to)
+			c.mu.Lock()
+			to := c.to
+			c.mu.Unlock()
+			b, err := net.Dial("tcp", to)
 			c.mu.Lock()
 			if err != nil || c.out {
 				a.Close()
@@ -177,12 +180,13 @@ type world struct {
 	agent *Agent
 	store *store.Store
 
-	identity *trust.Identity
-	cfg      HostConfig
-	end      func() error // of the host's agent
-	leave    atomic.Bool  // it then leaves what runs
-	found    string       // the directory that an agent took over from
-	lost     error        // why it can't
+	authority *trust.Authority
+	identity  *trust.Identity
+	cfg       HostConfig
+	end       func() error // of the host's agent
+	leave     atomic.Bool  // it then leaves what runs
+	found     string       // the directory that an agent took over from
+	lost      error        // why it can't
 }
 
 // serve runs the host's agent until end.
@@ -209,11 +213,8 @@ func newWorldAt(t *testing.T, now func() time.Time) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &world{host: newHost()}
-	if w.hub, err = Listen(t.Context(), HubConfig{Address: "127.0.0.1:0", Authority: authority, Images: filepath.Join(t.TempDir(), "images"), Logger: log}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { w.hub.Close() })
+	w := &world{host: newHost(), authority: authority}
+	w.listen(t, log, 2, nil)
 	if w.store, err = store.Open(t.Context(), t.TempDir(), store.Options{Logger: log}); err != nil {
 		t.Fatal(err)
 	}
@@ -246,10 +247,27 @@ func newWorldAt(t *testing.T, now func() time.Time) *world {
 		}
 	})
 	w.await(t, true)
-	if w.agent, err = w.hub.Begin(t.Context(), "alpha", "s"); err != nil {
+	w.agent = w.hub.Reserve("alpha", "s")
+	if err := w.agent.Begin(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	return w
+}
+
+// listen begins with a hub, a server's of a term.
+func (w *world) listen(t *testing.T, log *slog.Logger, term uint64, runs []Run) {
+	t.Helper()
+	hub, err := Listen(t.Context(), HubConfig{Address: "127.0.0.1:0", Authority: w.authority, Images: filepath.Join(t.TempDir(), "images"), Term: term, Runs: runs, Logger: log})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { hub.Close() })
+	w.hub = hub
+	if w.cable != nil {
+		w.cable.mu.Lock()
+		w.cable.to = hub.Address()
+		w.cable.mu.Unlock()
+	}
 }
 
 // await waits until the host is connected, or is not.
@@ -353,8 +371,8 @@ func TestCalls(t *testing.T) {
 	<-gone
 
 	// Another slice beside it, and the first goes.
-	other, err := w.hub.Begin(ctx, "alpha", "other")
-	if err != nil {
+	other := w.hub.Reserve("alpha", "other")
+	if err := other.Begin(ctx); err != nil {
 		t.Fatal(err)
 	}
 	if hosts, err := w.hub.Hosts(); err != nil || !slices.Equal(hosts[0].Slices, []string{"other", "s"}) {

@@ -228,7 +228,9 @@ func (h *Host) RunNode(ctx context.Context, req *violinv1.RunNodeRequest) (*viol
 		}
 		channel = append(channel, frames.Frame{Receiver: int(f.GetInterface()), Epoch: e, At: f.GetAt().AsDuration(), Data: f.GetData()})
 	}
-	began, err := r.agent.RunNode(ctx, r.slice, req.GetNode(), channel, receivers)
+	// Without its server it is still let run: half of its channel state, and a gate that
+	// stays closed, would be no state of the node.
+	began, err := r.agent.RunNode(context.WithoutCancel(ctx), r.slice, req.GetNode(), channel, receivers)
 	if err != nil {
 		return nil, err
 	}
@@ -443,7 +445,9 @@ func (h *Host) Cut(ctx context.Context, s *connect.BidiStream[violinv1.CutReques
 			r.box.open()
 		}
 		r.agent.Handle(o, r.box.put)
-		if m, err = s.Receive(); err != nil {
+		if m, err = s.Receive(); connect.CodeOf(err) == connect.CodeAborted {
+			return err // another server is obeyed
+		} else if err != nil {
 			return nil // the server has what it wanted, or is gone
 		}
 		if m.GetRun() != r.id {

@@ -144,8 +144,8 @@ func TestFetchGoesOn(t *testing.T) {
 	}); err != nil || first != 7*filePart {
 		t.Errorf("went on at %d: %v", first, err)
 	}
-	other, err := w.hub.Begin(t.Context(), "alpha", "other")
-	if err != nil {
+	other := w.hub.Reserve("alpha", "other")
+	if err := other.Begin(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	defer other.Close()

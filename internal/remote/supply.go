@@ -177,7 +177,7 @@ func (j *joined) provision() (*link, violinv1connect.ProvisionServiceClient, err
 	if j.link == nil {
 		return nil, nil, fmt.Errorf("host %s: its agent is not connected", j.name)
 	}
-	return j.link, violinv1connect.NewProvisionServiceClient(j.link.client, "http://agent", callOptions()...), nil
+	return j.link, violinv1connect.NewProvisionServiceClient(j.link.client, "http://agent", j.hub.agentOptions()...), nil
 }
 
 // has tells whether a connection is the host's still.

@@ -33,8 +33,10 @@ type bringing struct {
 
 // waiting is what a slice that was brought to a snapshot waits with.
 type waiting struct {
-	channel *frames.ChannelState
-	clock   string
+	channel  *frames.ChannelState // nil if it has to be read first
+	snapshot string               // that has it
+	clock    string
+	begun    bool // some nodes may run
 }
 
 func newGeneration() string { return uuid.NewString() }
@@ -111,7 +113,7 @@ func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.
 			if err := sl.follow(); err != nil {
 				return err
 			}
-			sl.waiting = &waiting{channel: channel, clock: b.clock}
+			sl.waiting = &waiting{channel: channel, snapshot: b.snap.Ref(), clock: b.clock}
 			return nil
 		}
 		skew, err = sl.run(ctx, channel)
@@ -226,18 +228,61 @@ func (s *Server) Continue(ctx context.Context, req *violinv1.ContinueRequest) (*
 	}
 	sl.mu.Lock()
 	w := sl.waiting
-	sl.waiting = nil
-	sl.mu.Unlock()
-	if w == nil {
-		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("slice %q is not paused", req.GetSlice()))
+	begun := w != nil && w.begun
+	if w != nil {
+		w.begun = true
 	}
-	// Half of the nodes running would be no state of the slice: it is not given up on
-	// the way.
-	if _, err := sl.run(context.WithoutCancel(ctx), w.channel); err != nil {
-		err = errors.Join(err, sl.close())
-		s.settle(req.GetSlice(), nil)
-		return nil, apiError(fmt.Errorf("continue slice %q, which is stopped now: %w", req.GetSlice(), err))
+	sl.mu.Unlock()
+	switch {
+	case w == nil:
+		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("slice %q is not paused", req.GetSlice()))
+	case begun:
+		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("slice %q is being continued just now", req.GetSlice()))
+	}
+	if err := s.letRun(context.WithoutCancel(ctx), sl, w); err != nil {
+		return nil, apiError(err)
 	}
 	notes := sl.setClocks(ctx, w.clock, func(_, _, _ string) {})
 	return &violinv1.ContinueResponse{Slice: s.message(ctx, sl), FramesInjected: uint64(len(w.channel.Frames)), Notes: notes}, nil
+}
+
+// letRun lets a slice run that waits at a snapshot. Half of the nodes running would be no
+// state of the slice: it is not given up on the way, and a node that runs already is left
+// as it is.
+func (s *Server) letRun(ctx context.Context, sl *slice, w *waiting) (err error) {
+	name := sl.topo.Slice
+	defer func() {
+		if err != nil {
+			sl.mu.Lock()
+			w.begun = false
+			sl.mu.Unlock()
+			err = fmt.Errorf("continue slice %q: %w", name, err)
+		}
+	}()
+	if w.channel == nil {
+		snap, err := s.catalog.Resolve(ctx, w.snapshot)
+		if err != nil {
+			return err
+		}
+		if w.channel, err = s.channelOf(ctx, snap); err != nil {
+			return err
+		}
+	}
+	if err := s.note(ctx, sl, func(r *catalog.Run) {
+		r.Waiting = &catalog.Waiting{Snapshot: w.snapshot, Clock: w.clock, Begun: true}
+	}); err != nil {
+		return err
+	}
+	if _, err := sl.run(ctx, w.channel); err != nil {
+		err = errors.Join(err, sl.close())
+		s.settle(name, nil)
+		return fmt.Errorf("it is stopped now: %w", err)
+	}
+	sl.mu.Lock()
+	sl.waiting = nil
+	sl.mu.Unlock()
+	if err := s.note(ctx, sl, func(r *catalog.Run) { r.Waiting = nil }); err != nil {
+		s.log.Error("a slice runs that is still noted as paused", "slice", name, "err", err) // the next server lets it run, too
+	}
+	return nil
 }

@@ -175,6 +175,9 @@ func (s *Server) lookout(sl *slice) {
 	}
 	for host, a := range sl.agents {
 		await(a.SwitchGone(), func() loss {
+			if err := sl.away(host); err != nil {
+				return loss{kind: events.HostLost, host: host, text: err.Error()}
+			}
 			return loss{kind: events.HostLost, host: host, text: "the switch of host " + host + " ended"}
 		})
 	}
@@ -353,8 +356,11 @@ func (s *Server) giveUp(name, why string) {
 func (s *Server) bringBack() {
 	for _, name := range slices.Sorted(maps.Keys(s.records)) {
 		r := s.records[name]
-		if r.Protection == nil || r.Protection.GaveUp || r.Suspended != nil {
+		if r.Protection == nil || r.Protection.GaveUp || r.Suspended != nil || s.elsewhere[name] {
 			continue
+		}
+		if _, err := s.slice(name); err == nil {
+			continue // it runs on
 		}
 		s.rolling.Add(1)
 		s.guards.Go(func() {

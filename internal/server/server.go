@@ -47,6 +47,9 @@ type Config struct {
 	// Listen is the address and port where agents of other machines, and users, are taken
 	// in; empty for none.
 	Listen string
+	// Leave, at the end, tells whether what runs on hosts that have joined is left to the
+	// next server; nil for no.
+	Leave func() bool
 }
 
 // Server implements the API. It holds the slices that run.
@@ -70,6 +73,9 @@ type Server struct {
 
 	recording sync.Mutex // held while a record is changed
 	naming    sync.Mutex // held while it is settled whose a slice's name is
+
+	term      uint64          // among the servers of the store, in their order; 0 without [Config.Listen]
+	elsewhere map[string]bool // slices that run on hosts that have joined, without [Config.Listen]
 
 	forsaken map[string]bool // slices that are to be taken down when they have been rolled back
 
@@ -96,7 +102,7 @@ func New(ctx context.Context, config Config) (*Server, error) {
 		return nil, err
 	}
 	s := &Server{
-		cfg: config, log: config.Logger, store: st, catalog: catalog.New(st), slices: map[string]*slice{}, forsaken: map[string]bool{}, followed: map[string]int{}, arriving: map[string]demand{},
+		cfg: config, log: config.Logger, store: st, catalog: catalog.New(st), slices: map[string]*slice{}, elsewhere: map[string]bool{}, forsaken: map[string]bool{}, followed: map[string]int{}, arriving: map[string]demand{},
 		urgency: &priority.Shared{PID: os.Getpid(), Keep: priority.Lowered, Log: config.Logger},
 	}
 	if s.records, err = s.catalog.Records(ctx, func(_ string, err error) {
@@ -108,25 +114,31 @@ func New(ctx context.Context, config Config) (*Server, error) {
 		return nil, errors.Join(err, st.Close())
 	}
 	s.api = access.Handler(s, s, s.log)
-	if config.Listen != "" {
-		if err := s.listen(ctx); err != nil {
-			return nil, errors.Join(err, s.events.Close(), st.Close())
-		}
-	}
 	s.life, s.end = context.WithCancel(context.WithoutCancel(ctx))
+	noted, err := s.noted(ctx)
+	if err == nil && config.Listen != "" {
+		err = s.listen(ctx, hubRuns(noted))
+	}
+	if err == nil {
+		err = s.adopt(noted)
+	}
+	if err != nil {
+		s.leaveRuns()
+		return nil, errors.Join(err, s.Close())
+	}
 	s.bringBack()
 	return s, nil
 }
 
-func (s *Server) listen(ctx context.Context) (err error) {
+func (s *Server) listen(ctx context.Context, runs []remote.Run) (err error) {
+	if s.term, err = s.catalog.NextTerm(ctx); err != nil {
+		return err
+	}
 	if s.authority, err = trust.OpenAuthority(filepath.Join(s.cfg.StateDir, "ca")); err != nil {
 		return err
 	}
 	s.door = access.NewDoor(s.authority, s.api, s.log)
-	s.hub, err = remote.Listen(ctx, remote.HubConfig{Address: s.cfg.Listen, Authority: s.authority, Images: s.images(), Users: s.door.Take, Logger: s.log})
-	if err != nil {
-		s.door.Close()
-	}
+	s.hub, err = remote.Listen(ctx, remote.HubConfig{Address: s.cfg.Listen, Authority: s.authority, Images: s.images(), Users: s.door.Take, Term: s.term, Runs: runs, Logger: s.log})
 	return err
 }
 
@@ -141,13 +153,17 @@ func (s *Server) Busy() bool {
 	return len(s.slices) > 0 || s.rolling.Load() > 0 || s.door != nil && len(s.door.Connections()) > 0
 }
 
-// Close stops every slice and releases what the server holds.
+// Close stops every slice, but for those that are to be left, and releases what the
+// server holds.
 func (s *Server) Close() error {
 	if s.door != nil {
 		s.door.Close()
 	}
 	s.end()
 	s.guards.Wait()
+	if s.cfg.Leave != nil && s.cfg.Leave() {
+		s.leaveRuns()
+	}
 	s.mu.Lock()
 	running := s.slices
 	s.slices = map[string]*slice{}
@@ -165,6 +181,19 @@ func (s *Server) Close() error {
 	return errors.Join(errs...)
 }
 
+// leaveRuns leaves what runs on hosts that have joined to the next server.
+func (s *Server) leaveRuns() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for name, sl := range s.slices {
+		if sl != nil && sl.joined {
+			s.log.Info("what runs on hosts that have joined is left to the next server", "slice", name)
+			sl.leave()
+			delete(s.slices, name)
+		}
+	}
+}
+
 // slice returns a slice that runs.
 func (s *Server) slice(name string) (*slice, error) {
 	s.mu.Lock()
@@ -174,6 +203,9 @@ func (s *Server) slice(name string) (*slice, error) {
 	}
 	if _, ok := s.slices[name]; ok {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("slice %q is not up yet", name))
+	}
+	if err := s.runsElsewhereLocked(name); err != nil {
+		return nil, err
 	}
 	if r := s.records[name]; r != nil && r.Suspended != nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("slice %q is suspended; `violin resume %s` lets it go on", name, name))
@@ -185,6 +217,9 @@ func (s *Server) slice(name string) (*slice, error) {
 func (s *Server) claim(name string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if err := s.runsElsewhereLocked(name); err != nil {
+		return err
+	}
 	switch sl, ok := s.slices[name]; {
 	case ok && sl == nil:
 		return connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("slice %q is coming up or going down just now; wait until it has", name))

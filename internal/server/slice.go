@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"path/filepath"
-	"slices"
 	"sync"
 	"time"
 
@@ -21,6 +20,7 @@ import (
 	"violin/internal/cut"
 	"violin/internal/fabric"
 	"violin/internal/lab"
+	"violin/internal/remote"
 	"violin/internal/store"
 	"violin/internal/topology"
 )
@@ -43,6 +43,10 @@ type slice struct {
 	losing  sync.Once
 	changed chan struct{} // has an element if the slice's protection is another
 
+	noting sync.Mutex   // held while what is noted is changed
+	noted  *catalog.Run // what the catalog has, never changed in place; nil for nothing
+	forget func() error // forgets it; nil for nothing to forget
+
 	mu      sync.Mutex
 	head    string   // the snapshot it descends from
 	origin  string   // the slice of head, if that is another
@@ -51,6 +55,18 @@ type slice struct {
 	boot       map[string][]catalog.BootFile // by node, as they were when it came up
 	generation map[string]string             // by node, its VM generation id, if it has one
 	disks      map[string][]catalog.Disk     // by node, without what a snapshot tells of them
+}
+
+func newSlice(topo *topology.Topology) *slice {
+	return &slice{topo: topo, created: time.Now(), agents: map[string]hostAgent{},
+		stopped: make(chan struct{}), broken: make(chan struct{}), changed: make(chan struct{}, 1)}
+}
+
+// coordination is what a slice's coordinator finds.
+func (s *Server) coordination(sl *slice, epoch cut.Epoch) coordinator.Config {
+	return coordinator.Config{
+		Slice: sl.topo.Slice, Epoch: epoch, Hosts: sl.hosts(), Nodes: sl.nodesByHost(), Networks: sl.networks(), Logger: s.log,
+	}
 }
 
 // build brings a slice's hosts, switches and nodes up. With load, the nodes wait
@@ -67,8 +83,8 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 	if err != nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
 	}
-	sl := &slice{topo: topo, created: time.Now(), agents: map[string]hostAgent{}, boot: boot, generation: generation, disks: disksTold(machines),
-		stopped: make(chan struct{}), broken: make(chan struct{}), changed: make(chan struct{}, 1)}
+	sl := newSlice(topo)
+	sl.boot, sl.generation, sl.disks = boot, generation, disksTold(machines)
 	defer func() {
 		if err != nil {
 			if cerr := sl.close(); cerr != nil {
@@ -87,7 +103,9 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 			return nil, err
 		}
 		tell("hosts", "", "those that have joined; the network between them is as it is")
-		underlays = sl.beginAgents
+		underlays = func(ctx context.Context, s *Server) (map[string]underlay, error) {
+			return sl.beginAgents(ctx, s, epoch)
+		}
 	} else {
 		tell("hosts", "", fmt.Sprintf("%d sites, %d hosts", len(topo.Sites), countHosts(topo)))
 		if sl.lab, err = lab.New(ctx, labConfig(topo, s)); err != nil {
@@ -102,14 +120,11 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 		return nil, err
 	}
 	tell("switches", "", fmt.Sprintf("%d Open vSwitches joined by VXLAN", len(sl.agents)))
-	networks := sl.networks()
 	numbers := map[string]uint16{}
-	for number, name := range networks {
+	for number, name := range sl.networks() {
 		numbers[name] = number
 	}
-	sl.coord = coordinator.New(coordinator.Config{
-		Slice: topo.Slice, Epoch: epoch, Hosts: sl.hosts(), Nodes: sl.nodesByHost(), Networks: networks, Logger: s.log,
-	})
+	sl.coord = coordinator.New(s.coordination(sl, epoch))
 
 	if err := sl.startGateways(ctx, numbers); err != nil {
 		return nil, err
@@ -151,7 +166,7 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 		if err := load(ctx, sl); err != nil {
 			return nil, err
 		}
-		return sl, nil
+		return sl, s.noteUp(ctx, sl)
 	}
 	g, gctx = errgroup.WithContext(ctx)
 	for i := range topo.Nodes {
@@ -164,7 +179,7 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	return sl, nil
+	return sl, s.noteUp(ctx, sl)
 }
 
 func labConfig(topo *topology.Topology, s *Server) lab.Config {
@@ -216,24 +231,29 @@ func (sl *slice) startAgents(ctx context.Context, s *Server) (map[string]underla
 	return at, g.Wait()
 }
 
-// beginAgents has the agents of hosts that have joined begin with the slice.
-func (sl *slice) beginAgents(ctx context.Context, s *Server) (map[string]underlay, error) {
-	at := map[string]underlay{}
-	var mu sync.Mutex
-	g, gctx := errgroup.WithContext(ctx)
-	for _, host := range slices.Sorted(maps.Keys(sl.nodesByHost())) {
-		g.Go(func() error {
-			a, err := s.hub.Begin(gctx, host, sl.topo.Slice)
-			if err != nil {
-				return err
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			sl.agents[host], at[host] = a, underlay{a.Peer(), a.Underlay()}
-			return nil
-		})
+// beginAgents has the agents of hosts that have joined begin with the slice, once that is
+// noted.
+func (sl *slice) beginAgents(ctx context.Context, s *Server, epoch cut.Epoch) (map[string]underlay, error) {
+	runs := map[string]*remote.Agent{}
+	for host := range sl.nodesByHost() {
+		runs[host] = s.hub.Reserve(host, sl.topo.Slice)
+		sl.agents[host] = runs[host]
 	}
-	return at, g.Wait()
+	if err := s.noteRuns(ctx, sl, epoch, runs); err != nil {
+		return nil, err
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	for _, a := range runs {
+		g.Go(func() error { return a.Begin(gctx) })
+	}
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	at := map[string]underlay{}
+	for host, a := range runs {
+		at[host] = underlay{a.Peer(), a.Underlay()}
+	}
+	return at, nil
 }
 
 // joinAgents joins the hosts with each other.
@@ -361,7 +381,10 @@ func (sl *slice) close() error {
 	sl.closing.Do(func() {
 		close(sl.stopped)
 		var g errgroup.Group
-		errs := make(chan error, len(sl.agents)+1)
+		errs := make(chan error, len(sl.agents)+2)
+		if sl.forget != nil {
+			errs <- sl.forget() // first: what its hosts do not end now, they end when they come back
+		}
 		for _, a := range maps.Clone(sl.agents) {
 			g.Go(func() error { errs <- a.Close(); return nil })
 		}
@@ -377,6 +400,18 @@ func (sl *slice) close() error {
 		sl.closed = errors.Join(all...)
 	})
 	return sl.closed
+}
+
+// leave leaves what runs of the slice, on hosts that have joined, to the next server.
+func (sl *slice) leave() {
+	sl.closing.Do(func() {
+		close(sl.stopped)
+		for _, a := range sl.agents {
+			if a, ok := a.(*remote.Agent); ok {
+				a.Part()
+			}
+		}
+	})
 }
 
 // setHead says what the slice descends from: a snapshot of origin.
@@ -414,6 +449,8 @@ func (sl *slice) message(ctx context.Context) *violinv1.Slice {
 		node := nodeMessage(n, sl.disks[n.Name])
 		st, err := sl.agents[n.Host].Status(ctx, sl.topo.Slice, n.Name)
 		switch {
+		case err != nil && sl.away(n.Host) != nil:
+			node.State, node.Detail = violinv1.NodeState_NODE_STATE_AWAY, err.Error()
 		case err != nil:
 			node.State, node.Detail = violinv1.NodeState_NODE_STATE_DEAD, err.Error()
 		case st.PID == 0 || st.Status == "":
@@ -427,6 +464,14 @@ func (sl *slice) message(ctx context.Context) *violinv1.Slice {
 		m.Nodes = append(m.Nodes, node)
 	}
 	return m
+}
+
+// away tells why a host's agent cannot be asked; nil if it can.
+func (sl *slice) away(host string) error {
+	if a, ok := sl.agents[host].(*remote.Agent); ok {
+		return a.Away()
+	}
+	return nil
 }
 
 // nodeMessage is what the topology says of a node, and what disks it has.

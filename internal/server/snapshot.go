@@ -136,11 +136,16 @@ func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequ
 			return s.seal(ctx, sl, snap, session, began, hosts, lost, drained)
 		},
 	})
+	if err == nil {
+		sl.setHead(snap.Slice, id)
+	}
+	if err := s.noteEpoch(context.WithoutCancel(ctx), sl); err != nil {
+		s.log.Error("the end of a cut is not noted", "slice", sl.topo.Slice, "err", err)
+	}
 	if err != nil {
 		return nil, err
 	}
 	release(context.WithoutCancel(ctx))
-	sl.setHead(snap.Slice, id)
 	s.noteHead(context.WithoutCancel(ctx), sl)
 	return snap, nil
 }

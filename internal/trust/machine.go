@@ -72,6 +72,16 @@ func (i *Identity) Config() (*tls.Config, error) {
 	}, nil
 }
 
+// Authority is the hash, SHA-256, of the certificate of the authority whose server the
+// host has joined.
+func (i *Identity) Authority() ([sha256.Size]byte, error) {
+	c, err := i.read()
+	if err != nil {
+		return [sha256.Size]byte{}, err
+	}
+	return sha256.Sum256(c.authority.Raw), nil
+}
+
 // Certificate is the host's.
 func (i *Identity) Certificate() (*x509.Certificate, error) {
 	c, err := i.read()

@@ -62,6 +62,8 @@ var precopy = []string{"--mode", "precopy"}
 type outlive struct {
 	*soak
 	lab    *lab.Lab
+	office *lab.Host // the server's
+	server *process
 	hosts  []string
 	join   []string // by host
 	agents map[string]*process
@@ -141,10 +143,10 @@ func (o *outlive) snapshot() string {
 	return snap.ID
 }
 
-// An agent is killed, idle and in cuts, and another takes over: the nodes are the same
-// processes, no transfer between them is lost or doubled, the next snapshot succeeds, and
-// nothing is left of a slice that was taken down while there was no agent.
-func TestOutlive(t *testing.T) {
+// newOutlive has the ledger run, on two machines that have joined a third. It returns
+// the machines' devices as they were before.
+func newOutlive(t *testing.T) (_ *outlive, devices map[string][]string) {
+	t.Helper()
 	dirs, dir := begin(t)
 	l, err := lab.New(t.Context(), lab.Config{
 		Sites:  []lab.Site{{Name: "west", Hosts: []string{"alpha", "beta", "office"}}},
@@ -158,9 +160,9 @@ func TestOutlive(t *testing.T) {
 		soak: &soak{t: t, dirs: dirs, runDir: dir, own: filepath.Join(dir, "state"), nodes: []string{"alice", "bob", "carol"}, lossy: nowhere},
 		lab:  l, hosts: []string{"alpha", "beta"}, agents: map[string]*process{},
 	}
-	office := l.Host("office")
+	o.office = l.Host("office")
 	for i, name := range o.hosts {
-		cable(t, office, l.Host(name), i)
+		cable(t, o.office, l.Host(name), i)
 		if err := os.MkdirAll(filepath.Join(dir, name, "state"), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -172,21 +174,37 @@ func TestOutlive(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	server := spawn(t, office, append([]string{"server", "--listen", ":7000"}, dirs...)...)
-	await(t, "the server serves", func() bool { return strings.Contains(server.said(), "msg=serving") })
+	o.serve()
 	token := strings.TrimSpace(string(must(t, dirs, "token", "create", "--ttl", "1h")))
 	for i := range o.hosts {
 		o.join = append(o.join, fmt.Sprintf("%s@10.99.%d.1:7000", token, i))
 		o.start(i)
 	}
 	o.await(2)
-	devices := o.devices()
+	devices = o.devices()
 	file := filepath.Join(dir, "ledger.yaml")
 	if err := os.WriteFile(file, []byte(ledgerFar), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	must(t, dirs, "up", file)
 	o.underWay()
+	return o, devices
+}
+
+// serve starts the server.
+func (o *outlive) serve(env ...string) {
+	o.t.Helper()
+	server := spawnWith(o.t, o.office, env, append([]string{"server", "--listen", ":7000"}, o.dirs...)...)
+	await(o.t, "the server serves", func() bool { return strings.Contains(server.said(), "msg=serving") })
+	o.server = server
+}
+
+// An agent is killed, idle and in cuts, and another takes over: the nodes are the same
+// processes, no transfer between them is lost or doubled, the next snapshot succeeds, and
+// nothing is left of a slice that was taken down while there was no agent.
+func TestOutlive(t *testing.T) {
+	o, devices := newOutlive(t)
+	dirs, dir, l := o.dirs, o.runDir, o.lab
 	pids := o.running()
 
 	t.Log("killed while idle")
