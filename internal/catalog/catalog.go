@@ -48,6 +48,12 @@ var (
 	ErrAmbiguous = errors.New("ambiguous")
 )
 
+// Sealed is the directory of the documents that never change.
+const Sealed = dir
+
+// Directories are those of all documents.
+func Directories() []string { return []string{Sealed, tagDir, recordDir, runDir, termDir} }
+
 // A Catalog reads and writes the snapshots in a store. It keeps nothing in
 // memory and is safe for concurrent use.
 type Catalog struct {

@@ -17,7 +17,8 @@ const (
 	runFormat  = "violin-run"
 	runVersion = 1
 
-	termName    = "terms/term.json"
+	termDir     = "terms"
+	termName    = termDir + "/term.json"
 	termFormat  = "violin-term"
 	termVersion = 1
 )
@@ -208,25 +209,31 @@ type termDocument struct {
 	Term    uint64 `json:"term"`
 }
 
-// NextTerm counts the servers of a store: it returns a number that is higher than those
-// before, and 1 for the first. It is for a server that is the only one at a time.
-func (c *Catalog) NextTerm(ctx context.Context) (uint64, error) {
+// CopiedTerm is the term of the last server that led, as the document's copy beside the
+// store's pages says, which outlives its original; 0 if there was none.
+func (c *Catalog) CopiedTerm(ctx context.Context) (uint64, error) {
 	d := termDocument{}
-	doc, err := c.st.GetDocument(ctx, termName)
-	switch {
-	case errors.Is(err, store.ErrMissing):
-	case err == nil:
-		err = parseNote(doc, "the servers' count", termFormat, termVersion, &d)
+	doc, err := c.st.Copy(ctx, termName)
+	if errors.Is(err, store.ErrMissing) {
+		return 0, nil
 	}
-	if err != nil && !errors.Is(err, store.ErrMissing) {
-		return 0, fmt.Errorf("count the servers: %w", err)
+	if err == nil {
+		err = parseNote(doc, "the last server's term", termFormat, termVersion, &d)
 	}
-	d = termDocument{termFormat, termVersion, d.Term + 1}
-	if doc, err = json.Marshal(d); err == nil {
+	if err != nil {
+		return 0, fmt.Errorf("term of the last server: %w", err)
+	}
+	return d.Term, nil
+}
+
+// PutTerm notes the term of a server that leads.
+func (c *Catalog) PutTerm(ctx context.Context, term uint64) error {
+	doc, err := json.Marshal(termDocument{termFormat, termVersion, term})
+	if err == nil {
 		err = c.st.ReplaceDocument(ctx, termName, append(doc, '\n'))
 	}
 	if err != nil {
-		return 0, fmt.Errorf("count the servers: %w", err)
+		return fmt.Errorf("note this server's term: %w", err)
 	}
-	return d.Term, nil
+	return nil
 }

@@ -64,17 +64,23 @@ func TestRun(t *testing.T) {
 	}
 }
 
-func TestNextTerm(t *testing.T) {
+func TestTerm(t *testing.T) {
 	st, c := open(t, t.TempDir(), store.Options{})
-	for want := uint64(1); want < 4; want++ {
-		if got, err := c.NextTerm(t.Context()); err != nil || got != want {
-			t.Errorf("%d, %v; want %d", got, err, want)
+	if got, err := c.CopiedTerm(t.Context()); err != nil || got != 0 {
+		t.Errorf("before there was a server: %d, %v", got, err)
+	}
+	for _, term := range []uint64{1, 1 << 60} {
+		if err := c.PutTerm(t.Context(), term); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := c.CopiedTerm(t.Context()); err != nil || got != term {
+			t.Errorf("%d, %v; want %d", got, err, term)
 		}
 	}
 	if err := st.ReplaceDocument(t.Context(), "terms/term.json", []byte(`{"format":"violin-term","version":9}`)); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := c.NextTerm(t.Context()); err == nil || got != 0 {
+	if got, err := c.CopiedTerm(t.Context()); err == nil || got != 0 {
 		t.Errorf("%d of a later version", got)
 	}
 }

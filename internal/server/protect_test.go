@@ -55,6 +55,9 @@ func TestServerReturns(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	if err := s.store.Copied(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	if !Remembers(state) {
 		t.Error("nobody would start a server for them")
 	}

@@ -29,6 +29,7 @@ import (
 	"violin/internal/cut"
 	"violin/internal/events"
 	"violin/internal/image"
+	"violin/internal/metadata"
 	"violin/internal/priority"
 	"violin/internal/qmp"
 	"violin/internal/remote"
@@ -44,6 +45,9 @@ type Config struct {
 	RunDir   string // sockets of what runs
 	Logger   *slog.Logger
 	Version  string // told by the Version call
+	// Etcd says where metadata are; if neither its Dir nor its Endpoints are given, in an
+	// etcd of this process, in etcd/ below StateDir.
+	Etcd metadata.Config
 	// Listen is the address and port where agents of other machines, and users, are taken
 	// in; empty for none.
 	Listen string
@@ -56,6 +60,8 @@ type Config struct {
 type Server struct {
 	cfg     Config
 	log     *slog.Logger
+	led     *metadata.Leadership
+	etcd    *metadata.Client // nil if it is not this server's to close
 	store   *store.Store
 	catalog *catalog.Catalog
 	urgency *priority.Shared // of this process
@@ -74,7 +80,7 @@ type Server struct {
 	recording sync.Mutex // held while a record is changed
 	naming    sync.Mutex // held while it is settled whose a slice's name is
 
-	term      uint64          // among the servers of the store, in their order; 0 without [Config.Listen]
+	term      uint64          // of this leader
 	elsewhere map[string]bool // slices that run on hosts that have joined, without [Config.Listen]
 
 	forsaken map[string]bool // slices that are to be taken down when they have been rolled back
@@ -95,14 +101,45 @@ type Server struct {
 
 var _ violinv1connect.SliceServiceHandler = (*Server)(nil)
 
-// New makes a server with no slice. ctx bounds the making only.
+// New makes a server with no slice, which leads: another that does, by an etcd
+// elsewhere, is an error. ctx bounds the making only.
 func New(ctx context.Context, config Config) (*Server, error) {
-	st, err := openStore(ctx, &config)
+	etcd, err := config.openEtcd(ctx)
+	if err != nil {
+		return nil, err
+	}
+	led, other, err := etcd.Lead(ctx)
+	if err == nil && led == nil {
+		err = fmt.Errorf("server %s leads already, since %s", other.Name, other.Since.Format(time.RFC3339))
+	}
+	if err != nil {
+		return nil, errors.Join(err, etcd.Close())
+	}
+	s, err := take(ctx, config, led)
+	if err != nil {
+		return nil, errors.Join(err, led.Resign(context.WithoutCancel(ctx)), etcd.Close())
+	}
+	s.etcd = etcd
+	return s, nil
+}
+
+func (c *Config) openEtcd(ctx context.Context) (*metadata.Client, error) {
+	config := c.Etcd
+	config.Logger = c.Logger
+	if config.Dir == "" && len(config.Endpoints) == 0 {
+		config.Dir = filepath.Join(c.StateDir, "etcd")
+	}
+	return metadata.Open(ctx, config)
+}
+
+// take makes the server of a leader.
+func take(ctx context.Context, config Config, led *metadata.Leadership) (*Server, error) {
+	st, err := openStore(ctx, &config, led)
 	if err != nil {
 		return nil, err
 	}
 	s := &Server{
-		cfg: config, log: config.Logger, store: st, catalog: catalog.New(st), slices: map[string]*slice{}, elsewhere: map[string]bool{}, forsaken: map[string]bool{}, followed: map[string]int{}, arriving: map[string]demand{},
+		cfg: config, log: config.Logger, led: led, term: led.Term(), store: st, catalog: catalog.New(st), slices: map[string]*slice{}, elsewhere: map[string]bool{}, forsaken: map[string]bool{}, followed: map[string]int{}, arriving: map[string]demand{},
 		urgency: &priority.Shared{PID: os.Getpid(), Keep: priority.Lowered, Log: config.Logger},
 	}
 	if s.records, err = s.catalog.Records(ctx, func(_ string, err error) {
@@ -131,9 +168,6 @@ func New(ctx context.Context, config Config) (*Server, error) {
 }
 
 func (s *Server) listen(ctx context.Context, runs []remote.Run) (err error) {
-	if s.term, err = s.catalog.NextTerm(ctx); err != nil {
-		return err
-	}
 	if s.authority, err = trust.OpenAuthority(filepath.Join(s.cfg.StateDir, "ca")); err != nil {
 		return err
 	}
@@ -178,6 +212,9 @@ func (s *Server) Close() error {
 		errs = append(errs, s.hub.Close())
 	}
 	errs = append(errs, s.events.Close(), s.store.Close())
+	if s.etcd != nil {
+		errs = append(errs, s.led.Resign(context.Background()), s.etcd.Close())
+	}
 	return errors.Join(errs...)
 }
 
@@ -507,7 +544,7 @@ func (s *Server) Version(context.Context, *violinv1.VersionRequest) (*violinv1.V
 	return &violinv1.VersionResponse{
 		Version: s.cfg.Version, Go: runtime.Version(), Pid: int64(os.Getpid()), Api: string(violinv1.File_violin_v1_violin_proto.Package()),
 		Formats: map[string]uint32{
-			"topology": topology.Version, "store": store.FormatVersion, "snapshot": catalog.FormatVersion, "certificate": certificate.Format,
+			"topology": topology.Version, "store": store.FormatVersion, "metadata": metadata.FormatVersion, "snapshot": catalog.FormatVersion, "certificate": certificate.Format,
 		},
 	}, nil
 }

@@ -18,6 +18,7 @@ import (
 	"violin/api/violin/v1/violinv1connect"
 	"violin/internal/access"
 	"violin/internal/catalog"
+	"violin/internal/metadata"
 	"violin/internal/priority"
 	"violin/internal/store"
 )
@@ -43,15 +44,53 @@ func (c *Config) location() string {
 func (c *Config) keyFile() string { return filepath.Join(c.StateDir, "store.key") }
 
 // openStore opens the store, or makes it: encrypted, unless the contrary was asked for.
-func openStore(ctx context.Context, c *Config) (*store.Store, error) {
+// Its documents are where led says, and what was beside its pages is taken in.
+func openStore(ctx context.Context, c *Config, led *metadata.Leadership) (*store.Store, error) {
 	key, err := storeKey(ctx, c)
 	if err != nil {
 		return nil, err
 	}
-	return store.Open(ctx, c.location(), store.Options{
+	st, err := store.Open(ctx, c.location(), store.Options{
+		Documents: led, Copied: copied(), Guard: led.Check,
 		Compression: c.Storage.Compression,
 		Logger:      c.Logger, Key: key, StartWorker: func() { priority.Background(c.Logger) },
 	})
+	if err != nil {
+		return nil, err
+	}
+	if err := bind(ctx, c, st, led); err != nil {
+		return nil, errors.Join(err, st.Close())
+	}
+	return st, nil
+}
+
+// copied are the directories of documents that the store has copies of.
+func copied() []string { return catalog.Directories() }
+
+func bind(ctx context.Context, c *Config, st *store.Store, led *metadata.Leadership) error {
+	begun := false
+	take := func(ctx context.Context) error {
+		begun = true
+		taken, err := st.Reconcile(ctx, catalog.Sealed)
+		if len(taken) > 0 {
+			c.Logger.Info("documents were taken into etcd from the store", "documents", len(taken), "first", taken[0], "last", taken[len(taken)-1])
+		}
+		return err
+	}
+	terms := catalog.New(st)
+	known, err := terms.CopiedTerm(ctx)
+	if err != nil {
+		return err
+	}
+	if err := led.Bind(ctx, st.ID(), known, take); err != nil {
+		return err
+	}
+	if !begun {
+		if err := take(ctx); err != nil {
+			return err
+		}
+	}
+	return terms.PutTerm(ctx, led.Term())
 }
 
 // storeKey finds the key of the store that there is, or chooses that of one to be made.
@@ -132,6 +171,10 @@ func (s *Server) Check(ctx context.Context, req *violinv1.CheckRequest, out *con
 		return out.Send(&violinv1.CheckResponse{Event: &violinv1.CheckResponse_Progress{Progress: p}})
 	})
 	report := &violinv1.CheckReport{ReadData: req.GetReadData()}
+	// Copies of documents that are not what the documents are, are made again.
+	if _, err := s.store.Reconcile(ctx); err != nil {
+		return apiError(err)
+	}
 	roots := s.catalog.Audit(ctx, func(ref string, err error) {
 		report.Damage = append(report.Damage, &violinv1.Damage{Message: err.Error(), NeededBy: []string{ref}})
 	})

@@ -295,8 +295,7 @@ func TestDamagedDocument(t *testing.T) {
 	s := newServer(t, state, Storage{Insecure: true})
 	keep(t, s, "bad", "", noon, 1)
 	keep(t, s, "good", "", noon, 2)
-	file := filepath.Join(state, "store", "snapshots", "pair", "bad.json")
-	if err := os.WriteFile(file, []byte("{"), 0o600); err != nil {
+	if err := s.led.Replace(t.Context(), "snapshots/pair/bad.json", []byte("{")); err != nil {
 		t.Fatal(err)
 	}
 	c := dial(t, s)

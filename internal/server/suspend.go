@@ -211,7 +211,8 @@ func (s *Server) Resume(ctx context.Context, req *violinv1.ResumeRequest, out *c
 }
 
 // Remembers tells, without a server, whether one with this state directory would know
-// of slices that do not run. Of a store elsewhere it knows nothing.
+// of slices that do not run: by the copies beside its pages. Of a store elsewhere it
+// knows nothing.
 func Remembers(stateDir string) bool {
 	kept, err := filepath.Glob(filepath.Join(stateDir, "store", "slices", "*.json"))
 	return err == nil && len(kept) > 0

@@ -166,20 +166,25 @@ func TestVerifyWithoutACertificate(t *testing.T) {
 func TestVerifyOfATamperedStore(t *testing.T) {
 	s, snap := sealed(t, nil)
 	root := filepath.Join(s.cfg.StateDir, "store")
-	document := filepath.Join(root, "snapshots", "one", snap.ID+".json")
+	document := "snapshots/one/" + snap.ID + ".json" // which is in etcd
+	read, write := os.ReadFile, func(file string, data []byte) error { return os.WriteFile(file, data, 0o600) }
 	packs, err := filepath.Glob(filepath.Join(root, "packs", "*", "*"))
 	if err != nil || len(packs) < 2 {
 		t.Fatalf("packs %q, %v", packs, err)
 	}
 	for _, file := range append(packs, document) {
-		good, err := os.ReadFile(file)
+		if file == document {
+			read = func(name string) ([]byte, error) { return s.led.Get(t.Context(), name) }
+			write = func(name string, data []byte) error { return s.led.Replace(t.Context(), name, data) }
+		}
+		good, err := read(file)
 		if err != nil {
 			t.Fatal(err)
 		}
 		for at := 0; at < len(good); at += 1 + len(good)/100 {
 			bad := bytes.Clone(good)
 			bad[at] ^= 0x10
-			if err := os.WriteFile(file, bad, 0o600); err != nil {
+			if err := write(file, bad); err != nil {
 				t.Fatal(err)
 			}
 			r, err := s.Verify(t.Context(), &violinv1.VerifyRequest{Snapshot: "one@" + snap.ID, ReadData: true})
@@ -187,7 +192,7 @@ func TestVerifyOfATamperedStore(t *testing.T) {
 				t.Errorf("%s with byte %d altered: it holds", file, at)
 			}
 		}
-		if err := os.WriteFile(file, good, 0o600); err != nil {
+		if err := write(file, good); err != nil {
 			t.Fatal(err)
 		}
 	}

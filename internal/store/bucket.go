@@ -12,6 +12,7 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"gocloud.dev/blob"
 	"gocloud.dev/blob/fileblob"
@@ -26,6 +27,8 @@ type bucket struct {
 	*blob.Bucket
 	dir  string   // the directory, if it is one
 	lock *os.File // held while the store is open for writing
+	// making is held, in a directory, from looking whether a name is taken until it is.
+	making sync.Mutex
 }
 
 // tempPrefix begins the names of files that are being written. No object of
@@ -186,6 +189,9 @@ func (b *bucket) readAt(ctx context.Context, name string, offset, n int64) ([]by
 
 // read reads a whole object of at most limit bytes.
 func (b *bucket) read(ctx context.Context, name string, limit int64) ([]byte, error) {
+	if b.dir != "" {
+		return b.readFile(name, limit)
+	}
 	r, err := b.NewReader(ctx, name, nil)
 	if err != nil {
 		return nil, missing(err)
@@ -197,6 +203,27 @@ func (b *bucket) read(ctx context.Context, name string, limit int64) ([]byte, er
 	buf := make([]byte, r.Size())
 	if _, err := io.ReadFull(r, buf); err != nil {
 		return nil, err
+	}
+	return buf, nil
+}
+
+// readFile is read in a directory. It opens the file before it asks for its size: the
+// library asks for that by the name, which may be another file's by then.
+func (b *bucket) readFile(name string, limit int64) ([]byte, error) {
+	f, err := os.Open(filepath.Join(b.dir, filepath.FromSlash(name)))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("%w: %w", ErrMissing, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	buf, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(buf)) > limit {
+		return nil, fmt.Errorf("%w: more than %d bytes", ErrDamaged, limit)
 	}
 	return buf, nil
 }
@@ -286,8 +313,10 @@ func (b *bucket) putNew(ctx context.Context, name string, data []byte) error {
 		case rerr == nil || errors.Is(rerr, ErrDamaged):
 			return fmt.Errorf("%w: %w", ErrExists, err)
 		}
-		return fmt.Errorf("%w: %w: read it back: %w", errUncertain, err, rerr)
+		return fmt.Errorf("%w: %w: read it back: %w", ErrUncertain, err, rerr)
 	}
+	b.making.Lock()
+	defer b.making.Unlock()
 	exists, err := b.Exists(ctx, name)
 	if err != nil {
 		return err

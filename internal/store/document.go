@@ -17,8 +17,76 @@ const MaxDocument = 16 << 20
 // The name is authenticated with them, so that no document passes for another.
 const documentMagic = "violdoc1"
 
-// PutDocument writes a small named object, whole or not at all; in a directory
-// it is on the disk when PutDocument returns. The name is dir/name, of letters,
+// Documents keeps documents, sealed already, by name: what a store's documents are kept
+// in. It is safe for concurrent use. One conformance suite, storetest, says what is
+// expected of it.
+type Documents interface {
+	// Create writes a document, whole or not at all; it will stay when Create has
+	// returned. A name that is taken is refused with [ErrExists]. An error that wraps
+	// [ErrUncertain] leaves open whether it was written.
+	Create(ctx context.Context, name string, data []byte) error
+	// Replace is Create for a name that may be taken. Who reads meanwhile finds what was
+	// there or what is written.
+	Replace(ctx context.Context, name string, data []byte) error
+	// Get reads a document; [ErrMissing] if there is none of this name.
+	Get(ctx context.Context, name string) ([]byte, error)
+	// List yields the names of the documents in a directory and below, in order.
+	List(ctx context.Context, dir string) iter.Seq2[string, error]
+	// Delete deletes a document; one that is not there is no error.
+	Delete(ctx context.Context, name string) error
+}
+
+// bucketDocuments are objects of the bucket, beside the packs.
+type bucketDocuments struct{ bucket *bucket }
+
+// Create implements [Documents].
+func (d bucketDocuments) Create(ctx context.Context, name string, data []byte) error {
+	err := d.bucket.putNew(ctx, name, data)
+	if err == nil || errors.Is(err, ErrExists) || errors.Is(err, ErrUncertain) {
+		return err
+	}
+	// It may be there all the same: renamed but not synced, or written
+	// but not acknowledged. Then what it refers to has to stay.
+	if rerr := d.bucket.remove(context.WithoutCancel(ctx), name); rerr != nil {
+		return errors.Join(err, fmt.Errorf("%w: remove it again: %w", ErrUncertain, rerr))
+	}
+	return err
+}
+
+// Replace implements [Documents].
+func (d bucketDocuments) Replace(ctx context.Context, name string, data []byte) error {
+	return d.bucket.put(ctx, name, data)
+}
+
+// Get implements [Documents].
+func (d bucketDocuments) Get(ctx context.Context, name string) ([]byte, error) {
+	if err := ctx.Err(); err != nil { // which a directory does not look at
+		return nil, err
+	}
+	return d.bucket.read(ctx, name, MaxDocument+sealRoom)
+}
+
+// List implements [Documents].
+func (d bucketDocuments) List(ctx context.Context, dir string) iter.Seq2[string, error] {
+	return func(yield func(string, error) bool) {
+		for o, err := range d.bucket.list(ctx, dir+"/") {
+			if !yield(o.name, err) || err != nil {
+				return
+			}
+		}
+	}
+}
+
+// Delete implements [Documents].
+func (d bucketDocuments) Delete(ctx context.Context, name string) error {
+	return d.bucket.remove(ctx, name)
+}
+
+// sealRoom is more than a seal adds to a document.
+const sealRoom = 64
+
+// PutDocument writes a small named object, whole or not at all; it will stay when
+// PutDocument returns. The name is dir/name, of letters,
 // digits and -_. only. A name that is taken is refused with ErrExists.
 func (s *Store) PutDocument(ctx context.Context, name string, data []byte) error {
 	if err := s.putDocument(ctx, name, data); err != nil {
@@ -33,7 +101,7 @@ func (s *Store) PutDocument(ctx context.Context, name string, data []byte) error
 func (s *Store) ReplaceDocument(ctx context.Context, name string, data []byte) error {
 	data, err := s.sealDocument(name, data)
 	if err == nil {
-		err = s.bucket.put(ctx, name, data)
+		err = s.documents.Replace(ctx, name, data)
 	}
 	if err != nil {
 		return fmt.Errorf("replace document %s: %w", name, err)
@@ -62,38 +130,24 @@ func (s *Store) putDocument(ctx context.Context, name string, data []byte) error
 	if err != nil {
 		return err
 	}
-	err = s.bucket.putNew(ctx, name, data)
-	if errors.Is(err, ErrExists) || errors.Is(err, errUncertain) {
-		return err
-	}
-	if err != nil {
-		// It may be there all the same: renamed but not synced, or written
-		// but not acknowledged. Then what it refers to has to stay.
-		if rerr := s.bucket.remove(context.WithoutCancel(ctx), name); rerr != nil {
-			return errors.Join(err, fmt.Errorf("%w: remove it again: %w", errUncertain, rerr))
-		}
-		return err
-	}
-	return nil
+	return s.documents.Create(ctx, name, data)
 }
-
-// errUncertain means that a document may have been written or not.
-var errUncertain = errors.New("the document may exist")
 
 // GetDocument reads a document; ErrMissing if there is none of this name.
 func (s *Store) GetDocument(ctx context.Context, name string) ([]byte, error) {
-	data, err := s.getDocument(ctx, name)
+	data, err := s.unseal(ctx, s.documents, name)
 	if err != nil {
 		return nil, fmt.Errorf("read document %s: %w", name, err)
 	}
 	return data, nil
 }
 
-func (s *Store) getDocument(ctx context.Context, name string) ([]byte, error) {
+// unseal reads a document from where it is kept.
+func (s *Store) unseal(ctx context.Context, from Documents, name string) ([]byte, error) {
 	if err := documentName(name); err != nil {
 		return nil, err
 	}
-	data, err := s.bucket.read(ctx, name, MaxDocument+64)
+	data, err := from.Get(ctx, name)
 	if err != nil {
 		return nil, err
 	}
@@ -117,12 +171,12 @@ func (s *Store) getDocument(ctx context.Context, name string) ([]byte, error) {
 // order.
 func (s *Store) Documents(ctx context.Context, dir string) iter.Seq2[string, error] {
 	return func(yield func(string, error) bool) {
-		for o, err := range s.bucket.list(ctx, strings.TrimSuffix(dir, "/")+"/") {
+		for name, err := range s.documents.List(ctx, strings.TrimSuffix(dir, "/")) {
 			if err != nil {
 				yield("", fmt.Errorf("list documents in %s: %w", dir, err))
 				return
 			}
-			if !yield(o.name, nil) {
+			if !yield(name, nil) {
 				return
 			}
 		}
@@ -133,7 +187,7 @@ func (s *Store) Documents(ctx context.Context, dir string) iter.Seq2[string, err
 func (s *Store) DeleteDocument(ctx context.Context, name string) error {
 	err := s.writable(name)
 	if err == nil {
-		err = s.bucket.remove(ctx, name)
+		err = s.documents.Delete(ctx, name)
 	}
 	if err != nil {
 		return fmt.Errorf("delete document %s: %w", name, err)

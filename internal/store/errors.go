@@ -16,6 +16,9 @@ var (
 	ErrLocked = errors.New("locked by another process")
 	// ErrExists is returned by PutDocument for a name that is taken.
 	ErrExists = errors.New("already exists")
+	// ErrUncertain is in the chain of PutDocument's error when the document may have been
+	// written or not.
+	ErrUncertain = errors.New("the document may exist")
 	// ErrKey is returned by Open for an encrypted store when the key is
 	// missing or another store's.
 	ErrKey = errors.New("wrong key")

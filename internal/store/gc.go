@@ -314,7 +314,7 @@ func (s *Store) deletePack(ctx context.Context, p *pack, to *moves, st *GCStats)
 		st.PacksInUse++
 		return nil
 	}
-	if err := s.bucket.remove(ctx, p.id.name()); err != nil {
+	if err := s.removePack(ctx, p); err != nil {
 		// It is out of the index; the next opening finds it again.
 		return &Error{Op: "delete", Pack: p.id.name(), Offset: -1, Err: err}
 	}

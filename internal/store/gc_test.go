@@ -337,7 +337,7 @@ func TestFailedSealSparesWhatOthersFound(t *testing.T) {
 	// If nobody knows whether the document is there, its packs stay.
 	se = begin(t, s)
 	c := capture(t, se, "c", 7)
-	if err := se.Commit(t.Context(), func(context.Context) error { return errUncertain }); err == nil {
+	if err := se.Commit(t.Context(), func(context.Context) error { return ErrUncertain }); err == nil {
 		t.Error("commit succeeded")
 	}
 	restore(t, s, c, 7)

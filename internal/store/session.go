@@ -262,7 +262,7 @@ func (se *Session) Commit(ctx context.Context, seal func(context.Context) error)
 		return nil
 	}
 	err := seal(ctx)
-	if err != nil && !errors.Is(err, errUncertain) {
+	if err != nil && !errors.Is(err, ErrUncertain) {
 		err = errors.Join(err, se.retract(context.WithoutCancel(ctx), written))
 	}
 	if err != nil {
@@ -307,7 +307,7 @@ func (se *Session) retract(ctx context.Context, written []writtenPack) error {
 }
 
 func (se *Session) remove(ctx context.Context, p *pack) error {
-	if err := se.s.bucket.remove(ctx, p.id.name()); err != nil {
+	if err := se.s.removePack(ctx, p); err != nil {
 		return fmt.Errorf("delete pack %s: %w; the next collection does", p.id.name(), err)
 	}
 	return nil

@@ -37,6 +37,14 @@ type Options struct {
 	// Key unlocks an encrypted store, or makes a new one encrypted. The zero
 	// Key means no encryption.
 	Key Key
+	// Documents is where documents are kept; nil for the bucket.
+	Documents Documents
+	// Copied are the directories whose documents, if Documents is not nil, are also
+	// copied to the bucket, for the case that Documents is lost; see [Store.Reconcile].
+	Copied []string
+	// Guard is asked before a pack is deleted, and its error keeps that from being done:
+	// by a server that leads no more. Nil for nothing.
+	Guard func(context.Context) error
 	// PackSize is where a pack of pages is closed, in bytes: 1 MiB to 64 MiB;
 	// 0 means 32 MiB. A session holds up to three in memory, one being filled
 	// while two are written. Packs of chunks are closed at an eighth of it.
@@ -86,6 +94,9 @@ type Store struct {
 	key    masterKey
 	codec  *codec
 	cache  *windowCache
+
+	documents Documents
+	copies    *copies // nil without Options.Documents
 
 	pages index
 
@@ -174,6 +185,12 @@ func open(ctx context.Context, b *bucket, opts Options) (*Store, error) {
 		chunks:   make(map[Hash]chunkPlace),
 		sessions: make(map[*Session]struct{}),
 	}
+	if s.documents = opts.Documents; s.documents == nil {
+		s.documents = bucketDocuments{b}
+	} else if !opts.ReadOnly {
+		s.copies = newCopies(opts.Documents, bucketDocuments{b}, opts.Copied, opts.Logger)
+		s.documents = s.copies
+	}
 	if err := s.describe(ctx); err != nil {
 		return nil, err
 	}
@@ -181,8 +198,13 @@ func open(ctx context.Context, b *bucket, opts Options) (*Store, error) {
 		return nil, err
 	}
 	var err error
-	s.codec, err = newCodec(opts.Compression, opts.Workers)
-	return s, err
+	if s.codec, err = newCodec(opts.Compression, opts.Workers); err != nil {
+		return nil, err
+	}
+	if s.copies != nil {
+		s.copies.start()
+	}
+	return s, nil
 }
 
 // describe reads store.json, or writes it if the bucket is empty.
@@ -371,6 +393,16 @@ func (s *Store) commitPack(p *pack, size int64, entries []entry) {
 	}
 }
 
+// removePack deletes a pack's object, unless the guard objects.
+func (s *Store) removePack(ctx context.Context, p *pack) error {
+	if s.opts.Guard != nil {
+		if err := s.opts.Guard(ctx); err != nil {
+			return err
+		}
+	}
+	return s.bucket.remove(ctx, p.id.name())
+}
+
 // packOf returns a pack by its number.
 func (s *Store) packOf(no uint32) *pack {
 	s.mu.RLock()
@@ -409,6 +441,9 @@ func (s *Store) Close() error {
 		s.log.Warn("store: closed with sessions open", "sessions", open)
 	}
 	s.codec.close()
+	if s.copies != nil {
+		s.copies.stop()
+	}
 	return s.bucket.close()
 }
 
