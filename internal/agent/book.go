@@ -39,6 +39,9 @@ type nodeEntry struct {
 	Spec  NodeSpec
 	Taps  []string // by interface
 	Whole bool     // it has been made
+	// Stored says, by disk, through which layer the disks are what Spec.Disks has in the
+	// store: see [qemu.Find].
+	Stored map[string]int
 }
 
 type exitEntry struct {
@@ -140,7 +143,7 @@ func Find(ctx context.Context, cfg Config) (_ *Agent, err error) {
 func (a *Agent) findNode(ctx context.Context, e nodeEntry) error {
 	key := coloring.NodeKey{Slice: e.Spec.Slice, Node: e.Spec.Name}
 	color := a.fabric.Color(key)
-	n := &node{spec: e.Spec, gate: cut.NewGate[arrival](color.Epoch, a.cfg.Limits)}
+	n := &node{spec: e.Spec, disks: e.Spec.Disks, gate: cut.NewGate[arrival](color.Epoch, a.cfg.Limits)}
 	if color.Closed || !e.Whole {
 		n.gate.Close()
 	} else {
@@ -156,7 +159,7 @@ func (a *Agent) findNode(ctx context.Context, e nodeEntry) error {
 		}
 	}
 	var err error
-	if n.vm, err = qemu.Find(ctx, spec, a.log); err != nil {
+	if n.vm, err = qemu.Find(ctx, spec, e.Stored, a.log); err != nil {
 		return err
 	}
 	a.keep(n.vm)

@@ -668,18 +668,55 @@ func (hc *hostCut) commit() {
 	if err := hc.count(ctx, hc.to); err != nil {
 		hc.a.log.Warn("counters of the old epoch stay", "cut", hc.id, "err", err)
 	}
-	for _, nc := range hc.nodes {
-		nc.n.disks = map[string]store.BlobRef{}
-		for _, d := range nc.result.Disks {
-			nc.n.disks[d.Name] = d.Blocks
-		}
-		if nc.capture != nil { // of a VM that has ended, and that another agent began
-			nc.capture.Stored()
-		}
-	}
+	hc.keepDisks()
 	hc.a.cfg.Passed("", "commit")
 	hc.end()
 	hc.report(cut.Committed{Cut: hc.id, Host: hc.a.cfg.Host})
+}
+
+// keepDisks has the next cut's disks go on from this one's. That is written down before
+// layers are merged: who takes over must know which are in the store. Of a cut that was
+// taken over itself it is not known what the store has; the next one's disks then go on
+// from an earlier one's.
+func (hc *hostCut) keepDisks() {
+	if hc.taken {
+		for _, nc := range hc.nodes {
+			if nc.capture != nil { // of a VM that had not ended
+				nc.capture.Stored()
+			}
+		}
+		return
+	}
+	type kept struct {
+		tables  map[string]store.BlobRef
+		through map[string]int
+	}
+	all := map[*nodeCut]kept{}
+	for _, nc := range hc.nodes {
+		k := kept{map[string]store.BlobRef{}, map[string]int{}}
+		for _, d := range nc.result.Disks {
+			k.tables[d.Name] = d.Blocks
+		}
+		for _, f := range nc.capture.Frozen() {
+			k.through[f.Disk] = f.Through
+		}
+		all[nc] = k
+	}
+	err := hc.a.book.write(func(p *page) {
+		for nc, k := range all {
+			e := p.node(coloring.NodeKey{Slice: nc.n.spec.Slice, Node: nc.n.spec.Name})
+			e.Spec.Disks, e.Stored = k.tables, k.through
+		}
+	})
+	if err != nil {
+		// As if it had been given up: the next snapshot reads these layers again.
+		hc.a.log.Error("that disks are in the store is not written down", "cut", hc.id, "err", err)
+		return
+	}
+	for nc, k := range all {
+		nc.n.disks = k.tables
+		nc.capture.Stored()
+	}
 }
 
 // abort gives the cut up, as the coordinator orders it.

@@ -36,9 +36,13 @@ type NodeSpec struct {
 	Interfaces  []Interface
 	Disks       map[string]store.BlobRef // what the restored ones are in the store
 	// Boot are the hashes of the files that the machine boots from, by kind (kernel,
-	// initrd, rootfs): for an agent on another machine, which has files of its own.
+	// initrd, rootfs, [BaseOf] a disk): for an agent on another machine, which has files of
+	// its own.
 	Boot map[string]store.Hash
 }
+
+// BaseOf is the kind of the file that a disk begins as.
+func BaseOf(disk string) string { return "base of disk " + disk }
 
 // AddNode makes a node with its ports and starts its hypervisor; the vCPUs do
 // not run yet, and the node's gate is closed.
@@ -97,7 +101,7 @@ func (a *Agent) AddNode(ctx context.Context, spec NodeSpec, incoming bool) (err 
 	}
 	n.vm = vm
 	a.keep(vm)
-	return a.book.write(func(p *page) { p.node(key).Whole = true })
+	return a.book.write(func(p *page) { e := p.node(key); e.Whole, e.Stored = true, vm.Stored() })
 }
 
 // dirOf is the directory of a node, and the name that its hypervisor is found by.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"sync"
 	"time"
@@ -161,14 +162,17 @@ func (a *Agent) AddGateway(ctx context.Context, g agent.GatewaySpec) error {
 
 // AddNode makes a node. The host must have the files that it boots from: see [Agent.Fetch].
 func (a *Agent) AddNode(ctx context.Context, spec agent.NodeSpec, incoming bool) error {
-	if len(spec.Machine.Disks) > 0 {
-		return fmt.Errorf("node %q: %w", spec.Name, errDisk)
-	}
 	m := &violinv1.AddNodeRequest{
 		Run: a.run, Node: spec.Name, Epoch: uint32(spec.Epoch), MemoryBytes: spec.Machine.Memory, Cpus: uint32(spec.Machine.CPUs),
 		Append: spec.Machine.Append, GuestConfig: spec.Machine.GuestConfig, Generation: spec.Machine.Generation, Arguments: spec.Machine.Args,
-		Ports: encodePorts(spec.Interfaces), Incoming: incoming,
+		Ports: encodePorts(spec.Interfaces), Incoming: incoming, Firmware: spec.Machine.Firmware,
 	}
+	var restored map[diskKey]diskSource
+	m.Disks, restored = a.encodeDisks(spec)
+	a.host.supply.change(a.run, func(o *offer) { maps.Copy(o.disks, restored) })
+	defer a.host.supply.change(a.run, func(o *offer) {
+		maps.DeleteFunc(o.disks, func(k diskKey, _ diskSource) bool { return k.node == spec.Name })
+	})
 	for _, f := range []struct{ kind, path string }{{"kernel", spec.Machine.Kernel}, {"initrd", spec.Machine.Initrd}, {"rootfs", spec.Machine.RootFS}} {
 		if f.path == "" {
 			continue

@@ -91,13 +91,6 @@ func (s *session) NewPageWriter(ctx context.Context, regions []store.Region) (ag
 	return w, nil
 }
 
-var errDisk = errors.New("disks of nodes on hosts that have joined are not captured yet; take the disks off the nodes, or run the slice on hosts that have not joined")
-
-// NewDiskWriter implements [agent.Session]. No node with disks comes this far.
-func (s *session) NewDiskWriter(context.Context, uint64, store.BlobRef) (agent.DiskWriter, error) {
-	return nil, errDisk
-}
-
 // pageWriter takes one node's memory. Methods are for one goroutine at a time.
 type pageWriter struct {
 	s       *session
@@ -229,10 +222,7 @@ func (w *pageWriter) submit() error {
 
 // ship brings a batch's pages into the store, and then into the table.
 func (w *pageWriter) ship(b *batch) error {
-	hashes := make([]store.Hash, len(b.places))
-	for i := range hashes {
-		hashes[i] = store.Sum(b.data[i*store.PageSize:][:store.PageSize])
-	}
+	hashes := hashesOf(b.data)
 	shipped, size, err := w.s.ship(w.ctx, hashes, b.data)
 	if err != nil {
 		return err
@@ -247,6 +237,15 @@ func (w *pageWriter) ship(b *batch) error {
 		}
 	}
 	return nil
+}
+
+// hashesOf are the hashes of the pages in data.
+func hashesOf(data []byte) []store.Hash {
+	hashes := make([]store.Hash, len(data)/store.PageSize)
+	for i := range hashes {
+		hashes[i] = store.Sum(data[i*store.PageSize:][:store.PageSize])
+	}
+	return hashes
 }
 
 // ship sends those pages that neither the store has nor another batch is sending, and

@@ -101,6 +101,7 @@ type host struct {
 	closed    chan struct{}
 	loaded    []byte
 	spec      agent.NodeSpec
+	restored  map[string]diskOf
 	ran       []frames.Frame
 	results   agent.HostResult
 	gone      chan struct{}
@@ -127,7 +128,16 @@ func (h *host) InCut(string) bool                                           { re
 func (h *host) Close() error                                                { close(h.closed); return nil }
 
 func (h *host) AddNode(_ context.Context, spec agent.NodeSpec, _ bool) error {
-	h.spec = spec
+	h.spec, h.restored = spec, map[string]diskOf{}
+	for _, d := range spec.Machine.Disks {
+		if d.Restore == nil {
+			continue
+		}
+		h.restored[d.Name] = diskOf{}
+		if err := d.Restore(h.restored[d.Name].take); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 

@@ -136,7 +136,7 @@ func (h *Host) AddNode(ctx context.Context, req *violinv1.AddNodeRequest) (*viol
 	}
 	spec := agent.NodeSpec{Slice: r.slice, Name: req.GetNode(), Machine: qemu.Spec{
 		Name: r.slice + "/" + req.GetNode(), Memory: req.GetMemoryBytes(), CPUs: int(req.GetCpus()), Append: req.GetAppend(),
-		GuestConfig: req.GetGuestConfig(), Generation: req.GetGeneration(), Args: req.GetArguments(),
+		GuestConfig: req.GetGuestConfig(), Generation: req.GetGeneration(), Args: req.GetArguments(), Firmware: req.GetFirmware(),
 	}}
 	if spec.Epoch, err = epoch(req.GetEpoch()); err != nil {
 		return nil, refuse("%w", err)
@@ -159,6 +159,9 @@ func (h *Host) AddNode(ctx context.Context, req *violinv1.AddNodeRequest) (*viol
 		default:
 			return nil, refuse("node %q: a boot file of kind %q", req.GetNode(), f.GetKind())
 		}
+	}
+	if err := h.decodeDisks(ctx, r.id, req, &spec); err != nil {
+		return nil, err
 	}
 	return &violinv1.AddNodeResponse{}, r.agent.AddNode(ctx, spec, req.GetIncoming())
 }

@@ -35,7 +35,8 @@ type supply struct {
 }
 
 type offer struct {
-	files map[store.Hash]string // paths
+	files map[store.Hash]string  // paths
+	disks map[diskKey]diskSource // that are restored
 }
 
 var _ violinv1connect.SupplyServiceHandler = (*supply)(nil)
@@ -46,7 +47,7 @@ func (s *supply) change(run string, f func(*offer)) {
 	defer s.mu.Unlock()
 	o := s.runs[run]
 	if o == nil {
-		o = &offer{files: map[store.Hash]string{}}
+		o = &offer{files: map[store.Hash]string{}, disks: map[diskKey]diskSource{}}
 		s.runs[run] = o
 	}
 	f(o)

@@ -265,6 +265,12 @@ func sendResults(r agent.HostResult, send func(*violinv1.ResultsResponse) error)
 			NewPages: n.Stats.NewPages, StoredBytes: n.Stats.StoredBytes,
 			RawBytes: n.RawBytes, Held: n.Held, Ports: encodePorts(n.Interface), Witness: evidence,
 		}
+		for _, d := range n.Disks {
+			m.Disks = append(m.Disks, &violinv1.DiskResult{
+				Name: d.Name, Size: d.Size, Blocks: encodeBlob(d.Blocks), Pages: d.Stats.Pages, ZeroPages: d.Stats.ZeroPages,
+				RawBytes: d.Stats.RawBytes, SentPages: d.Stats.SentPages, NewPages: d.Stats.NewPages, StoredBytes: d.Stats.StoredBytes,
+			})
+		}
 		if err := send(&violinv1.ResultsResponse{Part: &violinv1.ResultsResponse_Node{Node: m}}); err != nil {
 			return err
 		}
@@ -336,6 +342,16 @@ func decodeNodeResult(m *violinv1.NodeResult) (agent.NodeResult, error) {
 	}
 	if n.Interface, err = decodePorts(m.GetPorts()); err != nil {
 		return n, err
+	}
+	for _, d := range m.GetDisks() {
+		blocks, err := decodeBlob(d.GetBlocks())
+		if err != nil {
+			return n, fmt.Errorf("disk %q: %w", d.GetName(), err)
+		}
+		n.Disks = append(n.Disks, agent.Disk{Name: d.GetName(), Size: d.GetSize(), Blocks: blocks, Stats: store.MemoryStats{
+			Pages: d.GetPages(), ZeroPages: d.GetZeroPages(), RawBytes: d.GetRawBytes(),
+			SentPages: d.GetSentPages(), NewPages: d.GetNewPages(), StoredBytes: d.GetStoredBytes(),
+		}})
 	}
 	var w witness
 	if err := json.Unmarshal(m.GetWitness(), &w); err != nil {

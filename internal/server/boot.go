@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 
+	"violin/internal/agent"
 	"violin/internal/catalog"
 	"violin/internal/hypervisor/qemu"
 	"violin/internal/store"
@@ -16,7 +17,7 @@ import (
 func bootPaths(spec qemu.Spec) map[string]string {
 	paths := map[string]string{"kernel": spec.Kernel, "initrd": spec.Initrd, "rootfs": spec.RootFS}
 	for _, d := range spec.Disks {
-		paths["base of disk "+d.Name] = d.Base
+		paths[agent.BaseOf(d.Name)] = d.Base
 	}
 	return paths
 }

@@ -63,6 +63,17 @@ func (w *DiskWriter) Page(offset uint64, data []byte) error {
 	return w.pages.Page(0, offset, data)
 }
 
+// Reference takes a page by its hash, as [PageWriter.Reference] does.
+func (w *DiskWriter) Reference(offset uint64, h Hash) error {
+	if _, err := w.pages.check(0, offset); err != nil {
+		return err
+	}
+	if err := w.own(offset / PageSize); err != nil {
+		return err
+	}
+	return w.pages.Reference(0, offset, h)
+}
+
 // own marks a page as the disk's own.
 func (w *DiskWriter) own(page uint64) error {
 	n, bit := page/(8*PageSize), page%(8*PageSize)

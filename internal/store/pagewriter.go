@@ -230,6 +230,9 @@ func (w *PageWriter) Reference(block int, offset uint64, h Hash) error {
 	if err != nil {
 		return err
 	}
+	if err := w.touch(block, page); err != nil {
+		return err
+	}
 	if h == zeroPage {
 		w.clear(block, page)
 		return nil

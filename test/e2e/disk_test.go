@@ -21,6 +21,31 @@ func mix(i, g, k uint64) uint64 {
 	return z ^ z>>31
 }
 
+// blocksBase is a disk that the program finds its blocks on.
+func blocksBase() (image []byte) {
+	for i := range uint64(2048) {
+		for k := range uint64(512) {
+			image = binary.LittleEndian.AppendUint64(image, mix(i, 0, k))
+		}
+	}
+	return image
+}
+
+// blocksRun waits until the program runs in a node.
+func blocksRun(t *testing.T, dirs []string, node string) {
+	t.Helper()
+	if sh(t, dirs, node, "which blocks || true") == "" {
+		t.Fatal("the image has no program blocks: make image")
+	}
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(300 * time.Millisecond) {
+		if _, err := command(t, dirs, "exec", node, "--", "blocks", "status"); err == nil {
+			return
+		} else if time.Now().After(deadline) {
+			t.Fatalf("blocks does not run: %s", sh(t, dirs, node, "cat /var/log/run.log"))
+		}
+	}
+}
+
 // blocks is what the program says of itself.
 type blocks struct {
 	Writes, Holes, Reads uint64
@@ -75,13 +100,7 @@ func TestDisks(t *testing.T) {
 		}
 	}
 	base := filepath.Join(runDir, "base.img")
-	var image []byte
-	for i := range uint64(2048) {
-		for k := range uint64(512) {
-			image = binary.LittleEndian.AppendUint64(image, mix(i, 0, k))
-		}
-	}
-	if err := os.WriteFile(base, image, 0o600); err != nil {
+	if err := os.WriteFile(base, blocksBase(), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	source, err := os.ReadFile(filepath.Join(root, "examples/blocks.yaml"))
@@ -99,16 +118,7 @@ func TestDisks(t *testing.T) {
 	must(t, dirs, "up", file)
 	const node = "blocks/writer"
 	booted(t, dirs, node)
-	if sh(t, dirs, node, "which blocks || true") == "" {
-		t.Fatal("the image has no program blocks: make image")
-	}
-	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(300 * time.Millisecond) {
-		if _, err := command(t, dirs, "exec", node, "--", "blocks", "status"); err == nil {
-			break
-		} else if time.Now().After(deadline) {
-			t.Fatalf("blocks does not run: %s", sh(t, dirs, node, "cat /var/log/run.log"))
-		}
-	}
+	blocksRun(t, dirs, node)
 
 	type shot struct {
 		id            string

@@ -35,7 +35,9 @@ wan:
 networks:
   lan: {subnet: 10.20.0.0/24}
 nodes:
-  n1: {host: alpha, image: mpi, memory: 96MiB, interfaces: [{network: lan, address: 10.20.0.1/24}]}
+  n1:
+    {host: alpha, image: mpi, memory: 96MiB, interfaces: [{network: lan, address: 10.20.0.1/24}], run: blocks run data raw,
+     disks: [{name: data, size: 32MiB}, {name: raw, base: base.img}]}
   n2: {host: beta, image: mpi, memory: 96MiB, interfaces: [{network: lan, address: 10.20.0.2/24}]}
   n3: {host: gamma, image: mpi, memory: 96MiB, interfaces: [{network: lan, address: 10.20.0.3/24}]}
 `
@@ -198,6 +200,9 @@ func TestJoined(t *testing.T) {
 	if err := os.WriteFile(file, []byte(far), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.WriteFile(filepath.Join(dir, "base.img"), blocksBase(), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	must(t, dirs, "up", file)
 	if fetched, err := filepath.Glob(filepath.Join(dir, "*", "state", "files", "*")); err != nil || len(fetched) != 3 || slices.ContainsFunc(fetched, func(f string) bool { return !strings.Contains(f, "/gamma/") }) {
 		t.Errorf("the one host that had no image has fetched %q, want the three files of it: %v", fetched, err)
@@ -208,6 +213,7 @@ func TestJoined(t *testing.T) {
 	// A count that goes on, and frames all the time.
 	sh(t, dirs, "far/n1", "cat /proc/sys/kernel/random/uuid > /run/mark; (ping -i 0.2 10.20.0.3 >/run/ping 2>&1 &)")
 	mark := sh(t, dirs, "far/n1", "cat /run/mark")
+	blocksRun(t, dirs, "far/n1")
 
 	var snap struct{ ID string }
 	if err := json.Unmarshal(must(t, dirs, "snapshot", "far", "--output", "json"), &snap); err != nil {
@@ -223,6 +229,7 @@ func TestJoined(t *testing.T) {
 		t.Errorf("the node remembers %q, and was restored to %q", got, mark)
 	}
 	await(t, "frames go from site to site", func() bool { return strings.Contains(sh(t, dirs, "far/n1", "tail -1 /run/ping"), "time=") })
+	right(t, dirs, "far/n1", "restored")
 
 	besides(t, dirs, dir, snap.ID, func() {
 		_ = agents[0].cmd.Process.Signal(syscall.SIGTERM) // it leaves what runs
@@ -324,6 +331,10 @@ func besides(t *testing.T, dirs []string, dir, id string, restart func()) {
 		t.Errorf("an agent has taken over %v, and there were %v", now, before)
 	}
 	both("adopted")
+
+	right(t, dirs, "far/n1", "taken over")
+	must(t, dirs, "restore", "twin@adopted")
+	right(t, dirs, "twin/n1", "restored from what a taken-over agent captured")
 
 	// A host is drained of all.
 	must(t, dirs, "suspend", "--all", "--host", "gamma")

@@ -937,6 +937,8 @@ type AddNodeRequest struct {
 	Ports         []*NodePort            `protobuf:"bytes,10,rep,name=ports,proto3" json:"ports,omitempty"`
 	Incoming      bool                   `protobuf:"varint,11,opt,name=incoming,proto3" json:"incoming,omitempty"`
 	Arguments     []string               `protobuf:"bytes,12,rep,name=arguments,proto3" json:"arguments,omitempty"` // for QEMU, beside Violin's own
+	Firmware      string                 `protobuf:"bytes,13,opt,name=firmware,proto3" json:"firmware,omitempty"`   // as in a topology; empty if there is a kernel
+	Disks         []*DiskSpec            `protobuf:"bytes,14,rep,name=disks,proto3" json:"disks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1051,6 +1053,20 @@ func (x *AddNodeRequest) GetIncoming() bool {
 func (x *AddNodeRequest) GetArguments() []string {
 	if x != nil {
 		return x.Arguments
+	}
+	return nil
+}
+
+func (x *AddNodeRequest) GetFirmware() string {
+	if x != nil {
+		return x.Firmware
+	}
+	return ""
+}
+
+func (x *AddNodeRequest) GetDisks() []*DiskSpec {
+	if x != nil {
+		return x.Disks
 	}
 	return nil
 }
@@ -3528,6 +3544,7 @@ type NodeResult struct {
 	Held          uint64                 `protobuf:"varint,13,opt,name=held,proto3" json:"held,omitempty"`
 	Ports         []*NodePort            `protobuf:"bytes,14,rep,name=ports,proto3" json:"ports,omitempty"`
 	Witness       []byte                 `protobuf:"bytes,15,opt,name=witness,proto3" json:"witness,omitempty"` // JSON: steps and gate, as in a certificate
+	Disks         []*DiskResult          `protobuf:"bytes,16,rep,name=disks,proto3" json:"disks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3663,6 +3680,13 @@ func (x *NodeResult) GetPorts() []*NodePort {
 func (x *NodeResult) GetWitness() []byte {
 	if x != nil {
 		return x.Witness
+	}
+	return nil
+}
+
+func (x *NodeResult) GetDisks() []*DiskResult {
+	if x != nil {
+		return x.Disks
 	}
 	return nil
 }
@@ -4279,58 +4303,6 @@ func (x *PutBlobResponse) GetBlob() *Blob {
 	return nil
 }
 
-type Blob struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Hash          []byte                 `protobuf:"bytes,1,opt,name=hash,proto3" json:"hash,omitempty"`
-	Size          int64                  `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Blob) Reset() {
-	*x = Blob{}
-	mi := &file_violin_v1_agent_proto_msgTypes[73]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Blob) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Blob) ProtoMessage() {}
-
-func (x *Blob) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[73]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Blob.ProtoReflect.Descriptor instead.
-func (*Blob) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{73}
-}
-
-func (x *Blob) GetHash() []byte {
-	if x != nil {
-		return x.Hash
-	}
-	return nil
-}
-
-func (x *Blob) GetSize() int64 {
-	if x != nil {
-		return x.Size
-	}
-	return 0
-}
-
 type ReadConsoleLogRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Run           string                 `protobuf:"bytes,1,opt,name=run,proto3" json:"run,omitempty"`
@@ -4343,7 +4315,7 @@ type ReadConsoleLogRequest struct {
 
 func (x *ReadConsoleLogRequest) Reset() {
 	*x = ReadConsoleLogRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[74]
+	mi := &file_violin_v1_agent_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4355,7 +4327,7 @@ func (x *ReadConsoleLogRequest) String() string {
 func (*ReadConsoleLogRequest) ProtoMessage() {}
 
 func (x *ReadConsoleLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[74]
+	mi := &file_violin_v1_agent_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4368,7 +4340,7 @@ func (x *ReadConsoleLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadConsoleLogRequest.ProtoReflect.Descriptor instead.
 func (*ReadConsoleLogRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{74}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *ReadConsoleLogRequest) GetRun() string {
@@ -4408,7 +4380,7 @@ type ReadConsoleLogResponse struct {
 
 func (x *ReadConsoleLogResponse) Reset() {
 	*x = ReadConsoleLogResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[75]
+	mi := &file_violin_v1_agent_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4420,7 +4392,7 @@ func (x *ReadConsoleLogResponse) String() string {
 func (*ReadConsoleLogResponse) ProtoMessage() {}
 
 func (x *ReadConsoleLogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[75]
+	mi := &file_violin_v1_agent_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4433,7 +4405,7 @@ func (x *ReadConsoleLogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadConsoleLogResponse.ProtoReflect.Descriptor instead.
 func (*ReadConsoleLogResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{75}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ReadConsoleLogResponse) GetData() []byte {
@@ -4500,7 +4472,7 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"\x03mac\x18\x04 \x01(\fR\x03mac\x12\x10\n" +
 	"\x03mtu\x18\x05 \x01(\rR\x03mtu\x12\x12\n" +
 	"\x04hold\x18\x06 \x01(\bR\x04hold\"\x14\n" +
-	"\x12AddGatewayResponse\"\xee\x02\n" +
+	"\x12AddGatewayResponse\"\xb5\x03\n" +
 	"\x0eAddNodeRequest\x12\x10\n" +
 	"\x03run\x18\x01 \x01(\tR\x03run\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x14\n" +
@@ -4516,7 +4488,9 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"\x05ports\x18\n" +
 	" \x03(\v2\x13.violin.v1.NodePortR\x05ports\x12\x1a\n" +
 	"\bincoming\x18\v \x01(\bR\bincoming\x12\x1c\n" +
-	"\targuments\x18\f \x03(\tR\targuments\"^\n" +
+	"\targuments\x18\f \x03(\tR\targuments\x12\x1a\n" +
+	"\bfirmware\x18\r \x01(\tR\bfirmware\x12)\n" +
+	"\x05disks\x18\x0e \x03(\v2\x13.violin.v1.DiskSpecR\x05disks\"^\n" +
 	"\bNodePort\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\rR\anetwork\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\fR\x03mac\x12\x10\n" +
@@ -4661,7 +4635,7 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"\x04node\x18\x01 \x01(\v2\x15.violin.v1.NodeResultH\x00R\x04node\x120\n" +
 	"\x05frame\x18\x02 \x01(\v2\x18.violin.v1.RecordedFrameH\x00R\x05frame\x12+\n" +
 	"\x04host\x18\x03 \x01(\v2\x15.violin.v1.HostResultH\x00R\x04hostB\x06\n" +
-	"\x04part\"\x83\x04\n" +
+	"\x04part\"\xb0\x04\n" +
 	"\n" +
 	"NodeResult\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x121\n" +
@@ -4681,7 +4655,8 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"\traw_bytes\x18\f \x01(\x04R\brawBytes\x12\x12\n" +
 	"\x04held\x18\r \x01(\x04R\x04held\x12)\n" +
 	"\x05ports\x18\x0e \x03(\v2\x13.violin.v1.NodePortR\x05ports\x12\x18\n" +
-	"\awitness\x18\x0f \x01(\fR\awitness\"\x83\x01\n" +
+	"\awitness\x18\x0f \x01(\fR\awitness\x12+\n" +
+	"\x05disks\x18\x10 \x03(\v2\x15.violin.v1.DiskResultR\x05disks\"\x83\x01\n" +
 	"\rRecordedFrame\x12\x1c\n" +
 	"\tinterface\x18\x01 \x01(\rR\tinterface\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\rR\x05epoch\x12*\n" +
@@ -4726,10 +4701,7 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"\asession\x18\x01 \x01(\tR\asession\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\"6\n" +
 	"\x0fPutBlobResponse\x12#\n" +
-	"\x04blob\x18\x01 \x01(\v2\x0f.violin.v1.BlobR\x04blob\".\n" +
-	"\x04Blob\x12\x12\n" +
-	"\x04hash\x18\x01 \x01(\fR\x04hash\x12\x12\n" +
-	"\x04size\x18\x02 \x01(\x03R\x04size\"w\n" +
+	"\x04blob\x18\x01 \x01(\v2\x0f.violin.v1.BlobR\x04blob\"w\n" +
 	"\x15ReadConsoleLogRequest\x12\x10\n" +
 	"\x03run\x18\x01 \x01(\tR\x03run\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x16\n" +
@@ -4767,12 +4739,13 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"\rReleaseOutput\x12\x1f.violin.v1.ReleaseOutputRequest\x1a .violin.v1.ReleaseOutputResponse\x124\n" +
 	"\x03Now\x12\x15.violin.v1.NowRequest\x1a\x16.violin.v1.NowResponse\x128\n" +
 	"\x03Cut\x12\x15.violin.v1.CutRequest\x1a\x16.violin.v1.CutResponse(\x010\x01\x12B\n" +
-	"\aResults\x12\x19.violin.v1.ResultsRequest\x1a\x1a.violin.v1.ResultsResponse0\x012\x95\x02\n" +
+	"\aResults\x12\x19.violin.v1.ResultsRequest\x1a\x1a.violin.v1.ResultsResponse0\x012\xdb\x02\n" +
 	"\rIngestService\x124\n" +
 	"\x03Has\x12\x15.violin.v1.HasRequest\x1a\x16.violin.v1.HasResponse\x12C\n" +
 	"\bPutPages\x12\x1a.violin.v1.PutPagesRequest\x1a\x1b.violin.v1.PutPagesResponse\x12E\n" +
 	"\bPutTable\x12\x1a.violin.v1.PutTableRequest\x1a\x1b.violin.v1.PutTableResponse(\x01\x12B\n" +
-	"\aPutBlob\x12\x19.violin.v1.PutBlobRequest\x1a\x1a.violin.v1.PutBlobResponse(\x01B\x1fZ\x1dviolin/api/violin/v1;violinv1b\x06proto3"
+	"\aPutBlob\x12\x19.violin.v1.PutBlobRequest\x1a\x1a.violin.v1.PutBlobResponse(\x01\x12D\n" +
+	"\aPutDisk\x12\x19.violin.v1.PutDiskRequest\x1a\x1a.violin.v1.PutDiskResponse(\x010\x01B\x1fZ\x1dviolin/api/violin/v1;violinv1b\x06proto3"
 
 var (
 	file_violin_v1_agent_proto_rawDescOnce sync.Once
@@ -4786,7 +4759,7 @@ func file_violin_v1_agent_proto_rawDescGZIP() []byte {
 	return file_violin_v1_agent_proto_rawDescData
 }
 
-var file_violin_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 78)
+var file_violin_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 77)
 var file_violin_v1_agent_proto_goTypes = []any{
 	(*EnrollRequest)(nil),          // 0: violin.v1.EnrollRequest
 	(*EnrollResponse)(nil),         // 1: violin.v1.EnrollResponse
@@ -4861,112 +4834,120 @@ var file_violin_v1_agent_proto_goTypes = []any{
 	(*PutTableResponse)(nil),       // 70: violin.v1.PutTableResponse
 	(*PutBlobRequest)(nil),         // 71: violin.v1.PutBlobRequest
 	(*PutBlobResponse)(nil),        // 72: violin.v1.PutBlobResponse
-	(*Blob)(nil),                   // 73: violin.v1.Blob
-	(*ReadConsoleLogRequest)(nil),  // 74: violin.v1.ReadConsoleLogRequest
-	(*ReadConsoleLogResponse)(nil), // 75: violin.v1.ReadConsoleLogResponse
-	nil,                            // 76: violin.v1.PrepareOrder.NetworksEntry
-	nil,                            // 77: violin.v1.HostResult.ReadsEntry
-	(*NodeFile)(nil),               // 78: violin.v1.NodeFile
+	(*ReadConsoleLogRequest)(nil),  // 73: violin.v1.ReadConsoleLogRequest
+	(*ReadConsoleLogResponse)(nil), // 74: violin.v1.ReadConsoleLogResponse
+	nil,                            // 75: violin.v1.PrepareOrder.NetworksEntry
+	nil,                            // 76: violin.v1.HostResult.ReadsEntry
+	(*NodeFile)(nil),               // 77: violin.v1.NodeFile
+	(*DiskSpec)(nil),               // 78: violin.v1.DiskSpec
 	(*durationpb.Duration)(nil),    // 79: google.protobuf.Duration
 	(*timestamppb.Timestamp)(nil),  // 80: google.protobuf.Timestamp
+	(*Blob)(nil),                   // 81: violin.v1.Blob
+	(*DiskResult)(nil),             // 82: violin.v1.DiskResult
+	(*PutDiskRequest)(nil),         // 83: violin.v1.PutDiskRequest
+	(*PutDiskResponse)(nil),        // 84: violin.v1.PutDiskResponse
 }
 var file_violin_v1_agent_proto_depIdxs = []int32{
 	13, // 0: violin.v1.SetRemotesRequest.remotes:type_name -> violin.v1.Remote
-	78, // 1: violin.v1.AddNodeRequest.files:type_name -> violin.v1.NodeFile
+	77, // 1: violin.v1.AddNodeRequest.files:type_name -> violin.v1.NodeFile
 	18, // 2: violin.v1.AddNodeRequest.ports:type_name -> violin.v1.NodePort
-	23, // 3: violin.v1.RunNodeRequest.frames:type_name -> violin.v1.ChannelFrame
-	79, // 4: violin.v1.ChannelFrame.at:type_name -> google.protobuf.Duration
-	80, // 5: violin.v1.RunNodeResponse.began:type_name -> google.protobuf.Timestamp
-	80, // 6: violin.v1.NowResponse.now:type_name -> google.protobuf.Timestamp
-	44, // 7: violin.v1.CutRequest.prepare:type_name -> violin.v1.PrepareOrder
-	45, // 8: violin.v1.CutRequest.nodes:type_name -> violin.v1.CutOrder
-	46, // 9: violin.v1.CutRequest.poll:type_name -> violin.v1.PollOrder
-	47, // 10: violin.v1.CutRequest.collect:type_name -> violin.v1.CollectOrder
-	48, // 11: violin.v1.CutRequest.commit:type_name -> violin.v1.CommitOrder
-	49, // 12: violin.v1.CutRequest.abort:type_name -> violin.v1.AbortOrder
-	76, // 13: violin.v1.PrepareOrder.networks:type_name -> violin.v1.PrepareOrder.NetworksEntry
-	80, // 14: violin.v1.CutOrder.at:type_name -> google.protobuf.Timestamp
-	51, // 15: violin.v1.CutResponse.prepared:type_name -> violin.v1.PreparedEvent
-	52, // 16: violin.v1.CutResponse.node_cut:type_name -> violin.v1.NodeEvent
-	52, // 17: violin.v1.CutResponse.stored:type_name -> violin.v1.NodeEvent
-	53, // 18: violin.v1.CutResponse.counters:type_name -> violin.v1.CountersEvent
-	55, // 19: violin.v1.CutResponse.collected:type_name -> violin.v1.CollectedEvent
-	56, // 20: violin.v1.CutResponse.committed:type_name -> violin.v1.CommittedEvent
-	57, // 21: violin.v1.CutResponse.aborted:type_name -> violin.v1.AbortedEvent
-	58, // 22: violin.v1.CutResponse.failed:type_name -> violin.v1.FailedEvent
-	54, // 23: violin.v1.CountersEvent.counts:type_name -> violin.v1.ChannelCount
-	61, // 24: violin.v1.ResultsResponse.node:type_name -> violin.v1.NodeResult
-	62, // 25: violin.v1.ResultsResponse.frame:type_name -> violin.v1.RecordedFrame
-	63, // 26: violin.v1.ResultsResponse.host:type_name -> violin.v1.HostResult
-	80, // 27: violin.v1.NodeResult.cut_at:type_name -> google.protobuf.Timestamp
-	79, // 28: violin.v1.NodeResult.pause:type_name -> google.protobuf.Duration
-	73, // 29: violin.v1.NodeResult.device:type_name -> violin.v1.Blob
-	73, // 30: violin.v1.NodeResult.memory:type_name -> violin.v1.Blob
-	18, // 31: violin.v1.NodeResult.ports:type_name -> violin.v1.NodePort
-	80, // 32: violin.v1.RecordedFrame.at:type_name -> google.protobuf.Timestamp
-	77, // 33: violin.v1.HostResult.reads:type_name -> violin.v1.HostResult.ReadsEntry
-	69, // 34: violin.v1.PutTableRequest.regions:type_name -> violin.v1.MemoryRegion
-	73, // 35: violin.v1.PutTableResponse.table:type_name -> violin.v1.Blob
-	73, // 36: violin.v1.PutBlobResponse.blob:type_name -> violin.v1.Blob
-	0,  // 37: violin.v1.JoinService.Enroll:input_type -> violin.v1.EnrollRequest
-	2,  // 38: violin.v1.RenewalService.RenewHost:input_type -> violin.v1.RenewHostRequest
-	4,  // 39: violin.v1.AgentService.Describe:input_type -> violin.v1.DescribeRequest
-	6,  // 40: violin.v1.AgentService.Begin:input_type -> violin.v1.BeginRequest
-	8,  // 41: violin.v1.AgentService.End:input_type -> violin.v1.EndRequest
-	10, // 42: violin.v1.AgentService.AddPeer:input_type -> violin.v1.AddPeerRequest
-	12, // 43: violin.v1.AgentService.SetRemotes:input_type -> violin.v1.SetRemotesRequest
-	15, // 44: violin.v1.AgentService.AddGateway:input_type -> violin.v1.AddGatewayRequest
-	17, // 45: violin.v1.AgentService.AddNode:input_type -> violin.v1.AddNodeRequest
-	20, // 46: violin.v1.AgentService.Load:input_type -> violin.v1.LoadRequest
-	22, // 47: violin.v1.AgentService.RunNode:input_type -> violin.v1.RunNodeRequest
-	25, // 48: violin.v1.AgentService.ContinueNode:input_type -> violin.v1.ContinueNodeRequest
-	27, // 49: violin.v1.AgentService.SetClock:input_type -> violin.v1.SetClockRequest
-	29, // 50: violin.v1.AgentService.NodeStatus:input_type -> violin.v1.NodeStatusRequest
-	31, // 51: violin.v1.AgentService.ExecNode:input_type -> violin.v1.ExecNodeRequest
-	33, // 52: violin.v1.AgentService.JoinConsole:input_type -> violin.v1.JoinConsoleRequest
-	74, // 53: violin.v1.AgentService.ReadConsoleLog:input_type -> violin.v1.ReadConsoleLogRequest
-	35, // 54: violin.v1.AgentService.AwaitGone:input_type -> violin.v1.AwaitGoneRequest
-	37, // 55: violin.v1.AgentService.MarkOutput:input_type -> violin.v1.MarkOutputRequest
-	39, // 56: violin.v1.AgentService.ReleaseOutput:input_type -> violin.v1.ReleaseOutputRequest
-	41, // 57: violin.v1.AgentService.Now:input_type -> violin.v1.NowRequest
-	43, // 58: violin.v1.AgentService.Cut:input_type -> violin.v1.CutRequest
-	59, // 59: violin.v1.AgentService.Results:input_type -> violin.v1.ResultsRequest
-	64, // 60: violin.v1.IngestService.Has:input_type -> violin.v1.HasRequest
-	66, // 61: violin.v1.IngestService.PutPages:input_type -> violin.v1.PutPagesRequest
-	68, // 62: violin.v1.IngestService.PutTable:input_type -> violin.v1.PutTableRequest
-	71, // 63: violin.v1.IngestService.PutBlob:input_type -> violin.v1.PutBlobRequest
-	1,  // 64: violin.v1.JoinService.Enroll:output_type -> violin.v1.EnrollResponse
-	3,  // 65: violin.v1.RenewalService.RenewHost:output_type -> violin.v1.RenewHostResponse
-	5,  // 66: violin.v1.AgentService.Describe:output_type -> violin.v1.DescribeResponse
-	7,  // 67: violin.v1.AgentService.Begin:output_type -> violin.v1.BeginResponse
-	9,  // 68: violin.v1.AgentService.End:output_type -> violin.v1.EndResponse
-	11, // 69: violin.v1.AgentService.AddPeer:output_type -> violin.v1.AddPeerResponse
-	14, // 70: violin.v1.AgentService.SetRemotes:output_type -> violin.v1.SetRemotesResponse
-	16, // 71: violin.v1.AgentService.AddGateway:output_type -> violin.v1.AddGatewayResponse
-	19, // 72: violin.v1.AgentService.AddNode:output_type -> violin.v1.AddNodeResponse
-	21, // 73: violin.v1.AgentService.Load:output_type -> violin.v1.LoadResponse
-	24, // 74: violin.v1.AgentService.RunNode:output_type -> violin.v1.RunNodeResponse
-	26, // 75: violin.v1.AgentService.ContinueNode:output_type -> violin.v1.ContinueNodeResponse
-	28, // 76: violin.v1.AgentService.SetClock:output_type -> violin.v1.SetClockResponse
-	30, // 77: violin.v1.AgentService.NodeStatus:output_type -> violin.v1.NodeStatusResponse
-	32, // 78: violin.v1.AgentService.ExecNode:output_type -> violin.v1.ExecNodeResponse
-	34, // 79: violin.v1.AgentService.JoinConsole:output_type -> violin.v1.JoinConsoleResponse
-	75, // 80: violin.v1.AgentService.ReadConsoleLog:output_type -> violin.v1.ReadConsoleLogResponse
-	36, // 81: violin.v1.AgentService.AwaitGone:output_type -> violin.v1.AwaitGoneResponse
-	38, // 82: violin.v1.AgentService.MarkOutput:output_type -> violin.v1.MarkOutputResponse
-	40, // 83: violin.v1.AgentService.ReleaseOutput:output_type -> violin.v1.ReleaseOutputResponse
-	42, // 84: violin.v1.AgentService.Now:output_type -> violin.v1.NowResponse
-	50, // 85: violin.v1.AgentService.Cut:output_type -> violin.v1.CutResponse
-	60, // 86: violin.v1.AgentService.Results:output_type -> violin.v1.ResultsResponse
-	65, // 87: violin.v1.IngestService.Has:output_type -> violin.v1.HasResponse
-	67, // 88: violin.v1.IngestService.PutPages:output_type -> violin.v1.PutPagesResponse
-	70, // 89: violin.v1.IngestService.PutTable:output_type -> violin.v1.PutTableResponse
-	72, // 90: violin.v1.IngestService.PutBlob:output_type -> violin.v1.PutBlobResponse
-	64, // [64:91] is the sub-list for method output_type
-	37, // [37:64] is the sub-list for method input_type
-	37, // [37:37] is the sub-list for extension type_name
-	37, // [37:37] is the sub-list for extension extendee
-	0,  // [0:37] is the sub-list for field type_name
+	78, // 3: violin.v1.AddNodeRequest.disks:type_name -> violin.v1.DiskSpec
+	23, // 4: violin.v1.RunNodeRequest.frames:type_name -> violin.v1.ChannelFrame
+	79, // 5: violin.v1.ChannelFrame.at:type_name -> google.protobuf.Duration
+	80, // 6: violin.v1.RunNodeResponse.began:type_name -> google.protobuf.Timestamp
+	80, // 7: violin.v1.NowResponse.now:type_name -> google.protobuf.Timestamp
+	44, // 8: violin.v1.CutRequest.prepare:type_name -> violin.v1.PrepareOrder
+	45, // 9: violin.v1.CutRequest.nodes:type_name -> violin.v1.CutOrder
+	46, // 10: violin.v1.CutRequest.poll:type_name -> violin.v1.PollOrder
+	47, // 11: violin.v1.CutRequest.collect:type_name -> violin.v1.CollectOrder
+	48, // 12: violin.v1.CutRequest.commit:type_name -> violin.v1.CommitOrder
+	49, // 13: violin.v1.CutRequest.abort:type_name -> violin.v1.AbortOrder
+	75, // 14: violin.v1.PrepareOrder.networks:type_name -> violin.v1.PrepareOrder.NetworksEntry
+	80, // 15: violin.v1.CutOrder.at:type_name -> google.protobuf.Timestamp
+	51, // 16: violin.v1.CutResponse.prepared:type_name -> violin.v1.PreparedEvent
+	52, // 17: violin.v1.CutResponse.node_cut:type_name -> violin.v1.NodeEvent
+	52, // 18: violin.v1.CutResponse.stored:type_name -> violin.v1.NodeEvent
+	53, // 19: violin.v1.CutResponse.counters:type_name -> violin.v1.CountersEvent
+	55, // 20: violin.v1.CutResponse.collected:type_name -> violin.v1.CollectedEvent
+	56, // 21: violin.v1.CutResponse.committed:type_name -> violin.v1.CommittedEvent
+	57, // 22: violin.v1.CutResponse.aborted:type_name -> violin.v1.AbortedEvent
+	58, // 23: violin.v1.CutResponse.failed:type_name -> violin.v1.FailedEvent
+	54, // 24: violin.v1.CountersEvent.counts:type_name -> violin.v1.ChannelCount
+	61, // 25: violin.v1.ResultsResponse.node:type_name -> violin.v1.NodeResult
+	62, // 26: violin.v1.ResultsResponse.frame:type_name -> violin.v1.RecordedFrame
+	63, // 27: violin.v1.ResultsResponse.host:type_name -> violin.v1.HostResult
+	80, // 28: violin.v1.NodeResult.cut_at:type_name -> google.protobuf.Timestamp
+	79, // 29: violin.v1.NodeResult.pause:type_name -> google.protobuf.Duration
+	81, // 30: violin.v1.NodeResult.device:type_name -> violin.v1.Blob
+	81, // 31: violin.v1.NodeResult.memory:type_name -> violin.v1.Blob
+	18, // 32: violin.v1.NodeResult.ports:type_name -> violin.v1.NodePort
+	82, // 33: violin.v1.NodeResult.disks:type_name -> violin.v1.DiskResult
+	80, // 34: violin.v1.RecordedFrame.at:type_name -> google.protobuf.Timestamp
+	76, // 35: violin.v1.HostResult.reads:type_name -> violin.v1.HostResult.ReadsEntry
+	69, // 36: violin.v1.PutTableRequest.regions:type_name -> violin.v1.MemoryRegion
+	81, // 37: violin.v1.PutTableResponse.table:type_name -> violin.v1.Blob
+	81, // 38: violin.v1.PutBlobResponse.blob:type_name -> violin.v1.Blob
+	0,  // 39: violin.v1.JoinService.Enroll:input_type -> violin.v1.EnrollRequest
+	2,  // 40: violin.v1.RenewalService.RenewHost:input_type -> violin.v1.RenewHostRequest
+	4,  // 41: violin.v1.AgentService.Describe:input_type -> violin.v1.DescribeRequest
+	6,  // 42: violin.v1.AgentService.Begin:input_type -> violin.v1.BeginRequest
+	8,  // 43: violin.v1.AgentService.End:input_type -> violin.v1.EndRequest
+	10, // 44: violin.v1.AgentService.AddPeer:input_type -> violin.v1.AddPeerRequest
+	12, // 45: violin.v1.AgentService.SetRemotes:input_type -> violin.v1.SetRemotesRequest
+	15, // 46: violin.v1.AgentService.AddGateway:input_type -> violin.v1.AddGatewayRequest
+	17, // 47: violin.v1.AgentService.AddNode:input_type -> violin.v1.AddNodeRequest
+	20, // 48: violin.v1.AgentService.Load:input_type -> violin.v1.LoadRequest
+	22, // 49: violin.v1.AgentService.RunNode:input_type -> violin.v1.RunNodeRequest
+	25, // 50: violin.v1.AgentService.ContinueNode:input_type -> violin.v1.ContinueNodeRequest
+	27, // 51: violin.v1.AgentService.SetClock:input_type -> violin.v1.SetClockRequest
+	29, // 52: violin.v1.AgentService.NodeStatus:input_type -> violin.v1.NodeStatusRequest
+	31, // 53: violin.v1.AgentService.ExecNode:input_type -> violin.v1.ExecNodeRequest
+	33, // 54: violin.v1.AgentService.JoinConsole:input_type -> violin.v1.JoinConsoleRequest
+	73, // 55: violin.v1.AgentService.ReadConsoleLog:input_type -> violin.v1.ReadConsoleLogRequest
+	35, // 56: violin.v1.AgentService.AwaitGone:input_type -> violin.v1.AwaitGoneRequest
+	37, // 57: violin.v1.AgentService.MarkOutput:input_type -> violin.v1.MarkOutputRequest
+	39, // 58: violin.v1.AgentService.ReleaseOutput:input_type -> violin.v1.ReleaseOutputRequest
+	41, // 59: violin.v1.AgentService.Now:input_type -> violin.v1.NowRequest
+	43, // 60: violin.v1.AgentService.Cut:input_type -> violin.v1.CutRequest
+	59, // 61: violin.v1.AgentService.Results:input_type -> violin.v1.ResultsRequest
+	64, // 62: violin.v1.IngestService.Has:input_type -> violin.v1.HasRequest
+	66, // 63: violin.v1.IngestService.PutPages:input_type -> violin.v1.PutPagesRequest
+	68, // 64: violin.v1.IngestService.PutTable:input_type -> violin.v1.PutTableRequest
+	71, // 65: violin.v1.IngestService.PutBlob:input_type -> violin.v1.PutBlobRequest
+	83, // 66: violin.v1.IngestService.PutDisk:input_type -> violin.v1.PutDiskRequest
+	1,  // 67: violin.v1.JoinService.Enroll:output_type -> violin.v1.EnrollResponse
+	3,  // 68: violin.v1.RenewalService.RenewHost:output_type -> violin.v1.RenewHostResponse
+	5,  // 69: violin.v1.AgentService.Describe:output_type -> violin.v1.DescribeResponse
+	7,  // 70: violin.v1.AgentService.Begin:output_type -> violin.v1.BeginResponse
+	9,  // 71: violin.v1.AgentService.End:output_type -> violin.v1.EndResponse
+	11, // 72: violin.v1.AgentService.AddPeer:output_type -> violin.v1.AddPeerResponse
+	14, // 73: violin.v1.AgentService.SetRemotes:output_type -> violin.v1.SetRemotesResponse
+	16, // 74: violin.v1.AgentService.AddGateway:output_type -> violin.v1.AddGatewayResponse
+	19, // 75: violin.v1.AgentService.AddNode:output_type -> violin.v1.AddNodeResponse
+	21, // 76: violin.v1.AgentService.Load:output_type -> violin.v1.LoadResponse
+	24, // 77: violin.v1.AgentService.RunNode:output_type -> violin.v1.RunNodeResponse
+	26, // 78: violin.v1.AgentService.ContinueNode:output_type -> violin.v1.ContinueNodeResponse
+	28, // 79: violin.v1.AgentService.SetClock:output_type -> violin.v1.SetClockResponse
+	30, // 80: violin.v1.AgentService.NodeStatus:output_type -> violin.v1.NodeStatusResponse
+	32, // 81: violin.v1.AgentService.ExecNode:output_type -> violin.v1.ExecNodeResponse
+	34, // 82: violin.v1.AgentService.JoinConsole:output_type -> violin.v1.JoinConsoleResponse
+	74, // 83: violin.v1.AgentService.ReadConsoleLog:output_type -> violin.v1.ReadConsoleLogResponse
+	36, // 84: violin.v1.AgentService.AwaitGone:output_type -> violin.v1.AwaitGoneResponse
+	38, // 85: violin.v1.AgentService.MarkOutput:output_type -> violin.v1.MarkOutputResponse
+	40, // 86: violin.v1.AgentService.ReleaseOutput:output_type -> violin.v1.ReleaseOutputResponse
+	42, // 87: violin.v1.AgentService.Now:output_type -> violin.v1.NowResponse
+	50, // 88: violin.v1.AgentService.Cut:output_type -> violin.v1.CutResponse
+	60, // 89: violin.v1.AgentService.Results:output_type -> violin.v1.ResultsResponse
+	65, // 90: violin.v1.IngestService.Has:output_type -> violin.v1.HasResponse
+	67, // 91: violin.v1.IngestService.PutPages:output_type -> violin.v1.PutPagesResponse
+	70, // 92: violin.v1.IngestService.PutTable:output_type -> violin.v1.PutTableResponse
+	72, // 93: violin.v1.IngestService.PutBlob:output_type -> violin.v1.PutBlobResponse
+	84, // 94: violin.v1.IngestService.PutDisk:output_type -> violin.v1.PutDiskResponse
+	67, // [67:95] is the sub-list for method output_type
+	39, // [39:67] is the sub-list for method input_type
+	39, // [39:39] is the sub-list for extension type_name
+	39, // [39:39] is the sub-list for extension extendee
+	0,  // [0:39] is the sub-list for field type_name
 }
 
 func init() { file_violin_v1_agent_proto_init() }
@@ -4998,14 +4979,14 @@ func file_violin_v1_agent_proto_init() {
 		(*ResultsResponse_Frame)(nil),
 		(*ResultsResponse_Host)(nil),
 	}
-	file_violin_v1_agent_proto_msgTypes[74].OneofWrappers = []any{}
+	file_violin_v1_agent_proto_msgTypes[73].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_violin_v1_agent_proto_rawDesc), len(file_violin_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   78,
+			NumMessages:   77,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

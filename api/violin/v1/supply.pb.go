@@ -310,6 +310,561 @@ func (x *ReadFileResponse) GetData() []byte {
 	return nil
 }
 
+// Blob names what is in the store.
+type Blob struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Hash          []byte                 `protobuf:"bytes,1,opt,name=hash,proto3" json:"hash,omitempty"`
+	Size          int64                  `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Blob) Reset() {
+	*x = Blob{}
+	mi := &file_violin_v1_supply_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Blob) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Blob) ProtoMessage() {}
+
+func (x *Blob) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_supply_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Blob.ProtoReflect.Descriptor instead.
+func (*Blob) Descriptor() ([]byte, []int) {
+	return file_violin_v1_supply_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Blob) GetHash() []byte {
+	if x != nil {
+		return x.Hash
+	}
+	return nil
+}
+
+func (x *Blob) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+// DiskSpec is a disk of a node.
+type DiskSpec struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Size          uint64                 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`                              // bytes
+	Base          *NodeFile              `protobuf:"bytes,3,opt,name=base,proto3" json:"base,omitempty"`                               // none for a disk that begins empty
+	BaseFormat    string                 `protobuf:"bytes,4,opt,name=base_format,json=baseFormat,proto3" json:"base_format,omitempty"` // raw or qcow2
+	Boot          int32                  `protobuf:"varint,5,opt,name=boot,proto3" json:"boot,omitempty"`                              // when the firmware tries it, from 1 on; 0 for never
+	Table         *Blob                  `protobuf:"bytes,6,opt,name=table,proto3" json:"table,omitempty"`                             // what it is in the store, if it is restored: see SupplyService.ReadDisk
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiskSpec) Reset() {
+	*x = DiskSpec{}
+	mi := &file_violin_v1_supply_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiskSpec) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiskSpec) ProtoMessage() {}
+
+func (x *DiskSpec) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_supply_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiskSpec.ProtoReflect.Descriptor instead.
+func (*DiskSpec) Descriptor() ([]byte, []int) {
+	return file_violin_v1_supply_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *DiskSpec) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DiskSpec) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *DiskSpec) GetBase() *NodeFile {
+	if x != nil {
+		return x.Base
+	}
+	return nil
+}
+
+func (x *DiskSpec) GetBaseFormat() string {
+	if x != nil {
+		return x.BaseFormat
+	}
+	return ""
+}
+
+func (x *DiskSpec) GetBoot() int32 {
+	if x != nil {
+		return x.Boot
+	}
+	return 0
+}
+
+func (x *DiskSpec) GetTable() *Blob {
+	if x != nil {
+		return x.Table
+	}
+	return nil
+}
+
+type ReadDiskRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Run           string                 `protobuf:"bytes,1,opt,name=run,proto3" json:"run,omitempty"`
+	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	Disk          string                 `protobuf:"bytes,3,opt,name=disk,proto3" json:"disk,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadDiskRequest) Reset() {
+	*x = ReadDiskRequest{}
+	mi := &file_violin_v1_supply_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadDiskRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadDiskRequest) ProtoMessage() {}
+
+func (x *ReadDiskRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_supply_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadDiskRequest.ProtoReflect.Descriptor instead.
+func (*ReadDiskRequest) Descriptor() ([]byte, []int) {
+	return file_violin_v1_supply_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *ReadDiskRequest) GetRun() string {
+	if x != nil {
+		return x.Run
+	}
+	return ""
+}
+
+func (x *ReadDiskRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *ReadDiskRequest) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+type ReadDiskResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Pages         []uint64               `protobuf:"varint,1,rep,packed,name=pages,proto3" json:"pages,omitempty"` // their numbers
+	Content       *Pages                 `protobuf:"bytes,2,opt,name=content,proto3" json:"content,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadDiskResponse) Reset() {
+	*x = ReadDiskResponse{}
+	mi := &file_violin_v1_supply_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadDiskResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadDiskResponse) ProtoMessage() {}
+
+func (x *ReadDiskResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_supply_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadDiskResponse.ProtoReflect.Descriptor instead.
+func (*ReadDiskResponse) Descriptor() ([]byte, []int) {
+	return file_violin_v1_supply_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *ReadDiskResponse) GetPages() []uint64 {
+	if x != nil {
+		return x.Pages
+	}
+	return nil
+}
+
+func (x *ReadDiskResponse) GetContent() *Pages {
+	if x != nil {
+		return x.Content
+	}
+	return nil
+}
+
+// Pages are the contents of some pages.
+type Pages struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Hashes        []byte                 `protobuf:"bytes,1,opt,name=hashes,proto3" json:"hashes,omitempty"` // 32 bytes each, also of those of zeros
+	Data          []byte                 `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`     // 4096 bytes each of those that are not of zeros, all of them in one zstd frame
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Pages) Reset() {
+	*x = Pages{}
+	mi := &file_violin_v1_supply_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Pages) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Pages) ProtoMessage() {}
+
+func (x *Pages) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_supply_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Pages.ProtoReflect.Descriptor instead.
+func (*Pages) Descriptor() ([]byte, []int) {
+	return file_violin_v1_supply_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Pages) GetHashes() []byte {
+	if x != nil {
+		return x.Hashes
+	}
+	return nil
+}
+
+func (x *Pages) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type DiskResult struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Size          uint64                 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
+	Blocks        *Blob                  `protobuf:"bytes,3,opt,name=blocks,proto3" json:"blocks,omitempty"`
+	Pages         int64                  `protobuf:"varint,4,opt,name=pages,proto3" json:"pages,omitempty"` // and on: as in NodeResult
+	ZeroPages     int64                  `protobuf:"varint,5,opt,name=zero_pages,json=zeroPages,proto3" json:"zero_pages,omitempty"`
+	RawBytes      int64                  `protobuf:"varint,6,opt,name=raw_bytes,json=rawBytes,proto3" json:"raw_bytes,omitempty"`
+	SentPages     int64                  `protobuf:"varint,7,opt,name=sent_pages,json=sentPages,proto3" json:"sent_pages,omitempty"`
+	NewPages      int64                  `protobuf:"varint,8,opt,name=new_pages,json=newPages,proto3" json:"new_pages,omitempty"`
+	StoredBytes   int64                  `protobuf:"varint,9,opt,name=stored_bytes,json=storedBytes,proto3" json:"stored_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiskResult) Reset() {
+	*x = DiskResult{}
+	mi := &file_violin_v1_supply_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiskResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiskResult) ProtoMessage() {}
+
+func (x *DiskResult) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_supply_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiskResult.ProtoReflect.Descriptor instead.
+func (*DiskResult) Descriptor() ([]byte, []int) {
+	return file_violin_v1_supply_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *DiskResult) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DiskResult) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *DiskResult) GetBlocks() *Blob {
+	if x != nil {
+		return x.Blocks
+	}
+	return nil
+}
+
+func (x *DiskResult) GetPages() int64 {
+	if x != nil {
+		return x.Pages
+	}
+	return 0
+}
+
+func (x *DiskResult) GetZeroPages() int64 {
+	if x != nil {
+		return x.ZeroPages
+	}
+	return 0
+}
+
+func (x *DiskResult) GetRawBytes() int64 {
+	if x != nil {
+		return x.RawBytes
+	}
+	return 0
+}
+
+func (x *DiskResult) GetSentPages() int64 {
+	if x != nil {
+		return x.SentPages
+	}
+	return 0
+}
+
+func (x *DiskResult) GetNewPages() int64 {
+	if x != nil {
+		return x.NewPages
+	}
+	return 0
+}
+
+func (x *DiskResult) GetStoredBytes() int64 {
+	if x != nil {
+		return x.StoredBytes
+	}
+	return 0
+}
+
+type PutDiskRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Session       string                 `protobuf:"bytes,1,opt,name=session,proto3" json:"session,omitempty"` // in the first message, as are size and before
+	Size          uint64                 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
+	Before        *Blob                  `protobuf:"bytes,3,opt,name=before,proto3" json:"before,omitempty"`       // the table that it begins as, if any
+	Pages         []uint64               `protobuf:"varint,4,rep,packed,name=pages,proto3" json:"pages,omitempty"` // numbers; one that comes again replaces the one before
+	Hashes        []byte                 `protobuf:"bytes,5,opt,name=hashes,proto3" json:"hashes,omitempty"`       // of their contents, 32 bytes each
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutDiskRequest) Reset() {
+	*x = PutDiskRequest{}
+	mi := &file_violin_v1_supply_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutDiskRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutDiskRequest) ProtoMessage() {}
+
+func (x *PutDiskRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_supply_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutDiskRequest.ProtoReflect.Descriptor instead.
+func (*PutDiskRequest) Descriptor() ([]byte, []int) {
+	return file_violin_v1_supply_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *PutDiskRequest) GetSession() string {
+	if x != nil {
+		return x.Session
+	}
+	return ""
+}
+
+func (x *PutDiskRequest) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *PutDiskRequest) GetBefore() *Blob {
+	if x != nil {
+		return x.Before
+	}
+	return nil
+}
+
+func (x *PutDiskRequest) GetPages() []uint64 {
+	if x != nil {
+		return x.Pages
+	}
+	return nil
+}
+
+func (x *PutDiskRequest) GetHashes() []byte {
+	if x != nil {
+		return x.Hashes
+	}
+	return nil
+}
+
+type PutDiskResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Missing       bool                   `protobuf:"varint,1,opt,name=missing,proto3" json:"missing,omitempty"` // what it was before is not whole in the store any more
+	Table         *Blob                  `protobuf:"bytes,2,opt,name=table,proto3" json:"table,omitempty"`      // in the last answer, as is what follows
+	Pages         int64                  `protobuf:"varint,3,opt,name=pages,proto3" json:"pages,omitempty"`
+	ZeroPages     int64                  `protobuf:"varint,4,opt,name=zero_pages,json=zeroPages,proto3" json:"zero_pages,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutDiskResponse) Reset() {
+	*x = PutDiskResponse{}
+	mi := &file_violin_v1_supply_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutDiskResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutDiskResponse) ProtoMessage() {}
+
+func (x *PutDiskResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_supply_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutDiskResponse.ProtoReflect.Descriptor instead.
+func (*PutDiskResponse) Descriptor() ([]byte, []int) {
+	return file_violin_v1_supply_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *PutDiskResponse) GetMissing() bool {
+	if x != nil {
+		return x.Missing
+	}
+	return false
+}
+
+func (x *PutDiskResponse) GetTable() *Blob {
+	if x != nil {
+		return x.Table
+	}
+	return nil
+}
+
+func (x *PutDiskResponse) GetPages() int64 {
+	if x != nil {
+		return x.Pages
+	}
+	return 0
+}
+
+func (x *PutDiskResponse) GetZeroPages() int64 {
+	if x != nil {
+		return x.ZeroPages
+	}
+	return 0
+}
+
 var File_violin_v1_supply_proto protoreflect.FileDescriptor
 
 const file_violin_v1_supply_proto_rawDesc = "" +
@@ -332,11 +887,58 @@ const file_violin_v1_supply_proto_rawDesc = "" +
 	"\x04hash\x18\x02 \x01(\fR\x04hash\x12\x16\n" +
 	"\x06offset\x18\x03 \x01(\x03R\x06offset\"&\n" +
 	"\x10ReadFileResponse\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data2P\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\".\n" +
+	"\x04Blob\x12\x12\n" +
+	"\x04hash\x18\x01 \x01(\fR\x04hash\x12\x12\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\"\xb7\x01\n" +
+	"\bDiskSpec\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04size\x18\x02 \x01(\x04R\x04size\x12'\n" +
+	"\x04base\x18\x03 \x01(\v2\x13.violin.v1.NodeFileR\x04base\x12\x1f\n" +
+	"\vbase_format\x18\x04 \x01(\tR\n" +
+	"baseFormat\x12\x12\n" +
+	"\x04boot\x18\x05 \x01(\x05R\x04boot\x12%\n" +
+	"\x05table\x18\x06 \x01(\v2\x0f.violin.v1.BlobR\x05table\"K\n" +
+	"\x0fReadDiskRequest\x12\x10\n" +
+	"\x03run\x18\x01 \x01(\tR\x03run\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\x12\x12\n" +
+	"\x04disk\x18\x03 \x01(\tR\x04disk\"T\n" +
+	"\x10ReadDiskResponse\x12\x14\n" +
+	"\x05pages\x18\x01 \x03(\x04R\x05pages\x12*\n" +
+	"\acontent\x18\x02 \x01(\v2\x10.violin.v1.PagesR\acontent\"3\n" +
+	"\x05Pages\x12\x16\n" +
+	"\x06hashes\x18\x01 \x01(\fR\x06hashes\x12\x12\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\"\x8e\x02\n" +
+	"\n" +
+	"DiskResult\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04size\x18\x02 \x01(\x04R\x04size\x12'\n" +
+	"\x06blocks\x18\x03 \x01(\v2\x0f.violin.v1.BlobR\x06blocks\x12\x14\n" +
+	"\x05pages\x18\x04 \x01(\x03R\x05pages\x12\x1d\n" +
+	"\n" +
+	"zero_pages\x18\x05 \x01(\x03R\tzeroPages\x12\x1b\n" +
+	"\traw_bytes\x18\x06 \x01(\x03R\brawBytes\x12\x1d\n" +
+	"\n" +
+	"sent_pages\x18\a \x01(\x03R\tsentPages\x12\x1b\n" +
+	"\tnew_pages\x18\b \x01(\x03R\bnewPages\x12!\n" +
+	"\fstored_bytes\x18\t \x01(\x03R\vstoredBytes\"\x95\x01\n" +
+	"\x0ePutDiskRequest\x12\x18\n" +
+	"\asession\x18\x01 \x01(\tR\asession\x12\x12\n" +
+	"\x04size\x18\x02 \x01(\x04R\x04size\x12'\n" +
+	"\x06before\x18\x03 \x01(\v2\x0f.violin.v1.BlobR\x06before\x12\x14\n" +
+	"\x05pages\x18\x04 \x03(\x04R\x05pages\x12\x16\n" +
+	"\x06hashes\x18\x05 \x01(\fR\x06hashes\"\x87\x01\n" +
+	"\x0fPutDiskResponse\x12\x18\n" +
+	"\amissing\x18\x01 \x01(\bR\amissing\x12%\n" +
+	"\x05table\x18\x02 \x01(\v2\x0f.violin.v1.BlobR\x05table\x12\x14\n" +
+	"\x05pages\x18\x03 \x01(\x03R\x05pages\x12\x1d\n" +
+	"\n" +
+	"zero_pages\x18\x04 \x01(\x03R\tzeroPages2P\n" +
 	"\x10ProvisionService\x12<\n" +
-	"\x05Fetch\x12\x17.violin.v1.FetchRequest\x1a\x18.violin.v1.FetchResponse0\x012V\n" +
+	"\x05Fetch\x12\x17.violin.v1.FetchRequest\x1a\x18.violin.v1.FetchResponse0\x012\x9d\x01\n" +
 	"\rSupplyService\x12E\n" +
-	"\bReadFile\x12\x1a.violin.v1.ReadFileRequest\x1a\x1b.violin.v1.ReadFileResponse0\x01B\x1fZ\x1dviolin/api/violin/v1;violinv1b\x06proto3"
+	"\bReadFile\x12\x1a.violin.v1.ReadFileRequest\x1a\x1b.violin.v1.ReadFileResponse0\x01\x12E\n" +
+	"\bReadDisk\x12\x1a.violin.v1.ReadDiskRequest\x1a\x1b.violin.v1.ReadDiskResponse0\x01B\x1fZ\x1dviolin/api/violin/v1;violinv1b\x06proto3"
 
 var (
 	file_violin_v1_supply_proto_rawDescOnce sync.Once
@@ -350,25 +952,41 @@ func file_violin_v1_supply_proto_rawDescGZIP() []byte {
 	return file_violin_v1_supply_proto_rawDescData
 }
 
-var file_violin_v1_supply_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_violin_v1_supply_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_violin_v1_supply_proto_goTypes = []any{
 	(*FetchRequest)(nil),     // 0: violin.v1.FetchRequest
 	(*NodeFile)(nil),         // 1: violin.v1.NodeFile
 	(*FetchResponse)(nil),    // 2: violin.v1.FetchResponse
 	(*ReadFileRequest)(nil),  // 3: violin.v1.ReadFileRequest
 	(*ReadFileResponse)(nil), // 4: violin.v1.ReadFileResponse
+	(*Blob)(nil),             // 5: violin.v1.Blob
+	(*DiskSpec)(nil),         // 6: violin.v1.DiskSpec
+	(*ReadDiskRequest)(nil),  // 7: violin.v1.ReadDiskRequest
+	(*ReadDiskResponse)(nil), // 8: violin.v1.ReadDiskResponse
+	(*Pages)(nil),            // 9: violin.v1.Pages
+	(*DiskResult)(nil),       // 10: violin.v1.DiskResult
+	(*PutDiskRequest)(nil),   // 11: violin.v1.PutDiskRequest
+	(*PutDiskResponse)(nil),  // 12: violin.v1.PutDiskResponse
 }
 var file_violin_v1_supply_proto_depIdxs = []int32{
-	1, // 0: violin.v1.FetchRequest.files:type_name -> violin.v1.NodeFile
-	0, // 1: violin.v1.ProvisionService.Fetch:input_type -> violin.v1.FetchRequest
-	3, // 2: violin.v1.SupplyService.ReadFile:input_type -> violin.v1.ReadFileRequest
-	2, // 3: violin.v1.ProvisionService.Fetch:output_type -> violin.v1.FetchResponse
-	4, // 4: violin.v1.SupplyService.ReadFile:output_type -> violin.v1.ReadFileResponse
-	3, // [3:5] is the sub-list for method output_type
-	1, // [1:3] is the sub-list for method input_type
-	1, // [1:1] is the sub-list for extension type_name
-	1, // [1:1] is the sub-list for extension extendee
-	0, // [0:1] is the sub-list for field type_name
+	1,  // 0: violin.v1.FetchRequest.files:type_name -> violin.v1.NodeFile
+	1,  // 1: violin.v1.DiskSpec.base:type_name -> violin.v1.NodeFile
+	5,  // 2: violin.v1.DiskSpec.table:type_name -> violin.v1.Blob
+	9,  // 3: violin.v1.ReadDiskResponse.content:type_name -> violin.v1.Pages
+	5,  // 4: violin.v1.DiskResult.blocks:type_name -> violin.v1.Blob
+	5,  // 5: violin.v1.PutDiskRequest.before:type_name -> violin.v1.Blob
+	5,  // 6: violin.v1.PutDiskResponse.table:type_name -> violin.v1.Blob
+	0,  // 7: violin.v1.ProvisionService.Fetch:input_type -> violin.v1.FetchRequest
+	3,  // 8: violin.v1.SupplyService.ReadFile:input_type -> violin.v1.ReadFileRequest
+	7,  // 9: violin.v1.SupplyService.ReadDisk:input_type -> violin.v1.ReadDiskRequest
+	2,  // 10: violin.v1.ProvisionService.Fetch:output_type -> violin.v1.FetchResponse
+	4,  // 11: violin.v1.SupplyService.ReadFile:output_type -> violin.v1.ReadFileResponse
+	8,  // 12: violin.v1.SupplyService.ReadDisk:output_type -> violin.v1.ReadDiskResponse
+	10, // [10:13] is the sub-list for method output_type
+	7,  // [7:10] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_violin_v1_supply_proto_init() }
@@ -382,7 +1000,7 @@ func file_violin_v1_supply_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_violin_v1_supply_proto_rawDesc), len(file_violin_v1_supply_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   5,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

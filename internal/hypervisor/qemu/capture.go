@@ -568,8 +568,9 @@ func (c *Capture) Wait(ctx context.Context) error {
 func (c *Capture) Frozen() []Frozen { return c.frozen }
 
 // Stored says that the capture, disks and all, belongs to a snapshot that counts. The
-// next one's disks are read from here on.
-func (c *Capture) Stored() { c.vm.mergeDisks(true) }
+// next one's disks are read from here on. Of an orphan nobody knows what was stored: the
+// next one's disks are read from where they were.
+func (c *Capture) Stored() { c.vm.mergeDisks(!c.orphan) }
 
 // Abort gives the capture up, at whatever step it is. The VM runs afterwards. It
 // may be called again.

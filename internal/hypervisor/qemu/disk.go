@@ -6,12 +6,20 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"violin/internal/qcow2"
+)
+
+// A layer's node is named DISK l NUMBER, and its file has a suffix. A merge is a job.
+const (
+	layerInfix  = "l"
+	layerSuffix = ".qcow2"
+	mergePrefix = "merge-" // of a job
 )
 
 // switchBound bounds the wait for QEMU to switch its disks, which takes milliseconds.
@@ -27,7 +35,7 @@ type Disk struct {
 	Boot       int    // the firmware tries disks in this order, from 1 on; 0 for never
 	// Restore, if not nil, gives the pages in which the disk differs from its base, nil
 	// for one of zeros.
-	Restore func(page func(offset uint64, data []byte) error) error
+	Restore func(page func(offset uint64, data []byte) error) error `json:"-"`
 }
 
 // chain is a disk's layers. Its writes go to the last; the others are frozen.
@@ -46,7 +54,12 @@ type chain struct {
 	spare  *layer
 }
 
-type layer struct{ node, path string }
+// layer is a file of a disk. A higher number is higher in the chain; a merge keeps the
+// lowest.
+type layer struct {
+	number     int
+	node, path string
+}
 
 // disks are a VM's disks.
 type disks struct {
@@ -54,12 +67,12 @@ type disks struct {
 	mu      sync.Mutex // guards the chains; not held while QEMU is at work
 	chains  []*chain
 	merging chan struct{} // closed when the merge that runs has ended; nil if none runs
+	lost    error         // why the layers are not known, of a VM that was found
 }
 
 // create makes a new layer's file.
 func (vm *VM) create(c *chain, fill func(func(uint64, []byte) error) error) (l layer, err error) {
-	l = layer{node: c.name + "l" + strconv.Itoa(c.made)}
-	l.path = vm.path(l.node + ".qcow2")
+	l = vm.layer(c, c.made)
 	c.made++
 	defer func() {
 		if err != nil {
@@ -86,10 +99,18 @@ func (vm *VM) create(c *chain, fill func(func(uint64, []byte) error) error) (l l
 	return l, f.Close()
 }
 
+func (vm *VM) layer(c *chain, number int) layer {
+	node := c.name + layerInfix + strconv.Itoa(number)
+	return layer{number: number, node: node, path: vm.path(node + layerSuffix)}
+}
+
+// diskName is the name of a disk's device, and what those of its nodes begin with.
+func diskName(i int) string { return "disk" + strconv.Itoa(i) }
+
 // makeDisks makes the first layers.
 func (vm *VM) makeDisks() error {
 	for i, d := range vm.spec.Disks {
-		c := &chain{disk: d, name: "disk" + strconv.Itoa(i)}
+		c := &chain{disk: d, name: diskName(i)}
 		vm.disks.chains = append(vm.disks.chains, c)
 		if d.Restore != nil {
 			l, err := vm.create(c, d.Restore)
@@ -170,6 +191,9 @@ func (vm *VM) armDisks(ctx context.Context) error {
 	}
 	vm.disks.turn.Lock()
 	defer vm.disks.turn.Unlock()
+	if vm.disks.lost != nil {
+		return vm.disks.lost
+	}
 	for _, c := range vm.disks.chains {
 		l, err := vm.create(c, nil)
 		if err != nil {
@@ -214,7 +238,7 @@ func (vm *VM) switchDisks(ctx context.Context) ([]Frozen, error) {
 	for _, c := range vm.disks.chains {
 		f := Frozen{Disk: c.disk.Name, Size: c.disk.Size, stored: c.stored}
 		for _, l := range c.layers {
-			f.layers = append(f.layers, l.path)
+			f.layers, f.Through = append(f.layers, l.path), l.number
 		}
 		frozen = append(frozen, f)
 		c.layers, c.spare = append(c.layers, *c.spare), nil
@@ -225,10 +249,11 @@ func (vm *VM) switchDisks(ctx context.Context) ([]Frozen, error) {
 // Frozen is a disk as it was at the instant of a capture. It can be read until the
 // capture is given up or said to be stored.
 type Frozen struct {
-	Disk   string
-	Size   uint64 // bytes
-	layers []string
-	stored int
+	Disk    string
+	Size    uint64 // bytes
+	Through int    // the number of its highest layer; once it is stored, what [Find] is to be told
+	layers  []string
+	stored  int
 }
 
 // Changed gives the pages that were written since the last capture that was stored,
@@ -349,7 +374,7 @@ func (vm *VM) mergeLayers(c *chain, low, high int) error {
 	vm.disks.mu.Unlock()
 	events := vm.qmp.Subscribe(64, "BLOCK_JOB_COMPLETED")
 	defer events.Close()
-	job := "merge-" + c.name
+	job := mergePrefix + c.name
 	if err := vm.qmp.Execute(ctx, "block-commit", map[string]any{
 		"job-id": job, "device": top.node, "top-node": layers[len(layers)-1].node, "base-node": layers[0].node,
 		"backing-file": layers[0].path,
@@ -386,14 +411,35 @@ func (vm *VM) mergeLayers(c *chain, low, high int) error {
 	return errors.Join(errs...)
 }
 
+// layerFiles are the layers that a chain has files of, whatever has become of them.
+func (vm *VM) layerFiles(c *chain) ([]layer, error) {
+	paths, err := filepath.Glob(vm.path(c.name + layerInfix + "*" + layerSuffix))
+	var all []layer
+	for _, p := range paths {
+		if l, ok := vm.layerOf(c, strings.TrimSuffix(filepath.Base(p), layerSuffix)); ok {
+			all = append(all, l)
+		}
+	}
+	return all, err
+}
+
+// layerOf tells which of a chain's layers a node is.
+func (vm *VM) layerOf(c *chain, node string) (layer, bool) {
+	n, err := strconv.Atoi(strings.TrimPrefix(node, c.name+layerInfix))
+	l := vm.layer(c, n)
+	return l, err == nil && l.node == node
+}
+
 // removeDisks deletes the layers of a VM that is gone.
 func (vm *VM) removeDisks() error {
 	vm.disks.mu.Lock()
 	defer vm.disks.mu.Unlock()
 	var errs []error
 	for _, c := range vm.disks.chains {
-		for n := range c.made {
-			errs = append(errs, remove(vm.path(c.name+"l"+strconv.Itoa(n)+".qcow2")))
+		files, err := vm.layerFiles(c)
+		errs = append(errs, err)
+		for _, l := range files {
+			errs = append(errs, remove(l.path))
 		}
 	}
 	return errors.Join(errs...)

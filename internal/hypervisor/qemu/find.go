@@ -18,8 +18,9 @@ var errBroken = errors.New("the stream of its background snapshot broke, of whic
 
 // Find finds the VM that an agent before this one has started, as it is: running,
 // stopped, or in a capture, which [VM.Orphan] is then for. One that has ended is one that
-// has ended; one that does not answer is ended.
-func Find(ctx context.Context, spec Spec, log *slog.Logger) (*VM, error) {
+// has ended; one that does not answer is ended. stored says, by disk, through which layer
+// it is in the store: see [VM.Stored] and [Frozen].
+func Find(ctx context.Context, spec Spec, stored map[string]int, log *slog.Logger) (*VM, error) {
 	vm := &VM{spec: spec, log: log.With("vm", spec.Name), done: make(chan struct{})}
 	var err error
 	if vm.proc, err = child.Find(spec.Dir); err != nil {
@@ -28,6 +29,7 @@ func Find(ctx context.Context, spec Spec, log *slog.Logger) (*VM, error) {
 	if vm.proc == nil {
 		vm.err = fmt.Errorf("QEMU of %s ended while no agent was there%s", spec.Name, vm.logTail())
 		close(vm.done)
+		vm.findDisks(nil)
 		return vm, nil
 	}
 	go vm.watch()
@@ -42,8 +44,10 @@ func Find(ctx context.Context, spec Spec, log *slog.Logger) (*VM, error) {
 		vm.mu.Lock()
 		vm.cause = fmt.Errorf("the agent that took over could not speak to it: %w", err)
 		vm.mu.Unlock()
+		vm.findDisks(nil)
 		return vm, vm.proc.Kill()
 	}
+	vm.findDisks(stored)
 	return vm, nil
 }
 

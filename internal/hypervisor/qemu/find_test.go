@@ -98,7 +98,7 @@ func TestFind(t *testing.T) {
 			c.theirs.Close()
 			c.ours.Close()
 
-			found, err := Find(ctx, first.spec, log)
+			found, err := Find(ctx, first.spec, nil, log)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -117,7 +117,7 @@ func TestFind(t *testing.T) {
 		if err := vm.Close(); err != nil {
 			t.Fatal(err)
 		}
-		if gone, err := Find(ctx, first.spec, log); err != nil || gone.Err() == nil {
+		if gone, err := Find(ctx, first.spec, nil, log); err != nil || gone.Err() == nil {
 			t.Errorf("a VM that has ended: %v, %v", gone.Err(), err)
 		}
 	}
@@ -151,7 +151,7 @@ func TestBrokenStream(t *testing.T) {
 		vm.qmp.Close()
 		c.theirs.Close()
 		c.ours.Close()
-		found, err := Find(ctx, vm.spec, slog.New(slog.DiscardHandler))
+		found, err := Find(ctx, vm.spec, nil, slog.New(slog.DiscardHandler))
 		if err != nil {
 			t.Fatal(err)
 		}

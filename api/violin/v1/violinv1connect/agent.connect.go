@@ -106,6 +106,8 @@ const (
 	IngestServicePutTableProcedure = "/violin.v1.IngestService/PutTable"
 	// IngestServicePutBlobProcedure is the fully-qualified name of the IngestService's PutBlob RPC.
 	IngestServicePutBlobProcedure = "/violin.v1.IngestService/PutBlob"
+	// IngestServicePutDiskProcedure is the fully-qualified name of the IngestService's PutDisk RPC.
+	IngestServicePutDiskProcedure = "/violin.v1.IngestService/PutDisk"
 )
 
 // JoinServiceClient is a client for the violin.v1.JoinService service.
@@ -936,6 +938,9 @@ type IngestServiceClient interface {
 	// PutTable makes a node's page table of pages that the session has. The first message has the regions.
 	PutTable(context.Context) (*connect.ClientStreamForClientSimple[v1.PutTableRequest, v1.PutTableResponse], error)
 	PutBlob(context.Context) (*connect.ClientStreamForClientSimple[v1.PutBlobRequest, v1.PutBlobResponse], error)
+	// PutDisk makes a disk's page table. The first message says what the disk was before, and the first answer, whether
+	// that is in the store still; if so, messages with pages that the session has follow, and at the end the last answer.
+	PutDisk(context.Context) (*connect.BidiStreamForClientSimple[v1.PutDiskRequest, v1.PutDiskResponse], error)
 }
 
 // NewIngestServiceClient constructs a client for the violin.v1.IngestService service. By default,
@@ -973,6 +978,12 @@ func NewIngestServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(ingestServiceMethods.ByName("PutBlob")),
 			connect.WithClientOptions(opts...),
 		),
+		putDisk: connect.NewClient[v1.PutDiskRequest, v1.PutDiskResponse](
+			httpClient,
+			baseURL+IngestServicePutDiskProcedure,
+			connect.WithSchema(ingestServiceMethods.ByName("PutDisk")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -982,6 +993,7 @@ type ingestServiceClient struct {
 	putPages *connect.Client[v1.PutPagesRequest, v1.PutPagesResponse]
 	putTable *connect.Client[v1.PutTableRequest, v1.PutTableResponse]
 	putBlob  *connect.Client[v1.PutBlobRequest, v1.PutBlobResponse]
+	putDisk  *connect.Client[v1.PutDiskRequest, v1.PutDiskResponse]
 }
 
 // Has calls violin.v1.IngestService.Has.
@@ -1012,6 +1024,11 @@ func (c *ingestServiceClient) PutBlob(ctx context.Context) (*connect.ClientStrea
 	return c.putBlob.CallClientStreamSimple(ctx)
 }
 
+// PutDisk calls violin.v1.IngestService.PutDisk.
+func (c *ingestServiceClient) PutDisk(ctx context.Context) (*connect.BidiStreamForClientSimple[v1.PutDiskRequest, v1.PutDiskResponse], error) {
+	return c.putDisk.CallBidiStreamSimple(ctx)
+}
+
 // IngestServiceHandler is an implementation of the violin.v1.IngestService service.
 type IngestServiceHandler interface {
 	// Has tells which pages need not be sent. Those it names are kept for the session from then on.
@@ -1020,6 +1037,9 @@ type IngestServiceHandler interface {
 	// PutTable makes a node's page table of pages that the session has. The first message has the regions.
 	PutTable(context.Context, *connect.ClientStream[v1.PutTableRequest]) (*v1.PutTableResponse, error)
 	PutBlob(context.Context, *connect.ClientStream[v1.PutBlobRequest]) (*v1.PutBlobResponse, error)
+	// PutDisk makes a disk's page table. The first message says what the disk was before, and the first answer, whether
+	// that is in the store still; if so, messages with pages that the session has follow, and at the end the last answer.
+	PutDisk(context.Context, *connect.BidiStream[v1.PutDiskRequest, v1.PutDiskResponse]) error
 }
 
 // NewIngestServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -1053,6 +1073,12 @@ func NewIngestServiceHandler(svc IngestServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(ingestServiceMethods.ByName("PutBlob")),
 		connect.WithHandlerOptions(opts...),
 	)
+	ingestServicePutDiskHandler := connect.NewBidiStreamHandler(
+		IngestServicePutDiskProcedure,
+		svc.PutDisk,
+		connect.WithSchema(ingestServiceMethods.ByName("PutDisk")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/violin.v1.IngestService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case IngestServiceHasProcedure:
@@ -1063,6 +1089,8 @@ func NewIngestServiceHandler(svc IngestServiceHandler, opts ...connect.HandlerOp
 			ingestServicePutTableHandler.ServeHTTP(w, r)
 		case IngestServicePutBlobProcedure:
 			ingestServicePutBlobHandler.ServeHTTP(w, r)
+		case IngestServicePutDiskProcedure:
+			ingestServicePutDiskHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1086,4 +1114,8 @@ func (UnimplementedIngestServiceHandler) PutTable(context.Context, *connect.Clie
 
 func (UnimplementedIngestServiceHandler) PutBlob(context.Context, *connect.ClientStream[v1.PutBlobRequest]) (*v1.PutBlobResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.IngestService.PutBlob is not implemented"))
+}
+
+func (UnimplementedIngestServiceHandler) PutDisk(context.Context, *connect.BidiStream[v1.PutDiskRequest, v1.PutDiskResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.IngestService.PutDisk is not implemented"))
 }

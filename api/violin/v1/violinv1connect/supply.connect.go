@@ -42,6 +42,8 @@ const (
 	ProvisionServiceFetchProcedure = "/violin.v1.ProvisionService/Fetch"
 	// SupplyServiceReadFileProcedure is the fully-qualified name of the SupplyService's ReadFile RPC.
 	SupplyServiceReadFileProcedure = "/violin.v1.SupplyService/ReadFile"
+	// SupplyServiceReadDiskProcedure is the fully-qualified name of the SupplyService's ReadDisk RPC.
+	SupplyServiceReadDiskProcedure = "/violin.v1.SupplyService/ReadDisk"
 )
 
 // ProvisionServiceClient is a client for the violin.v1.ProvisionService service.
@@ -120,6 +122,8 @@ func (UnimplementedProvisionServiceHandler) Fetch(context.Context, *v1.FetchRequ
 type SupplyServiceClient interface {
 	// ReadFile gives a file from an offset on.
 	ReadFile(context.Context, *v1.ReadFileRequest) (*connect.ServerStreamForClient[v1.ReadFileResponse], error)
+	// ReadDisk gives the pages in which a restored disk differs from what is below it, in ascending order.
+	ReadDisk(context.Context, *v1.ReadDiskRequest) (*connect.ServerStreamForClient[v1.ReadDiskResponse], error)
 }
 
 // NewSupplyServiceClient constructs a client for the violin.v1.SupplyService service. By default,
@@ -139,12 +143,19 @@ func NewSupplyServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(supplyServiceMethods.ByName("ReadFile")),
 			connect.WithClientOptions(opts...),
 		),
+		readDisk: connect.NewClient[v1.ReadDiskRequest, v1.ReadDiskResponse](
+			httpClient,
+			baseURL+SupplyServiceReadDiskProcedure,
+			connect.WithSchema(supplyServiceMethods.ByName("ReadDisk")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // supplyServiceClient implements SupplyServiceClient.
 type supplyServiceClient struct {
 	readFile *connect.Client[v1.ReadFileRequest, v1.ReadFileResponse]
+	readDisk *connect.Client[v1.ReadDiskRequest, v1.ReadDiskResponse]
 }
 
 // ReadFile calls violin.v1.SupplyService.ReadFile.
@@ -152,10 +163,17 @@ func (c *supplyServiceClient) ReadFile(ctx context.Context, req *v1.ReadFileRequ
 	return c.readFile.CallServerStream(ctx, connect.NewRequest(req))
 }
 
+// ReadDisk calls violin.v1.SupplyService.ReadDisk.
+func (c *supplyServiceClient) ReadDisk(ctx context.Context, req *v1.ReadDiskRequest) (*connect.ServerStreamForClient[v1.ReadDiskResponse], error) {
+	return c.readDisk.CallServerStream(ctx, connect.NewRequest(req))
+}
+
 // SupplyServiceHandler is an implementation of the violin.v1.SupplyService service.
 type SupplyServiceHandler interface {
 	// ReadFile gives a file from an offset on.
 	ReadFile(context.Context, *v1.ReadFileRequest, *connect.ServerStream[v1.ReadFileResponse]) error
+	// ReadDisk gives the pages in which a restored disk differs from what is below it, in ascending order.
+	ReadDisk(context.Context, *v1.ReadDiskRequest, *connect.ServerStream[v1.ReadDiskResponse]) error
 }
 
 // NewSupplyServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -171,10 +189,18 @@ func NewSupplyServiceHandler(svc SupplyServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(supplyServiceMethods.ByName("ReadFile")),
 		connect.WithHandlerOptions(opts...),
 	)
+	supplyServiceReadDiskHandler := connect.NewServerStreamHandlerSimple(
+		SupplyServiceReadDiskProcedure,
+		svc.ReadDisk,
+		connect.WithSchema(supplyServiceMethods.ByName("ReadDisk")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/violin.v1.SupplyService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case SupplyServiceReadFileProcedure:
 			supplyServiceReadFileHandler.ServeHTTP(w, r)
+		case SupplyServiceReadDiskProcedure:
+			supplyServiceReadDiskHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -186,4 +212,8 @@ type UnimplementedSupplyServiceHandler struct{}
 
 func (UnimplementedSupplyServiceHandler) ReadFile(context.Context, *v1.ReadFileRequest, *connect.ServerStream[v1.ReadFileResponse]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.SupplyService.ReadFile is not implemented"))
+}
+
+func (UnimplementedSupplyServiceHandler) ReadDisk(context.Context, *v1.ReadDiskRequest, *connect.ServerStream[v1.ReadDiskResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.SupplyService.ReadDisk is not implemented"))
 }
