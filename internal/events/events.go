@@ -1,18 +1,22 @@
 // Package events keeps a log of what happened to slices, for people and for programs
 // that wait for it: a JSON document a line, oldest first.
 //
-// The log is bounded: when the file has grown to its limit it is set aside, in the
-// place of the one that was set aside before. What a process wrote that was killed is
-// there; a last line that was cut short is left out.
+// The log is bounded, and kept in segments: documents of 64 events, a JSON document a
+// line, of which the oldest go. What counts is what the segments say when a log is opened:
+// a server that follows another tells the same history.
 package events
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
+	"slices"
+	"strconv"
 	"sync"
 	"time"
 )
@@ -57,116 +61,169 @@ type Event struct {
 	Owner    string    `json:"owner,omitempty"`    // of the slice, then
 }
 
-// limit is the size at which a file is set aside, in bytes.
-const limit = 2 << 20
+const (
+	// segment is how many events are in one: numbers 1 to 64 in the first.
+	segment = 64
+	// kept is how many events are kept at least, once there are more.
+	kept = 10000
+)
+
+// Segments are where a log is kept, by name.
+type Segments interface {
+	// Names are those that there are, in order.
+	Names() ([]string, error)
+	Read(name string) ([]byte, error)
+	// Write writes one, whole or not at all, in the place of what is there.
+	Write(name string, data []byte) error
+	Remove(name string) error
+}
 
 // A Log is safe for concurrent use.
 type Log struct {
-	path string
+	segments Segments
 
 	mu     sync.Mutex
-	file   *os.File
-	size   int64
-	events []Event // of both files
-	older  int     // how many of them are in the file set aside
+	events []Event
 	wake   chan struct{}
+
+	writing sync.Mutex // held from an event's number being taken until it is written
 }
 
-// Open opens a log, or makes it.
-func Open(path string) (*Log, error) {
-	l := &Log{path: path, wake: make(chan struct{})}
-	for _, p := range []string{path + ".1", path} {
-		found, err := read(p)
-		if err != nil {
-			return nil, fmt.Errorf("open event log: %w", err)
-		}
-		l.older = len(l.events)
-		l.events = append(l.events, found...)
-	}
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+// Open opens a log, or makes it. What is none of its segments it leaves alone, and of a
+// segment that cannot be read the events are left out.
+func Open(segments Segments) (*Log, error) {
+	l := &Log{segments: segments, wake: make(chan struct{})}
+	names, err := segments.Names()
 	if err != nil {
 		return nil, fmt.Errorf("open event log: %w", err)
 	}
-	info, err := f.Stat()
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("open event log: %w", err), f.Close())
-	}
-	l.file, l.size = f, info.Size()
-	if l.size > 0 {
-		// A line that was cut short stays alone.
-		n, err := f.WriteString("\n")
-		l.size += int64(n)
-		if err != nil {
-			return nil, errors.Join(fmt.Errorf("open event log: %w", err), f.Close())
+	for _, name := range names {
+		if _, ok := parseSegment(name); !ok {
+			continue
 		}
+		text, err := segments.Read(name)
+		if err != nil {
+			return nil, fmt.Errorf("open event log: %w", err)
+		}
+		l.events = append(l.events, parse(bytes.NewReader(text))...)
 	}
 	return l, nil
 }
 
-// read takes in the events of a file; what is none is left out.
-func read(path string) ([]Event, error) {
-	f, err := os.Open(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	var out []Event
-	lines := bufio.NewScanner(f)
-	lines.Buffer(nil, limit+1)
+// segmentOf names the segment of an event.
+func segmentOf(number uint64) string { return fmt.Sprintf("%016d", (number-1)/segment) }
+
+func parseSegment(name string) (uint64, bool) {
+	n, err := strconv.ParseUint(name, 10, 64)
+	return n, err == nil && len(name) == 16
+}
+
+// parse takes in events; what is none is left out.
+func parse(r io.Reader) (out []Event) {
+	lines := bufio.NewScanner(r)
+	lines.Buffer(nil, 4<<20)
 	for lines.Scan() {
 		var e Event
-		if json.Unmarshal(lines.Bytes(), &e) == nil && e.Number > 0 {
+		if json.Unmarshal(lines.Bytes(), &e) == nil && e.Number > 0 && (len(out) == 0 || e.Number > out[len(out)-1].Number) {
 			out = append(out, e)
 		}
 	}
-	return out, lines.Err()
+	return out
+}
+
+// ReadFiles reads a log as earlier versions wrote it, in files, oldest first. One that is
+// not there has no events.
+func ReadFiles(paths ...string) (all []Event, err error) {
+	for _, path := range paths {
+		f, err := os.Open(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read event log: %w", err)
+		}
+		all = append(all, parse(f)...)
+		_ = f.Close()
+	}
+	return all, nil
+}
+
+// Begin writes events, which have numbers, into a log that has none yet.
+func (l *Log) Begin(events []Event) error {
+	l.writing.Lock()
+	defer l.writing.Unlock()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.events) > 0 {
+		return nil
+	}
+	events = events[max(0, len(events)-kept):]
+	for i, e := range events {
+		if i+1 < len(events) && segmentOf(events[i+1].Number) == segmentOf(e.Number) {
+			continue
+		}
+		if err := l.write(events[:i+1]); err != nil {
+			return err
+		}
+	}
+	l.events = append(l.events, events...)
+	return nil
 }
 
 // Append writes an event and returns it with its number.
 func (l *Log) Append(e Event) (Event, error) {
+	l.writing.Lock()
+	defer l.writing.Unlock()
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	e.Number = 1
 	if n := len(l.events); n > 0 {
 		e.Number = l.events[n-1].Number + 1
 	}
-	line, err := json.Marshal(e)
-	if err == nil {
-		err = l.write(append(line, '\n'))
-	}
-	// Whoever listens gets it all the same.
+	// Whoever listens gets it, written or not.
 	l.events = append(l.events, e)
+	var gone []string
+	for len(l.events) > kept+segment {
+		gone = append(gone, segmentOf(l.events[0].Number))
+		l.events = slices.Clone(l.events[l.first():])
+	}
+	now := l.events
 	close(l.wake)
 	l.wake = make(chan struct{})
+	l.mu.Unlock()
+	err := l.write(now)
+	for _, name := range gone {
+		if err == nil {
+			err = l.segments.Remove(name)
+		}
+	}
 	if err != nil {
 		return e, fmt.Errorf("write event log: %w", err)
 	}
 	return e, nil
 }
 
-func (l *Log) write(line []byte) error {
-	if l.file == nil {
-		return fs.ErrClosed
+// first is how many events the oldest segment has. mu is held.
+func (l *Log) first() int {
+	name := segmentOf(l.events[0].Number)
+	n := slices.IndexFunc(l.events, func(e Event) bool { return segmentOf(e.Number) != name })
+	return max(n, 1)
+}
+
+// write writes the segment of the last of events.
+func (l *Log) write(events []Event) error {
+	name := segmentOf(events[len(events)-1].Number)
+	from := len(events)
+	for from > 0 && segmentOf(events[from-1].Number) == name {
+		from--
 	}
-	if l.size > 0 && l.size+int64(len(line)) > limit {
-		f, err := os.OpenFile(l.path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY|os.O_APPEND, 0o600)
-		if err != nil {
+	var text bytes.Buffer
+	enc := json.NewEncoder(&text)
+	for _, e := range events[from:] {
+		if err := enc.Encode(e); err != nil {
 			return err
 		}
-		if err := errors.Join(os.Rename(l.path, l.path+".1"), os.Rename(l.path+".new", l.path)); err != nil {
-			return errors.Join(err, f.Close())
-		}
-		_ = l.file.Close()
-		l.file, l.size = f, 0
-		l.events = append([]Event(nil), l.events[l.older:]...)
-		l.older = len(l.events)
 	}
-	n, err := l.file.Write(line)
-	l.size += int64(n)
-	return err
+	return l.segments.Write(name, text.Bytes())
 }
 
 // After returns the events with higher numbers, of a slice or of all for "", and a
@@ -180,16 +237,4 @@ func (l *Log) After(number uint64, slice string) (found []Event, more <-chan str
 		}
 	}
 	return found, l.wake
-}
-
-// Close closes the file.
-func (l *Log) Close() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.file == nil {
-		return nil
-	}
-	err := l.file.Close()
-	l.file = nil
-	return err
 }

@@ -219,7 +219,7 @@ func newWorld(t *testing.T) *world {
 func newWorldAt(t *testing.T, now func() time.Time) *world {
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
-	authority, err := trust.OpenAuthority(t.TempDir())
+	authority, err := trust.OpenAuthority(trust.Directory(t.TempDir()))
 	if err != nil {
 		t.Fatal(err)
 	}

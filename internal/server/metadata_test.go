@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -11,6 +12,7 @@ import (
 
 	"violin/internal/catalog"
 	"violin/internal/store"
+	"violin/internal/trust"
 )
 
 func snapshotsOf(t *testing.T, s *Server) (names []string) {
@@ -49,11 +51,37 @@ func TestUpgrade(t *testing.T) {
 	if err := old.Close(); err != nil {
 		t.Fatal(err)
 	}
+	authority, err := trust.OpenAuthority(trust.Directory(filepath.Join(state, "ca")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(state, "ca", "users"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for file, text := range map[string]string{
+		"ca/users/bob":   `{"role":"operator","certificates":[{"serial":"1"}]}`,
+		"events.jsonl.1": "{\"number\":7,\"slice\":\"pair\"}\n",
+		"events.jsonl":   "{\"number\":8,\"slice\":\"pair\"}\n",
+	} {
+		if err := os.WriteFile(filepath.Join(state, filepath.FromSlash(file)), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	want := []string{"1 later,sealed", "2 "}
 	for range 2 {
-		s := newServer(t, state, Storage{})
+		s, err := New(t.Context(), Config{StateDir: state, Logger: slog.New(slog.DiscardHandler), Listen: "127.0.0.1:0"})
+		if err != nil {
+			t.Fatal(err)
+		}
 		if got := snapshotsOf(t, s); !slices.Equal(got, want) {
 			t.Errorf("%q, want %q", got, want)
+		}
+		users, err := s.authority.Users()
+		if err != nil || len(users) != 1 || users[0].Name != "bob" || !bytes.Equal(s.authority.Certificate(), authority.Certificate()) {
+			t.Errorf("another authority, of %v, %v", users, err)
+		}
+		if found, _ := s.events.After(0, ""); len(found) != 2 || found[1].Number != 8 {
+			t.Errorf("events %v", found)
 		}
 		if r := s.records["pair"]; r == nil || r.Owner != "alice" {
 			t.Errorf("record %+v", r)

@@ -147,7 +147,7 @@ func take(ctx context.Context, config Config, led *metadata.Leadership) (*Server
 	}); err != nil {
 		return nil, errors.Join(err, st.Close())
 	}
-	if s.events, err = events.Open(filepath.Join(config.StateDir, "events.jsonl")); err != nil {
+	if s.events, err = s.openEvents(); err != nil {
 		return nil, errors.Join(err, st.Close())
 	}
 	s.api = access.Handler(s, s, s.log)
@@ -168,7 +168,7 @@ func take(ctx context.Context, config Config, led *metadata.Leadership) (*Server
 }
 
 func (s *Server) listen(ctx context.Context, runs []remote.Run) (err error) {
-	if s.authority, err = trust.OpenAuthority(filepath.Join(s.cfg.StateDir, "ca")); err != nil {
+	if s.authority, err = s.openAuthority(); err != nil {
 		return err
 	}
 	s.door = access.NewDoor(s.authority, s.api, s.log)
@@ -211,7 +211,7 @@ func (s *Server) Close() error {
 	if s.hub != nil {
 		errs = append(errs, s.hub.Close())
 	}
-	errs = append(errs, s.events.Close(), s.store.Close())
+	errs = append(errs, s.store.Close())
 	if s.etcd != nil {
 		errs = append(errs, s.led.Resign(context.Background()), s.etcd.Close())
 	}

@@ -65,7 +65,7 @@ func openStore(ctx context.Context, c *Config, led *metadata.Leadership) (*store
 }
 
 // copied are the directories of documents that the store has copies of.
-func copied() []string { return catalog.Directories() }
+func copied() []string { return append(catalog.Directories(), authorityDir) }
 
 func bind(ctx context.Context, c *Config, st *store.Store, led *metadata.Leadership) error {
 	begun := false

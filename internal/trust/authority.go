@@ -5,7 +5,7 @@
 //
 // A host's certificate has the host's name as its common name. A user's has the user's
 // name there, and the URI violin:user:NAME:ROLE as a subject alternative name, which a
-// host's has not. What the authority remembers of a host or user is a file; see member.
+// host's has not. What the authority remembers of a host or user is in its [Vault]; see member.
 package trust
 
 import (
@@ -68,7 +68,7 @@ func CheckName(name string) error {
 
 // Authority is a server's certificate authority.
 type Authority struct {
-	dir   string
+	vault Vault
 	key   *ecdsa.PrivateKey
 	cert  *x509.Certificate
 	token []byte // the key of tokens' seals
@@ -76,22 +76,30 @@ type Authority struct {
 	members sync.Mutex // held while what is remembered of a host or user is read or changed
 }
 
-// OpenAuthority reads the authority that is kept in a directory, or makes it.
-func OpenAuthority(dir string) (*Authority, error) {
-	a, err := readAuthority(dir)
+// OpenAuthority reads the authority that is kept in a vault, or makes it.
+func OpenAuthority(v Vault) (*Authority, error) {
+	a, err := readAuthority(v)
 	if errors.Is(err, fs.ErrNotExist) {
-		if err = makeAuthority(dir); err == nil {
-			a, err = readAuthority(dir)
+		if err = makeAuthority(v); err == nil {
+			a, err = readAuthority(v)
 		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("certificate authority in %s: %w", dir, err)
+		return nil, fmt.Errorf("certificate authority: %w", err)
 	}
 	return a, nil
 }
 
-func readAuthority(dir string) (*Authority, error) {
-	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "ca.crt"), filepath.Join(dir, "ca.key"))
+func readAuthority(v Vault) (*Authority, error) {
+	certText, err := v.Read(certName)
+	if err != nil {
+		return nil, err
+	}
+	keyText, err := v.Read(keyName)
+	if err != nil {
+		return nil, err
+	}
+	pair, err := tls.X509KeyPair(certText, keyText)
 	if err != nil {
 		return nil, err
 	}
@@ -107,14 +115,11 @@ func readAuthority(dir string) (*Authority, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Authority{dir: dir, key: key, cert: pair.Leaf, token: seal}, nil
+	return &Authority{vault: v, key: key, cert: pair.Leaf, token: seal}, nil
 }
 
 // makeAuthority writes the key first: a certificate without it is not found.
-func makeAuthority(dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
+func makeAuthority(v Vault) error {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return err
@@ -129,7 +134,14 @@ func makeAuthority(dir string) error {
 	if err != nil {
 		return err
 	}
-	return writePair(filepath.Join(dir, "ca.crt"), filepath.Join(dir, "ca.key"), key, der)
+	text, err := encodeKey(key)
+	if err == nil {
+		err = v.Write(keyName, text)
+	}
+	if err != nil {
+		return err
+	}
+	return v.Write(certName, encodeCertificates(der))
 }
 
 // certificate is what all certificates have in common.
@@ -143,18 +155,6 @@ func certificate(name string, life time.Duration) (*x509.Certificate, error) {
 		SerialNumber: serial, Subject: pkix.Name{CommonName: name},
 		NotBefore: now.Add(-skew), NotAfter: now.Add(life), KeyUsage: x509.KeyUsageDigitalSignature,
 	}, nil
-}
-
-// writePair writes a key, and then its certificates.
-func writePair(certFile, keyFile string, key *ecdsa.PrivateKey, certs ...[]byte) error {
-	text, err := encodeKey(key)
-	if err != nil {
-		return err
-	}
-	if err := writeFile(keyFile, text); err != nil {
-		return err
-	}
-	return writeFile(certFile, encodeCertificates(certs...))
 }
 
 // writeFile makes a file appear whole, for its owner only.

@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
-	"path/filepath"
 	"slices"
 	"time"
 )
@@ -22,8 +20,8 @@ const (
 
 func (k kind) String() string { return string(k[:len(k)-1]) }
 
-// member is what the authority remembers of a host or a user, in a file named after
-// it: which of its certificates are good. A host has one of them, a user one for each
+// member is what the authority remembers of a host or a user, under its
+// name: which of its certificates are good. A host has one of them, a user one for each
 // login; while one is being renewed it has both.
 type member struct {
 	Role         Role     `json:"role,omitempty"` // of a user
@@ -39,14 +37,12 @@ type issued struct {
 	Replaces string    `json:"replaces,omitempty"` // a serial that is good until this one is used
 }
 
-func (a *Authority) memberFile(k kind, name string) string {
-	return filepath.Join(a.dir, string(k), name)
-}
+func memberName(k kind, name string) string { return string(k) + "/" + name }
 
 // read is what is remembered, which may be nothing. The caller holds members.
 func (a *Authority) read(k kind, name string) (*member, error) {
 	m := &member{}
-	b, err := os.ReadFile(a.memberFile(k, name))
+	b, err := a.vault.Read(memberName(k, name))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return m, nil
@@ -58,7 +54,7 @@ func (a *Authority) read(k kind, name string) (*member, error) {
 		return m, nil
 	}
 	if err := json.Unmarshal(b, m); err != nil {
-		return nil, fmt.Errorf("%s %s: read %s: %w", k, name, a.memberFile(k, name), err)
+		return nil, fmt.Errorf("%s %s: what is remembered cannot be read: %w", k, name, err)
 	}
 	return m, nil
 }
@@ -69,10 +65,7 @@ func (a *Authority) write(k kind, name string, m *member) error {
 	m.Certificates = slices.DeleteFunc(m.Certificates, func(c issued) bool { return !c.Expires.IsZero() && now.After(c.Expires) })
 	b, err := json.MarshalIndent(m, "", "  ")
 	if err == nil {
-		path := a.memberFile(k, name)
-		if err = os.MkdirAll(filepath.Dir(path), 0o700); err == nil {
-			err = writeFile(path, append(b, '\n'))
-		}
+		err = a.vault.Write(memberName(k, name), append(b, '\n'))
 	}
 	if err != nil {
 		return fmt.Errorf("note the certificates of %s %s: %w", k, name, err)
@@ -82,21 +75,21 @@ func (a *Authority) write(k kind, name string, m *member) error {
 
 // list is everybody who has a certificate, by name. The caller holds members.
 func (a *Authority) list(k kind) (map[string]*member, error) {
-	files, err := os.ReadDir(filepath.Join(a.dir, string(k)))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	names, err := a.vault.Names(string(k))
+	if err != nil {
 		return nil, fmt.Errorf("list the %s: %w", k, err)
 	}
 	all := map[string]*member{}
-	for _, f := range files {
-		if CheckName(f.Name()) != nil { // one that is being written
+	for _, name := range names {
+		if CheckName(name) != nil { // such as of a file that is being written
 			continue
 		}
-		m, err := a.read(k, f.Name())
+		m, err := a.read(k, name)
 		if err != nil {
 			return nil, err
 		}
 		if len(m.Certificates) > 0 {
-			all[f.Name()] = m
+			all[name] = m
 		}
 	}
 	return all, nil

@@ -14,7 +14,7 @@ import (
 
 func authority(t *testing.T, dir string) *Authority {
 	t.Helper()
-	a, err := OpenAuthority(dir)
+	a, err := OpenAuthority(Directory(dir))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -191,7 +191,7 @@ func TestTokens(t *testing.T) {
 }
 
 func FuzzParseToken(f *testing.F) {
-	a, err := OpenAuthority(f.TempDir())
+	a, err := OpenAuthority(Directory(f.TempDir()))
 	if err != nil {
 		f.Fatal(err)
 	}
