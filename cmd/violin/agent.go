@@ -21,13 +21,14 @@ import (
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
 	"violin/internal/remote"
+	"violin/internal/topology"
 	"violin/internal/trust"
 )
 
 // agentOptions are the agent's flags.
 type agentOptions struct {
-	join, name, device, address string
-	level                       slog.Level
+	join, name, device, address, site string
+	level                             slog.Level
 }
 
 func (a *app) agentCommand() *cobra.Command {
@@ -64,6 +65,7 @@ it. A service manager must not kill the agent's children: for systemd, KillMode=
 	cmd.Flags().StringVar(&o.name, "name", name, "`name` of this host in topologies")
 	cmd.Flags().StringVar(&o.device, "underlay", "", "network `device` that joins the hosts")
 	cmd.Flags().StringVar(&o.address, "underlay-address", "", "`address` of this host there, as 10.0.0.1/24")
+	cmd.Flags().StringVar(&o.site, "site", "", "`name` of the site that this host is in, for slices whose topologies don't name the host; one of its own, if not given")
 	cmd.Flags().TextVar(&o.level, "log-level", slog.LevelInfo, "log from this `level` on: debug, info, warn or error")
 	return cmd
 }
@@ -80,6 +82,9 @@ func (a *app) agent(ctx context.Context, o agentOptions) error {
 	prefix, err := netip.ParsePrefix(o.address)
 	if err != nil || !prefix.Addr().Is4() {
 		return usage(fmt.Errorf("--underlay-address %q: it is an IPv4 address with the length of its network's prefix, as 10.0.0.1/24", o.address))
+	}
+	if o.site != "" && !topology.IsName(o.site) {
+		return usage(fmt.Errorf("--site %q: no site can have this name; use a-z, 0-9 and '-'", o.site))
 	}
 	dirs, err := a.dirs()
 	if err != nil {
@@ -105,7 +110,7 @@ func (a *app) agent(ctx context.Context, o agentOptions) error {
 	err = remote.ServeHost(ctx, remote.HostConfig{
 		Keeper: []string{program, "keep"}, Passed: passed, Leave: func() bool { return len(interrupted) == 0 },
 		Server: address, Token: token, Identity: identity, Dir: dirs.Run, Images: filepath.Join(dirs.State, "images"), Files: filepath.Join(dirs.State, "files"),
-		Device: o.device, Address: prefix, Version: violinVersion(), Logger: logger,
+		Device: o.device, Address: prefix, Site: o.site, Version: violinVersion(), Logger: logger,
 	})
 	if err != nil {
 		return &failure{code: exitFailure, err: err}
@@ -230,13 +235,16 @@ func (a *app) hostsCommand() *cobra.Command {
 					if h.GetConnected() {
 						state = "connected"
 					}
+					if h.GetCordoned() {
+						state += ", cordoned"
+					}
 					t.row(h.GetName(), state, a.formatTime(h.GetSince()), h.GetAddress(), h.GetUnderlay(), strings.Join(h.GetSlices(), " "), h.GetVersion())
 				}
 				t.write(w)
 			})
 		},
 	}
-	cmd.AddCommand(a.hostsRemoveCommand())
+	cmd.AddCommand(a.hostsRemoveCommand(), a.cordonCommand(true), a.cordonCommand(false))
 	return cmd
 }
 

@@ -43,6 +43,7 @@ func (a *app) forkFlags(cmd *cobra.Command, request *violinv1.ForkRequest) {
 	overcommitFlag(cmd, &request.Overcommit)
 	clockFlag(cmd, &request.Clock)
 	lazyFlag(cmd, &request.Lazy)
+	placementFlags(cmd, &request.Placement, &request.On, "as-was")
 }
 
 func forkArgs(request *violinv1.ForkRequest) cobra.PositionalArgs {

@@ -17,13 +17,15 @@ import (
 
 func (a *app) protectCommand() *cobra.Command {
 	var request violinv1.ProtectRequest
-	var every, window time.Duration
+	var every, window, hostTimeout time.Duration
 	cmd := &cobra.Command{
 		Use:   "protect [SLICE --every TIME]",
 		Short: "Take checkpoints of a slice, and roll it back when a node or host is lost",
 		Long: `Have a slice guarded. A snapshot of it is taken at once and then on a schedule; when a
-node's hypervisor or the switch of a host ends, the slice is rolled back to its last
-snapshot by itself. 'violin events' tells of it, and so does the webhook: every loss,
+node's hypervisor or the switch of a host ends, or a host that has joined is away for too
+long, the slice is rolled back to its last snapshot by itself: each node on the host that it
+was on, if that takes it, and else on another. Where there is no room, it waits for hosts
+to come (back). 'violin events' tells of it, and so does the webhook: every loss,
 rollback and failed checkpoint is posted to it as a JSON document, and again, for some
 minutes, if nobody takes it.
 
@@ -60,6 +62,9 @@ Without a slice, the slices that are protected are listed.`,
 			if window != 0 {
 				request.Window = durationpb.New(window)
 			}
+			if hostTimeout != 0 {
+				request.HostTimeout = durationpb.New(hostTimeout)
+			}
 			return a.protect(cmd.Context(), &request)
 		},
 	}
@@ -68,6 +73,7 @@ Without a slice, the slices that are protected are listed.`,
 	flags.Uint32Var(&request.Keep, "keep", 0, "keep the youngest `n` checkpoints (default 12)")
 	flags.Uint32Var(&request.MaxRollbacks, "max-rollbacks", 0, "roll back at most `n` times within the window (default 5)")
 	flags.DurationVar(&window, "window", 0, "the `time` that --max-rollbacks is about (default 1h)")
+	flags.DurationVar(&hostTimeout, "host-timeout", 0, "count a joined host as lost that has been away for such a `time` (default 1m)")
 	flags.StringVar(&request.Webhook, "webhook", "", "post losses, rollbacks and failures to this `URL`")
 	flags.BoolVarP(&request.DryRun, "dry-run", "n", false, "take checkpoints, and only tell when it would be rolled back, and to what")
 	return cmd

@@ -24,8 +24,15 @@ one instant, with the frames that were in flight on their way again.
 Where the kernel and QEMU allow it (userfaultfd), the nodes run at once and their memory
 follows: a page that a node touches comes first. A node whose memory turns out to be damaged
 is stopped, and 'violin ps' says which page of which pack it is. Elsewhere, and with
---lazy=false, they have all their memory before they run.`,
-		Example:           "  violin restore mandelbrot@latest\n  violin restore mandelbrot@before-the-crash",
+--lazy=false, they have all their memory before they run.
+
+Nodes come up on the hosts that they were on, unless --on or --place says otherwise. Their
+addresses and all that they know of themselves stay the same, and so do their networks. A
+host that takes nothing, since its agent is away or it is cordoned, is an error (exit
+status 5), and nothing is stopped then.`,
+		Example: `  violin restore mandelbrot@latest
+  violin restore mandelbrot@before-the-crash --on rank0=gpo-1,rank1=gpo-2
+  violin restore mandelbrot@latest --place auto`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: a.completion(snapshotNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -36,6 +43,7 @@ is stopped, and 'violin ps' says which page of which pack it is. Elsewhere, and 
 	overcommitFlag(cmd, &request.Overcommit)
 	clockFlag(cmd, &request.Clock)
 	lazyFlag(cmd, &request.Lazy)
+	placementFlags(cmd, &request.Placement, &request.On, "as-was")
 	return cmd
 }
 
@@ -149,6 +157,9 @@ func (a *app) followRestore(stream *connect.ServerStreamForClient[violinv1.Resto
 			facts.row("memory", "follows")
 		}
 		facts.write(w)
+		for _, m := range restored.GetMoves() {
+			fmt.Fprintln(w, printable(moved(m)))
+		}
 		for _, n := range restored.GetNotes() {
 			fmt.Fprintf(w, "note: %s\n", printable(n))
 		}

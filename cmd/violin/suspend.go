@@ -25,7 +25,7 @@ do is lost. If the snapshot fails, the slice runs on (exit status 4). 'violin ps
 suspended slices, 'violin resume' lets one go on, 'violin down' gives the suspension up.
 
 With --all, one slice after the other is suspended; with --host, those that have a node
-on that host, which drains it. Slices that cannot be suspended run on and are told.`,
+on that host, which drains it; 'violin hosts cordon' keeps new ones from it. Slices that cannot be suspended run on and are told.`,
 		Example: `  violin suspend mandelbrot
   violin suspend --all --host utah-1`,
 		Args: func(_ *cobra.Command, args []string) error {
@@ -95,7 +95,10 @@ func (a *app) resumeCommand() *cobra.Command {
 		Short: "Let a suspended slice go on",
 		Long: `Let a suspended slice go on where it stands: all nodes at one instant, with the frames
 that were in flight on their way again. If it fails, the slice stays suspended. The
-guests' wall clocks catch up, unless --clock frozen is given.`,
+guests' wall clocks catch up, unless --clock frozen is given.
+
+Nodes whose hosts are away, are cordoned or have too little room come up on others, with
+the same addresses on the same networks; --place as-was refuses that, and --on chooses.`,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: a.completion(sliceNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -106,6 +109,7 @@ guests' wall clocks catch up, unless --clock frozen is given.`,
 	overcommitFlag(cmd, &request.Overcommit)
 	clockFlag(cmd, &request.Clock)
 	lazyFlag(cmd, &request.Lazy)
+	placementFlags(cmd, &request.Placement, &request.On, "auto")
 	return cmd
 }
 

@@ -74,6 +74,7 @@ var table = map[string]row{
 	violinv1connect.HostServiceCreateTokenProcedure: {who: operators},
 	violinv1connect.HostServiceListHostsProcedure:   {who: operators},
 	violinv1connect.HostServiceRemoveHostProcedure:  {who: operators},
+	violinv1connect.HostServiceCordonHostProcedure:  {who: operators},
 
 	violinv1connect.UserServiceLoginProcedure:      {who: strangers},
 	violinv1connect.UserServiceRenewProcedure:      {who: users},

@@ -14,7 +14,7 @@ import (
 const (
 	recordDir     = "slices"
 	recordFormat  = "violin-slice"
-	recordVersion = 2 // 2: with an owner
+	recordVersion = 3 // 2: with an owner, 3: with how long a host may be away
 )
 
 // A Record is what is kept of a slice, beside its snapshots, for when its server is
@@ -43,6 +43,9 @@ type Protection struct {
 	HeadAt       time.Time     `json:"head_at"`             // when that was so
 	Rollbacks    []time.Time   `json:"rollbacks,omitempty"` // the recent ones
 	GaveUp       bool          `json:"gave_up,omitempty"`   // there were too many
+	// HostTimeout is how long a joined host may be away; 0 in records of before there was
+	// a choice.
+	HostTimeout time.Duration `json:"host_timeout_ns,omitempty"`
 }
 
 // A Suspension is where a suspended slice goes on.

@@ -43,6 +43,7 @@ const (
 	RollbackBegun    Kind = "rollback-begun"
 	RolledBack       Kind = "rolled-back"
 	RollbackFailed   Kind = "rollback-failed"
+	RollbackWaits    Kind = "rollback-waits"  // for hosts with room
 	WouldRollBack    Kind = "would-roll-back" // in a dry run
 	GaveUp           Kind = "gave-up"
 	WebhookFailed    Kind = "webhook-failed"
@@ -59,6 +60,15 @@ type Event struct {
 	Snapshot string    `json:"snapshot,omitempty"` // SLICE@ID
 	Text     string    `json:"text,omitempty"`     // for people
 	Owner    string    `json:"owner,omitempty"`    // of the slice, then
+	Moves    []Move    `json:"moves,omitempty"`    // nodes on other hosts than they were on before
+}
+
+// A Move is a node that came up on another host, or would.
+type Move struct {
+	Node string `json:"node"`
+	From string `json:"from"`
+	To   string `json:"to"`
+	Why  string `json:"why,omitempty"` // it did not stay; empty if that was wished for
 }
 
 const (

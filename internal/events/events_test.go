@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -136,7 +137,7 @@ func TestLogIsBounded(t *testing.T) {
 	}
 	inMemory, _ := l.After(0, "")
 	kept2, _ := open(t, s).After(0, "")
-	if !slices.Equal(inMemory, kept2) || len(kept2) < kept || kept2[len(kept2)-1].Number != written {
+	if !reflect.DeepEqual(inMemory, kept2) || len(kept2) < kept || kept2[len(kept2)-1].Number != written {
 		t.Errorf("%d events in memory, %d in the segments, the last %d", len(inMemory), len(kept2), kept2[len(kept2)-1].Number)
 	}
 	for i, e := range kept2 {

@@ -18,6 +18,8 @@ const (
 	DefaultKeep         = 12
 	DefaultMaxRollbacks = 5
 	DefaultWindow       = time.Hour
+	MinHostTimeout      = time.Second // an agent that dials anew takes some tenths of one
+	DefaultHostTimeout  = time.Minute
 )
 
 // WithDefaults fills in what a policy leaves open, and refuses one that makes no sense.
@@ -31,7 +33,12 @@ func WithDefaults(p catalog.Protection) (catalog.Protection, error) {
 	if p.Window == 0 {
 		p.Window = DefaultWindow
 	}
+	if p.HostTimeout == 0 {
+		p.HostTimeout = DefaultHostTimeout
+	}
 	switch {
+	case p.HostTimeout < MinHostTimeout:
+		return p, fmt.Errorf("a host lost after %s: at least %s must pass", p.HostTimeout, MinHostTimeout)
 	case p.Every < MinEvery:
 		return p, fmt.Errorf("a checkpoint every %s: at least %s must lie between two", p.Every, MinEvery)
 	case p.Keep < 1:

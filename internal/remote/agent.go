@@ -34,9 +34,7 @@ const (
 	// ordersWaiting bounds the orders that an agent has not taken. More is as good as a
 	// lost connection.
 	ordersWaiting = 4096
-	// absence is how long a host may be away until it counts as lost.
-	absence  = time.Minute
-	loadPart = 256 << 10
+	loadPart      = 256 << 10
 )
 
 // Agent is an agent on a host that has joined, for one slice. It has the methods of an
@@ -117,6 +115,14 @@ func (a *Agent) Part() {
 	}
 	a.host.ingest.close(a.session)
 	a.host.supply.close(a.run)
+}
+
+// tooLong is how long the host may be away.
+func (a *Agent) tooLong() time.Duration {
+	if f := a.host.hub.cfg.Patience; f != nil {
+		return f(a.slice)
+	}
+	return DefaultPatience
 }
 
 // Underlay is where the host is attached to what joins the hosts.
@@ -426,7 +432,7 @@ func (a *Agent) await(node string) <-chan struct{} {
 				}
 				return err
 			})
-			if a.life.Err() == nil && (err == nil || !a.host.back(a.life, absence) && node == "") {
+			if a.life.Err() == nil && (err == nil || !a.host.back(a.life, a.tooLong) && node == "") {
 				close(gone)
 				return
 			}

@@ -53,6 +53,7 @@ type HostConfig struct {
 	Device   string       // of the underlay; the switch takes it for as long as a slice runs
 	Address  netip.Prefix // of the host there
 	Version  string
+	Site     string        // that the host is in; may be empty
 	Abandon  time.Duration // 0 for [DefaultAbandon]
 	// Keeper is the command of [agent.Config.Keeper], and Passed is its.
 	Keeper []string
@@ -461,7 +462,7 @@ func (h *Host) Describe(_ context.Context, req *violinv1.DescribeRequest) (*viol
 	u := h.underlay
 	return &violinv1.DescribeResponse{
 		Version: h.cfg.Version, Device: u.Device, Address: u.Addr.String(), Mac: u.MAC, Mtu: uint32(u.MTU),
-		MemoryBytes: total, AvailableBytes: available, Cpus: uint32(runtime.NumCPU()),
+		MemoryBytes: total, AvailableBytes: available, Cpus: uint32(runtime.NumCPU()), Site: h.cfg.Site,
 	}, nil
 }
 

@@ -38,9 +38,15 @@ type HubConfig struct {
 	Term uint64
 	// Runs are what servers before this one have begun, and what is to go on. Agents end
 	// all else that they run.
-	Runs   []Run
-	Logger *slog.Logger
+	Runs []Run
+	// Patience is how long a host may be away until it counts as lost for a slice; nil for
+	// [DefaultPatience]. It is asked anew as long as a host is away.
+	Patience func(slice string) time.Duration
+	Logger   *slog.Logger
 }
+
+// DefaultPatience is how long a host may be away where nobody says otherwise.
+const DefaultPatience = time.Minute
 
 // Run is what a host runs of a slice, as it was noted.
 type Run struct {
@@ -57,10 +63,12 @@ type Hub struct {
 	serving  sync.WaitGroup
 	lifetime context.Context
 	end      context.CancelFunc
+	began    time.Time
 
-	mu     sync.Mutex
-	hosts  map[string]*joined
-	number uint16 // of the network that was numbered last
+	mu      sync.Mutex
+	hosts   map[string]*joined
+	number  uint16        // of the network that was numbered last
+	changed chan struct{} // closed, and replaced, when a host's connection comes or goes
 }
 
 // joined is a host that has joined, connected or not.
@@ -89,6 +97,7 @@ type Machine struct {
 	Memory    uint64 // bytes; what there is
 	Available uint64 // and what can be had of it
 	CPUs      int
+	Site      string // that its agent was told; empty for none
 }
 
 // HostInfo is a host as the server sees it.
@@ -107,7 +116,9 @@ func Listen(ctx context.Context, cfg HubConfig) (*Hub, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &Hub{cfg: cfg, log: cfg.Logger, hosts: map[string]*joined{}, number: uint16(mathrand.N(coloring.MaxNetwork))}
+	h := &Hub{
+		cfg: cfg, log: cfg.Logger, began: time.Now(), hosts: map[string]*joined{}, number: uint16(mathrand.N(coloring.MaxNetwork)), changed: make(chan struct{}),
+	}
 	var lc net.ListenConfig
 	if h.listener, err = lc.Listen(ctx, "tcp", cfg.Address); err != nil {
 		return nil, fmt.Errorf("listen for agents on %s: %w", cfg.Address, err)
@@ -299,7 +310,7 @@ func (j *joined) describe(ctx context.Context, client violinv1connect.AgentServi
 	if err != nil {
 		return Machine{}, said(err)
 	}
-	m := Machine{Version: d.GetVersion(), Memory: d.GetMemoryBytes(), Available: d.GetAvailableBytes(), CPUs: int(d.GetCpus())}
+	m := Machine{Version: d.GetVersion(), Memory: d.GetMemoryBytes(), Available: d.GetAvailableBytes(), CPUs: int(d.GetCpus()), Site: d.GetSite()}
 	addr, err := netip.ParsePrefix(d.GetAddress())
 	if err != nil {
 		return m, fmt.Errorf("its underlay address: %w", err)
@@ -313,6 +324,7 @@ func (j *joined) describe(ctx context.Context, client violinv1connect.AgentServi
 }
 
 func (j *joined) attach(l *link, client violinv1connect.AgentServiceClient, m Machine, address string) {
+	defer j.hub.Wake()
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if j.link != nil {
@@ -325,6 +337,7 @@ func (j *joined) attach(l *link, client violinv1connect.AgentServiceClient, m Ma
 }
 
 func (j *joined) detach(l *link) bool {
+	defer j.hub.Wake()
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if j.link != l {
@@ -349,10 +362,39 @@ func (j *joined) now() (violinv1connect.AgentServiceClient, error) {
 	return j.client, nil
 }
 
-// back waits until the agent is connected. It tells whether it is, in time.
-func (j *joined) back(ctx context.Context, bound time.Duration) bool {
-	late := time.NewTimer(bound)
-	defer late.Stop()
+// Wake wakes whoever waits for what hosts take to be another.
+func (h *Hub) Wake() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	close(h.changed)
+	h.changed = make(chan struct{})
+}
+
+// Changed returns what is closed when a host's connection comes or goes next, or by Wake.
+func (h *Hub) Changed() <-chan struct{} {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.changed
+}
+
+// Away tells whether a host's agent is not connected, and since when: at the earliest,
+// since the hub listens.
+func (h *Hub) Away(name string) (since time.Time, away bool) {
+	j := h.host(name)
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if since = j.since; since.Before(h.began) {
+		since = h.began
+	}
+	return since, j.client == nil
+}
+
+// back waits until the agent is connected. It tells whether it is before it has been
+// away for too long, which is asked for from time to time.
+func (j *joined) back(ctx context.Context, tooLong func() time.Duration) bool {
+	since := time.Now()
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
 	// A call may fail before it is known that its connection did.
 	select {
 	case <-time.After(firstRetry):
@@ -366,10 +408,12 @@ func (j *joined) back(ctx context.Context, bound time.Duration) bool {
 		if connected {
 			return true
 		}
+		if time.Since(since) >= tooLong() {
+			return false
+		}
 		select {
 		case <-changed:
-		case <-late.C:
-			return false
+		case <-tick.C:
 		case <-ctx.Done():
 			return false
 		}

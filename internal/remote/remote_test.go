@@ -195,8 +195,14 @@ type world struct {
 	cfg       HostConfig
 	end       func() error // of the host's agent
 	leave     atomic.Bool  // it then leaves what runs
+	hasty     atomic.Int64 // 1: nobody waits for the host
 	found     string       // the directory that an agent took over from
 	lost      error        // why it can't
+}
+
+// patience is how long the host may be away.
+func (w *world) patience(string) time.Duration {
+	return time.Hour - time.Duration(w.hasty.Load())*time.Hour
 }
 
 // serve runs the host's agent until end.
@@ -267,7 +273,7 @@ func newWorldAt(t *testing.T, now func() time.Time) *world {
 // listen begins with a hub, a server's of a term.
 func (w *world) listen(t *testing.T, log *slog.Logger, term uint64, runs []Run) {
 	t.Helper()
-	hub, err := Listen(t.Context(), HubConfig{Address: "127.0.0.1:0", Authority: w.authority, Images: filepath.Join(t.TempDir(), "images"), Term: term, Runs: runs, Logger: log})
+	hub, err := Listen(t.Context(), HubConfig{Address: "127.0.0.1:0", Authority: w.authority, Images: filepath.Join(t.TempDir(), "images"), Term: term, Runs: runs, Patience: w.patience, Logger: log})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -643,6 +649,32 @@ func TestNothingToAbandon(t *testing.T) {
 	}
 	w.cable.unplug(false)
 	w.await(t, true)
+}
+
+// A host that is away is lost when it has been for too long, and what that is may change
+// meanwhile.
+func TestAwayForTooLong(t *testing.T) {
+	w := newWorld(t)
+	gone, changed := w.agent.SwitchGone(), w.hub.Changed()
+	if since, away := w.hub.Away("alpha"); away || since.Before(w.hub.began) {
+		t.Errorf("connected: away %t since %s", away, since)
+	}
+	w.cable.unplug(true)
+	w.await(t, false)
+	<-changed
+	if since, away := w.hub.Away("alpha"); !away || since.Before(w.hub.began) {
+		t.Errorf("unplugged: away %t since %s", away, since)
+	}
+	if _, away := w.hub.Away("never"); !away {
+		t.Error("a host that was never here is not away")
+	}
+	select {
+	case <-gone:
+		t.Error("lost too soon")
+	case <-time.After(2 * firstRetry):
+	}
+	w.hasty.Store(1)
+	<-gone
 }
 
 // What ran for a slice that was taken down meanwhile is stopped when the agent is back.

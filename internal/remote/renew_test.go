@@ -74,7 +74,7 @@ func TestRemove(t *testing.T) {
 		t.Error("put out twice", found, err)
 	}
 	// It dials again, and is refused.
-	if !j.back(t.Context(), 2*lastRetry/10) {
+	if !j.back(t.Context(), func() time.Duration { return 2 * lastRetry / 10 }) {
 		return
 	}
 	t.Error("it was taken in again")

@@ -149,7 +149,7 @@ func (a *Agent) Fetch(ctx context.Context, files []File, progress func(f File, d
 			return nil
 		case ctx.Err() != nil:
 			return fmt.Errorf("host %s: %w", a.host.name, ctx.Err())
-		case !a.host.back(ctx, absence) || a.host.has(l): // that was not it
+		case !a.host.back(ctx, a.tooLong) || a.host.has(l): // that was not it
 			return fmt.Errorf("host %s: %w", a.host.name, said(err))
 		}
 		a.host.log.Info("files are fetched on, by a new connection", "slice", a.slice)

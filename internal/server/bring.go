@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -15,6 +16,7 @@ import (
 	"violin/internal/cut"
 	"violin/internal/events"
 	"violin/internal/frames"
+	"violin/internal/placement"
 	"violin/internal/topology"
 )
 
@@ -25,10 +27,13 @@ type bringing struct {
 	as            string // the slice's name: the snapshot's, or a fork's
 	paused        bool   // wait to be continued
 	newGeneration bool   // fresh VM generation ids
-	overcommit    bool
-	lazy          *bool  // memory follows: see RestoreRequest
-	guard         bool   // it is the guard who does it
-	clock         string // [catalog.Frozen] or [catalog.CatchUp]
+	wish          wish
+	// begin is called when it is clear that the slice has a place, before anything is
+	// stopped for it; nil for nothing. An error ends it there.
+	begin func(moves []placement.Move) error
+	lazy  *bool  // memory follows: see RestoreRequest
+	guard bool   // it is the guard who does it
+	clock string // [catalog.Frozen] or [catalog.CatchUp]
 }
 
 // waiting is what a slice that was brought to a snapshot waits with.
@@ -74,11 +79,21 @@ func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.
 	if !fork {
 		old, _ = s.slice(b.as)
 	}
-	release, err := s.admit(ctx, topo, old, b.overcommit)
+	room, err := s.admit(ctx, topo, old, b.wish)
 	if err != nil {
-		return nil, err
+		return nil, elsewhere(err)
 	}
-	defer release()
+	defer room.release()
+	topo = room.topo
+	for _, m := range room.moves {
+		tell("place", m.Node, strings.TrimPrefix(m.String(), m.Node+" "))
+	}
+	if b.begin != nil {
+		if err := b.begin(room.moves); err != nil {
+			return nil, err
+		}
+	}
+	moves := moveEvents(room.moves)
 	if old != nil {
 		if b.lazy == nil || !*b.lazy {
 			if err := s.sound(ctx, b.snap); err != nil {
@@ -137,13 +152,13 @@ func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.
 	}
 	s.noteHead(context.WithoutCancel(ctx), sl)
 	sl.poke()
-	s.tell(events.Event{Slice: b.as, Kind: b.kind, Snapshot: b.snap.Ref(), Text: "took " + time.Since(began).Round(time.Millisecond).String()})
+	s.tell(events.Event{Slice: b.as, Kind: b.kind, Snapshot: b.snap.Ref(), Text: "took " + time.Since(began).Round(time.Millisecond).String() + told(moves), Moves: moves})
 	lazily = lazily && len(notes) == 0
 	if !b.paused {
 		notes = append(notes, sl.setClocks(ctx, b.clock, tell)...)
 	}
 	r := &violinv1.Restored{
-		Notes: notes, Lazy: lazily,
+		Notes: notes, Lazy: lazily, Moves: moveMessages(moves),
 		Slice: s.message(ctx, sl), Snapshot: snapshotMessage(b.snap), Duration: durationpb.New(time.Since(began)), Skew: durationpb.New(skew),
 	}
 	if !b.paused {
@@ -216,7 +231,7 @@ func (s *Server) Fork(ctx context.Context, req *violinv1.ForkRequest, out *conne
 		policy = "" // what is looked into is to be as it was
 	}
 	return s.tellBringing(ctx, bringing{
-		kind: events.Forked, clock: clockOf(req.GetClock(), policy, catalog.Frozen), snap: snap, as: req.GetAs(), paused: req.GetPaused(), newGeneration: req.GetNewGeneration(), overcommit: req.GetOvercommit(), lazy: req.Lazy,
+		kind: events.Forked, clock: clockOf(req.GetClock(), policy, catalog.Frozen), snap: snap, as: req.GetAs(), paused: req.GetPaused(), newGeneration: req.GetNewGeneration(), wish: wishOf(req, violinv1.PlacementPolicy_PLACEMENT_POLICY_AS_WAS), lazy: req.Lazy,
 	}, out)
 }
 

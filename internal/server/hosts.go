@@ -14,7 +14,6 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	violinv1 "violin/api/violin/v1"
-	"violin/internal/admission"
 	"violin/internal/agent"
 	"violin/internal/coloring"
 	"violin/internal/coordinator"
@@ -81,22 +80,6 @@ func hostsOf(topo *topology.Topology) []string {
 // joinedMachine is what a host that has joined is called where there must be room.
 func joinedMachine(host string) string { return "host " + host }
 
-// joinedMachines measures the hosts that have joined and that VMs are to run on, as if
-// one slice were gone.
-func (s *Server) joinedMachines(ctx context.Context, topo *topology.Topology, without *slice) ([]admission.Machine, error) {
-	var all []admission.Machine
-	for _, name := range hostsOf(topo) {
-		m, err := s.hub.Measure(ctx, name)
-		if err != nil {
-			return nil, connect.NewError(connect.CodeFailedPrecondition, err)
-		}
-		a := admission.Machine{Name: joinedMachine(name), Free: m.Available, Reserve: min(m.Memory/20, 1<<30), CPUs: m.CPUs}
-		s.reckon(ctx, &a, name, without)
-		all = append(all, a)
-	}
-	return all, nil
-}
-
 // CreateToken implements the API.
 func (s *Server) CreateToken(_ context.Context, req *violinv1.CreateTokenRequest) (*violinv1.CreateTokenResponse, error) {
 	if s.hub == nil {
@@ -134,6 +117,7 @@ func (s *Server) ListHosts(context.Context, *violinv1.ListHostsRequest) (*violin
 	r := &violinv1.ListHostsResponse{}
 	for _, h := range hosts {
 		m := &violinv1.Host{Name: h.Name, Address: h.Address, Connected: h.Connected, Since: timestamp(h.Since), Slices: h.Slices, Version: h.Machine.Version}
+		m.Cordoned, m.Site = !s.cordonedSince(h.Name).IsZero(), h.Machine.Site
 		if h.Machine.Underlay.Addr.IsValid() {
 			m.Underlay = h.Machine.Underlay.Addr.String()
 		}

@@ -17,10 +17,12 @@ import (
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
 	"violin/internal/access"
+	"violin/internal/admission"
 	"violin/internal/catalog"
 	"violin/internal/coordinator"
 	"violin/internal/cut"
 	"violin/internal/events"
+	"violin/internal/placement"
 	"violin/internal/protection"
 	"violin/internal/webhook"
 )
@@ -231,19 +233,13 @@ func (s *Server) expire(ctx context.Context, name string, keep int, head string)
 	return err
 }
 
-// rollBack brings a protected slice back to its last snapshot, and tells whether it
-// runs again, by this or otherwise.
+// rollBack brings a protected slice back to its last snapshot, on hosts that take its
+// nodes, and tells whether it runs again, by this or otherwise.
 func (s *Server) rollBack(name, why string) bool {
 	s.rolling.Add(1)
 	defer s.rolling.Add(-1)
-	for failures := 0; ; failures++ {
-		if failures > 0 {
-			select {
-			case <-time.After(protection.Pause(failures)):
-			case <-s.life.Done():
-				return true
-			}
-		}
+	failures, waits, short, news := 0, 0, "", true
+	for {
 		p := s.protection(name)
 		if p == nil || s.suspension(name) != nil {
 			return false // the user has taken the matter in hand
@@ -260,30 +256,129 @@ func (s *Server) rollBack(name, why string) bool {
 			s.giveUp(name, fmt.Sprintf("there is no snapshot to roll back to: %v", err))
 			return false
 		}
+		// Taken before it is looked what there is, so that nothing that changes is missed.
+		changed := s.hostsChange()
+		if late := s.expected(snap, *p); late > 0 {
+			if !s.pause(late, changed) {
+				return true
+			}
+			continue
+		}
 		if p.DryRun {
-			s.tell(events.Event{Slice: name, Kind: events.WouldRollBack, Snapshot: snap.Ref(), Text: why})
+			moves, err := s.wouldPlace(name, snap)
+			if err != nil {
+				why += "; " + err.Error()
+			}
+			s.tell(events.Event{Slice: name, Kind: events.WouldRollBack, Snapshot: snap.Ref(), Text: why + told(moves), Moves: moves})
 			return false
 		}
-		// Counted first, so that a rollback that ends the server counts, too.
 		counted, ok := protection.Rollback(*p, time.Now())
 		if !ok {
 			s.giveUp(name, fmt.Sprintf("%d rollbacks within %s: %s", len(counted.Rollbacks), p.Window, why))
 			return false
 		}
-		err = s.protect(s.life, name, func(p *catalog.Protection) { p.Rollbacks = counted.Rollbacks })
-		if err == nil {
-			s.tell(events.Event{Slice: name, Kind: events.RollbackBegun, Snapshot: snap.Ref(), Text: why})
-			_, err = s.bring(s.life, bringing{kind: events.RolledBack, snap: snap, as: name, guard: true, clock: clockOf(0, snap.Clock, catalog.Frozen)}, func(_, _, _ string) {})
+		begun := false
+		// Counted first, so that a rollback that ends the server counts, too.
+		count := func() error {
+			begun = true
+			return s.protect(s.life, name, func(p *catalog.Protection) { p.Rollbacks = counted.Rollbacks })
 		}
-		if s.life.Err() != nil {
+		_, err = s.bring(s.life, bringing{
+			kind: events.RolledBack, snap: snap, as: name, guard: true, clock: clockOf(0, snap.Clock, catalog.Frozen), wish: wish{auto: true},
+			begin: func(moves []placement.Move) error {
+				m := moveEvents(moves)
+				s.tell(events.Event{Slice: name, Kind: events.RollbackBegun, Snapshot: snap.Ref(), Text: why + told(m), Moves: m})
+				return count()
+			},
+		}, func(_, _, _ string) {})
+		switch {
+		case s.life.Err() != nil:
 			return true
-		}
-		if err == nil {
+		case err == nil:
 			return s.keepOrStop(name)
+		case !begun && errors.Is(err, admission.ErrShort):
+			// That is for as long as it takes, and counts as no failure.
+			if text := err.Error(); news && text != short {
+				short = text
+				s.tell(events.Event{Slice: name, Kind: events.RollbackWaits, Snapshot: snap.Ref(), Text: text})
+			}
+			waits++
+			if !s.pause(protection.Pause(waits), changed) {
+				return true
+			}
+			select {
+			case <-changed:
+				news = true
+			default:
+				news = false // the figures may be others; it is the same shortfall
+			}
+			continue
+		}
+		if !begun {
+			err = errors.Join(err, count())
 		}
 		why = err.Error()
 		s.tell(events.Event{Slice: name, Kind: events.RollbackFailed, Snapshot: snap.Ref(), Text: why})
+		failures++
+		if !s.pause(protection.Pause(failures), nil) {
+			return true
+		}
 	}
+}
+
+// pause waits for a time, or until something changes, and tells whether the server goes on.
+func (s *Server) pause(d time.Duration, changed <-chan struct{}) bool {
+	select {
+	case <-time.After(d):
+	case <-changed:
+	case <-s.life.Done():
+		return false
+	}
+	return true
+}
+
+// hostsChange returns what is closed when what hosts take becomes another; nil if none
+// can join.
+func (s *Server) hostsChange() <-chan struct{} {
+	if s.hub == nil {
+		return nil
+	}
+	return s.hub.Changed()
+}
+
+// expected is how long to wait for hosts that nodes of a snapshot were on, and that are
+// not lost yet: such as after the start of a server, to which no agent has connected.
+func (s *Server) expected(snap *catalog.Snapshot, p catalog.Protection) time.Duration {
+	if s.hub == nil {
+		return 0
+	}
+	known, err := s.authority.Machines()
+	if err != nil {
+		return 0 // and what follows says why
+	}
+	var longest time.Duration
+	for _, n := range snap.Nodes {
+		since, away := s.hub.Away(n.Host)
+		if away && slices.Contains(known, n.Host) && s.cordonedSince(n.Host).IsZero() {
+			longest = max(longest, cmp.Or(p.HostTimeout, protection.DefaultHostTimeout)-time.Since(since))
+		}
+	}
+	return longest
+}
+
+// wouldPlace are the nodes that a rollback would bring up on other hosts.
+func (s *Server) wouldPlace(name string, snap *catalog.Snapshot) ([]events.Move, error) {
+	topo, err := s.topologyOf(snap, name)
+	if err != nil {
+		return nil, err
+	}
+	sl, _ := s.slice(name)
+	room, err := s.admit(s.life, topo, sl, wish{auto: true})
+	if err != nil {
+		return nil, err
+	}
+	room.release()
+	return moveEvents(room.moves), nil
 }
 
 // keepOrStop leaves a slice that was brought back running, unless all slices were to be
@@ -375,7 +470,7 @@ func (s *Server) bringBack() {
 // alarming are the events that a webhook is told.
 var alarming = map[events.Kind]bool{
 	events.NodeDied: true, events.HostLost: true, events.ServerReturned: true, events.CheckpointFailed: true,
-	events.RollbackBegun: true, events.RolledBack: true, events.RollbackFailed: true, events.WouldRollBack: true, events.GaveUp: true,
+	events.RollbackBegun: true, events.RolledBack: true, events.RollbackFailed: true, events.RollbackWaits: true, events.WouldRollBack: true, events.GaveUp: true,
 }
 
 // maxPosting bounds how many posts wait for somebody to take them.
@@ -426,6 +521,7 @@ func (s *Server) Protect(ctx context.Context, req *violinv1.ProtectRequest) (*vi
 	p, err := protection.WithDefaults(catalog.Protection{
 		Every: req.GetEvery().AsDuration(), Keep: int(req.GetKeep()), MaxRollbacks: int(req.GetMaxRollbacks()),
 		Window: req.GetWindow().AsDuration(), Webhook: req.GetWebhook(), DryRun: req.GetDryRun(), Since: time.Now(),
+		HostTimeout: req.GetHostTimeout().AsDuration(),
 	})
 	if err == nil && p.Webhook != "" {
 		err = webhook.Check(p.Webhook)
@@ -494,6 +590,7 @@ func (s *Server) protectionMessage(name string) *violinv1.Protection {
 	return &violinv1.Protection{
 		Slice: name, Every: durationpb.New(p.Every), Keep: uint32(p.Keep), MaxRollbacks: uint32(p.MaxRollbacks), Window: durationpb.New(p.Window),
 		Webhook: p.Webhook, DryRun: p.DryRun, Since: timestamp(p.Since), Rollbacks: uint32(recent), GaveUp: p.GaveUp, Head: p.Head,
+		HostTimeout: durationpb.New(s.hostTimeout(name)),
 	}
 }
 
@@ -509,7 +606,7 @@ func (s *Server) Events(ctx context.Context, req *violinv1.EventsRequest, out *c
 		}
 		for _, e := range found {
 			if err := out.Send(&violinv1.Event{
-				Number: e.Number, At: timestamp(e.At), Slice: e.Slice, Kind: string(e.Kind), Node: e.Node, Host: e.Host, Snapshot: e.Snapshot, Text: e.Text, Owner: e.Owner,
+				Number: e.Number, At: timestamp(e.At), Slice: e.Slice, Kind: string(e.Kind), Node: e.Node, Host: e.Host, Snapshot: e.Snapshot, Text: e.Text, Owner: e.Owner, Moves: moveMessages(e.Moves),
 			}); err != nil {
 				return err
 			}

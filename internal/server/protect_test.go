@@ -169,31 +169,31 @@ func TestExpire(t *testing.T) {
 func TestAdmit(t *testing.T) {
 	s := newServer(t, t.TempDir(), Storage{})
 	topo := func(memory uint64, cpus int) *topology.Topology {
-		return &topology.Topology{Slice: "pair", Nodes: []topology.Node{{Name: "rank0", Memory: memory, CPUs: cpus}}}
+		return &topology.Topology{Slice: "pair", Sites: []topology.Site{{Name: "here", Hosts: []string{"h"}}}, Nodes: []topology.Node{{Name: "rank0", Host: "h", Site: "here", Memory: memory, CPUs: cpus}}}
 	}
 	total, available, err := machine.Memory()
 	if err != nil || available == 0 || total < available {
 		t.Fatalf("%d of %d bytes, %v", available, total, err)
 	}
-	release, err := s.admit(t.Context(), topo(64<<20, 1), nil, false)
+	small, err := s.admit(t.Context(), topo(64<<20, 1), nil, wish{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	// Room that is taken is not there for others: two halves of what there is, and more.
 	half := topo(available/2+1<<20, 1)
-	first, err := s.admit(t.Context(), half, nil, false)
+	first, err := s.admit(t.Context(), half, nil, wish{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.admit(t.Context(), half, nil, false); connect.CodeOf(err) != connect.CodeResourceExhausted {
+	if _, err := s.admit(t.Context(), half, nil, wish{}); connect.CodeOf(err) != connect.CodeResourceExhausted {
 		t.Errorf("the other half: %v", err)
 	}
-	over, err := s.admit(t.Context(), topo(2*total, 10_000), nil, true)
+	over, err := s.admit(t.Context(), topo(2*total, 10_000), nil, wish{overcommit: true})
 	if err != nil {
 		t.Errorf("overcommitted: %v", err)
 	}
-	for _, r := range []func(){release, first, over} {
-		r()
+	for _, r := range []*admitted{small, first, over} {
+		r.release()
 	}
 	if len(s.arriving) > 0 {
 		t.Errorf("after all have come up: %+v", s.arriving)

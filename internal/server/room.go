@@ -2,44 +2,44 @@ package server
 
 import (
 	"context"
-	"fmt"
 	"runtime"
-
-	"connectrpc.com/connect"
 
 	"violin/internal/admission"
 	"violin/internal/machine"
+	"violin/internal/placement"
 	"violin/internal/topology"
 )
 
 // thisMachine is what all hosts of a lab are.
 const thisMachine = "this machine"
 
-// admit takes room for a slice until it has come up or has failed, or refuses it. What
-// replaces is stopped first, and counts as room; it may be nil. The slice's name must
-// be claimed, or be that of replaces.
-func (s *Server) admit(ctx context.Context, topo *topology.Topology, replaces *slice, overcommit bool) (release func(), err error) {
+// admitted is a slice that has a place.
+type admitted struct {
+	topo    *topology.Topology // with its nodes where they go
+	moves   []placement.Move   // those that were elsewhere
+	release func()             // gives the room back; once they take it themselves
+}
+
+// admit places a slice's nodes, and takes room for them until it has come up or has failed,
+// or refuses it. What replaces is stopped first, and counts as room; it may be nil. The
+// slice's name must be claimed, or be that of replaces.
+func (s *Server) admit(ctx context.Context, topo *topology.Topology, replaces *slice, w wish) (*admitted, error) {
 	s.admitting.Lock()
 	defer s.admitting.Unlock()
+	topo, moves, err := s.place(ctx, topo, replaces, w)
+	if err != nil {
+		return nil, err
+	}
 	joined, err := s.placed(topo)
 	if err != nil {
 		return nil, err
 	}
 	vms := vmsOf(topo, joined)
-	if !overcommit {
-		machines, err := s.machinesNow(ctx, topo, joined, replaces)
-		if err != nil {
-			return nil, err
-		}
-		if err := admission.Check(machines, vms); err != nil {
-			return nil, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("slice %q: %w", topo.Slice, err))
-		}
-	}
 	for _, vm := range vms {
 		d := s.arriving[vm.Machine]
 		s.arriving[vm.Machine] = demand{d.memory + vm.Memory + admission.Overhead, d.cpus + vm.CPUs}
 	}
-	return func() {
+	return &admitted{topo: topo, moves: moves, release: func() {
 		s.admitting.Lock()
 		defer s.admitting.Unlock()
 		for _, vm := range vms {
@@ -49,7 +49,7 @@ func (s *Server) admit(ctx context.Context, topo *topology.Topology, replaces *s
 				delete(s.arriving, vm.Machine)
 			}
 		}
-	}, nil
+	}}, nil
 }
 
 // demand is what slices need that are coming up: their VMs are not seen yet.
@@ -68,15 +68,6 @@ func vmsOf(topo *topology.Topology, joined bool) []admission.VM {
 		vms = append(vms, admission.VM{Name: n.Name, Machine: machine, Memory: n.Memory, CPUs: n.CPUs})
 	}
 	return vms
-}
-
-// machinesNow measures the machines that a slice is to run on, as if one slice were gone.
-func (s *Server) machinesNow(ctx context.Context, topo *topology.Topology, joined bool, without *slice) ([]admission.Machine, error) {
-	if joined {
-		return s.joinedMachines(ctx, topo, without)
-	}
-	m, err := s.machineNow(ctx, without)
-	return []admission.Machine{m}, err
 }
 
 // machineNow measures this machine, as if one slice were gone.

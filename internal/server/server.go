@@ -74,6 +74,7 @@ type Server struct {
 	mu      sync.Mutex
 	slices  map[string]*slice          // a nil slice is a name taken by one that is coming up
 	records map[string]*catalog.Record // what the catalog has; never changed in place
+	cordons map[string]time.Time       // by host, since when nothing new comes up there
 	// followed are the snapshots, by name, of which memory follows, and to how many nodes.
 	followed map[string]int
 
@@ -139,12 +140,15 @@ func take(ctx context.Context, config Config, led *metadata.Leadership) (*Server
 		return nil, err
 	}
 	s := &Server{
-		cfg: config, log: config.Logger, led: led, term: led.Term(), store: st, catalog: catalog.New(st), slices: map[string]*slice{}, elsewhere: map[string]bool{}, forsaken: map[string]bool{}, followed: map[string]int{}, arriving: map[string]demand{},
+		cfg: config, log: config.Logger, led: led, term: led.Term(), store: st, catalog: catalog.New(st), slices: map[string]*slice{}, cordons: map[string]time.Time{}, elsewhere: map[string]bool{}, forsaken: map[string]bool{}, followed: map[string]int{}, arriving: map[string]demand{},
 		urgency: &priority.Shared{PID: os.Getpid(), Keep: priority.Lowered, Log: config.Logger},
 	}
 	if s.records, err = s.catalog.Records(ctx, func(_ string, err error) {
 		s.log.Error("what is kept of a slice cannot be read", "err", err)
 	}); err != nil {
+		return nil, errors.Join(err, st.Close())
+	}
+	if err := s.readCordons(ctx); err != nil {
 		return nil, errors.Join(err, st.Close())
 	}
 	if s.events, err = s.openEvents(); err != nil {
@@ -172,7 +176,7 @@ func (s *Server) listen(ctx context.Context, runs []remote.Run) (err error) {
 		return err
 	}
 	s.door = access.NewDoor(s.authority, s.api, s.log)
-	s.hub, err = remote.Listen(ctx, remote.HubConfig{Address: s.cfg.Listen, Authority: s.authority, Images: s.images(), Users: s.door.Take, Term: s.term, Runs: runs, Logger: s.log})
+	s.hub, err = remote.Listen(ctx, remote.HubConfig{Address: s.cfg.Listen, Authority: s.authority, Images: s.images(), Users: s.door.Take, Term: s.term, Runs: runs, Patience: s.hostTimeout, Logger: s.log})
 	return err
 }
 
@@ -320,11 +324,12 @@ func (s *Server) Up(ctx context.Context, req *violinv1.UpRequest, stream *connec
 
 // start boots a slice.
 func (s *Server) start(ctx context.Context, topo *topology.Topology, overcommit bool, tell teller) (*slice, error) {
-	release, err := s.admit(ctx, topo, nil, overcommit)
+	room, err := s.admit(ctx, topo, nil, wish{overcommit: overcommit})
 	if err != nil {
 		return nil, err
 	}
-	defer release()
+	defer room.release()
+	topo = room.topo
 	generation := map[string]string{}
 	for _, n := range topo.Nodes {
 		generation[n.Name] = newGeneration()

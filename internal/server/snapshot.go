@@ -271,7 +271,7 @@ func (s *Server) Restore(ctx context.Context, req *violinv1.RestoreRequest, out 
 	if err != nil {
 		return apiError(err)
 	}
-	return s.tellBringing(ctx, bringing{kind: events.Restored, snap: snap, as: snap.Slice, overcommit: req.GetOvercommit(), lazy: req.Lazy, clock: clockOf(req.GetClock(), snap.Clock, catalog.Frozen)}, out)
+	return s.tellBringing(ctx, bringing{kind: events.Restored, snap: snap, as: snap.Slice, wish: wishOf(req, violinv1.PlacementPolicy_PLACEMENT_POLICY_AS_WAS), lazy: req.Lazy, clock: clockOf(req.GetClock(), snap.Clock, catalog.Frozen)}, out)
 }
 
 func (s *Server) channelOf(ctx context.Context, snap *catalog.Snapshot) (*frames.ChannelState, error) {

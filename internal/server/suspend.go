@@ -207,7 +207,7 @@ func (s *Server) Resume(ctx context.Context, req *violinv1.ResumeRequest, out *c
 	if err != nil {
 		return apiError(fmt.Errorf("resume slice %q: %w", req.GetSlice(), err))
 	}
-	return s.tellBringing(ctx, bringing{kind: events.Resumed, snap: snap, as: snap.Slice, overcommit: req.GetOvercommit(), lazy: req.Lazy, clock: clockOf(req.GetClock(), snap.Clock, catalog.CatchUp)}, out)
+	return s.tellBringing(ctx, bringing{kind: events.Resumed, snap: snap, as: snap.Slice, wish: wishOf(req, violinv1.PlacementPolicy_PLACEMENT_POLICY_AUTO), lazy: req.Lazy, clock: clockOf(req.GetClock(), snap.Clock, catalog.CatchUp)}, out)
 }
 
 // Remembers tells, without a server, whether one with this state directory would know

@@ -144,7 +144,7 @@ func (s *Server) RemoveUser(_ context.Context, req *violinv1.RemoveUserRequest) 
 }
 
 // RemoveHost implements the API.
-func (s *Server) RemoveHost(_ context.Context, req *violinv1.RemoveHostRequest) (*violinv1.RemoveHostResponse, error) {
+func (s *Server) RemoveHost(ctx context.Context, req *violinv1.RemoveHostRequest) (*violinv1.RemoveHostResponse, error) {
 	if s.hub == nil {
 		return nil, notListening()
 	}
@@ -160,6 +160,9 @@ func (s *Server) RemoveHost(_ context.Context, req *violinv1.RemoveHostRequest) 
 		return nil, apiError(err)
 	case !found:
 		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("no host %q has joined this server", req.GetName()))
+	}
+	if err := s.cordon(ctx, req.GetName(), false); err != nil {
+		s.log.Error("a host that was put out stays cordoned", "host", req.GetName(), "err", err)
 	}
 	return &violinv1.RemoveHostResponse{}, nil
 }

@@ -706,12 +706,16 @@ func (r *reader) checkAddress(v entry, s string, p netip.Prefix, network *Networ
 // checkName checks that a name is a DNS label in lower case.
 func (r *reader) checkName(what, name string, e entry, at position) {
 	hint := "use a-z, 0-9 and '-', at most 63 of them, with a letter or digit at both ends"
-	ok := name != "" && len(name) <= maxName &&
-		strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789-") == "" &&
-		name[0] != '-' && name[len(name)-1] != '-'
-	if !ok {
+	if !IsName(name) {
 		r.problem(at, e.path, fmt.Sprintf("%s name %s is not valid", what, quoted(name)), hint)
 	}
+}
+
+// IsName tells whether something in a topology can have a name.
+func IsName(name string) bool {
+	return name != "" && len(name) <= maxName &&
+		strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789-") == "" &&
+		name[0] != '-' && name[len(name)-1] != '-'
 }
 
 // line reads a text without control characters, which is empty if not given.

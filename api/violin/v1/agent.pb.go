@@ -277,6 +277,7 @@ type DescribeResponse struct {
 	MemoryBytes    uint64                 `protobuf:"varint,6,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
 	AvailableBytes uint64                 `protobuf:"varint,7,opt,name=available_bytes,json=availableBytes,proto3" json:"available_bytes,omitempty"`
 	Cpus           uint32                 `protobuf:"varint,8,opt,name=cpus,proto3" json:"cpus,omitempty"`
+	Site           string                 `protobuf:"bytes,60,opt,name=site,proto3" json:"site,omitempty"` // empty if the agent was told none
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -365,6 +366,13 @@ func (x *DescribeResponse) GetCpus() uint32 {
 		return x.Cpus
 	}
 	return 0
+}
+
+func (x *DescribeResponse) GetSite() string {
+	if x != nil {
+		return x.Site
+	}
+	return ""
 }
 
 type BeginRequest struct {
@@ -4431,7 +4439,7 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"\x11RenewHostResponse\x12 \n" +
 	"\vcertificate\x18\x01 \x01(\fR\vcertificate\"%\n" +
 	"\x0fDescribeRequest\x12\x12\n" +
-	"\x04runs\x18\x01 \x03(\tR\x04runs\"\xe2\x01\n" +
+	"\x04runs\x18\x01 \x03(\tR\x04runs\"\xf6\x01\n" +
 	"\x10DescribeResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x16\n" +
 	"\x06device\x18\x02 \x01(\tR\x06device\x12\x18\n" +
@@ -4440,7 +4448,8 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"\x03mtu\x18\x05 \x01(\rR\x03mtu\x12!\n" +
 	"\fmemory_bytes\x18\x06 \x01(\x04R\vmemoryBytes\x12'\n" +
 	"\x0favailable_bytes\x18\a \x01(\x04R\x0eavailableBytes\x12\x12\n" +
-	"\x04cpus\x18\b \x01(\rR\x04cpus\"6\n" +
+	"\x04cpus\x18\b \x01(\rR\x04cpus\x12\x12\n" +
+	"\x04site\x18< \x01(\tR\x04site\"6\n" +
 	"\fBeginRequest\x12\x10\n" +
 	"\x03run\x18\x01 \x01(\tR\x03run\x12\x14\n" +
 	"\x05slice\x18\x02 \x01(\tR\x05slice\"\x0f\n" +

@@ -235,6 +235,8 @@ type Host struct {
 	Since         *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=since,proto3" json:"since,omitempty"`   // that it is so
 	Slices        []string               `protobuf:"bytes,8,rep,name=slices,proto3" json:"slices,omitempty"` // that run there, by name
 	Version       string                 `protobuf:"bytes,7,opt,name=version,proto3" json:"version,omitempty"`
+	Cordoned      bool                   `protobuf:"varint,60,opt,name=cordoned,proto3" json:"cordoned,omitempty"` // nothing comes up there
+	Site          string                 `protobuf:"bytes,61,opt,name=site,proto3" json:"site,omitempty"`          // as its agent says; a topology that names the host says where it is in the slice
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -314,6 +316,20 @@ func (x *Host) GetSlices() []string {
 func (x *Host) GetVersion() string {
 	if x != nil {
 		return x.Version
+	}
+	return ""
+}
+
+func (x *Host) GetCordoned() bool {
+	if x != nil {
+		return x.Cordoned
+	}
+	return false
+}
+
+func (x *Host) GetSite() string {
+	if x != nil {
+		return x.Site
 	}
 	return ""
 }
@@ -406,6 +422,94 @@ func (*RemoveHostResponse) Descriptor() ([]byte, []int) {
 	return file_violin_v1_hosts_proto_rawDescGZIP(), []int{6}
 }
 
+type CordonHostRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Cordoned      bool                   `protobuf:"varint,2,opt,name=cordoned,proto3" json:"cordoned,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CordonHostRequest) Reset() {
+	*x = CordonHostRequest{}
+	mi := &file_violin_v1_hosts_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CordonHostRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CordonHostRequest) ProtoMessage() {}
+
+func (x *CordonHostRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_hosts_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CordonHostRequest.ProtoReflect.Descriptor instead.
+func (*CordonHostRequest) Descriptor() ([]byte, []int) {
+	return file_violin_v1_hosts_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *CordonHostRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CordonHostRequest) GetCordoned() bool {
+	if x != nil {
+		return x.Cordoned
+	}
+	return false
+}
+
+type CordonHostResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CordonHostResponse) Reset() {
+	*x = CordonHostResponse{}
+	mi := &file_violin_v1_hosts_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CordonHostResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CordonHostResponse) ProtoMessage() {}
+
+func (x *CordonHostResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_hosts_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CordonHostResponse.ProtoReflect.Descriptor instead.
+func (*CordonHostResponse) Descriptor() ([]byte, []int) {
+	return file_violin_v1_hosts_proto_rawDescGZIP(), []int{8}
+}
+
 var File_violin_v1_hosts_proto protoreflect.FileDescriptor
 
 const file_violin_v1_hosts_proto_rawDesc = "" +
@@ -421,7 +525,7 @@ const file_violin_v1_hosts_proto_rawDesc = "" +
 	"\aexpires\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"\x12\n" +
 	"\x10ListHostsRequest\":\n" +
 	"\x11ListHostsResponse\x12%\n" +
-	"\x05hosts\x18\x01 \x03(\v2\x0f.violin.v1.HostR\x05hosts\"\xd8\x01\n" +
+	"\x05hosts\x18\x01 \x03(\v2\x0f.violin.v1.HostR\x05hosts\"\x88\x02\n" +
 	"\x04Host\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x1a\n" +
@@ -429,16 +533,24 @@ const file_violin_v1_hosts_proto_rawDesc = "" +
 	"\tconnected\x18\x04 \x01(\bR\tconnected\x120\n" +
 	"\x05since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x16\n" +
 	"\x06slices\x18\b \x03(\tR\x06slices\x12\x18\n" +
-	"\aversion\x18\a \x01(\tR\aversionJ\x04\b\x06\x10\a\"=\n" +
+	"\aversion\x18\a \x01(\tR\aversion\x12\x1a\n" +
+	"\bcordoned\x18< \x01(\bR\bcordoned\x12\x12\n" +
+	"\x04site\x18= \x01(\tR\x04siteJ\x04\b\x06\x10\a\"=\n" +
 	"\x11RemoveHostRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\"\x14\n" +
-	"\x12RemoveHostResponse2\xf3\x01\n" +
+	"\x12RemoveHostResponse\"C\n" +
+	"\x11CordonHostRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\bcordoned\x18\x02 \x01(\bR\bcordoned\"\x14\n" +
+	"\x12CordonHostResponse2\xbe\x02\n" +
 	"\vHostService\x12L\n" +
 	"\vCreateToken\x12\x1d.violin.v1.CreateTokenRequest\x1a\x1e.violin.v1.CreateTokenResponse\x12K\n" +
 	"\tListHosts\x12\x1b.violin.v1.ListHostsRequest\x1a\x1c.violin.v1.ListHostsResponse\"\x03\x90\x02\x01\x12I\n" +
 	"\n" +
-	"RemoveHost\x12\x1c.violin.v1.RemoveHostRequest\x1a\x1d.violin.v1.RemoveHostResponseB\x1fZ\x1dviolin/api/violin/v1;violinv1b\x06proto3"
+	"RemoveHost\x12\x1c.violin.v1.RemoveHostRequest\x1a\x1d.violin.v1.RemoveHostResponse\x12I\n" +
+	"\n" +
+	"CordonHost\x12\x1c.violin.v1.CordonHostRequest\x1a\x1d.violin.v1.CordonHostResponseB\x1fZ\x1dviolin/api/violin/v1;violinv1b\x06proto3"
 
 var (
 	file_violin_v1_hosts_proto_rawDescOnce sync.Once
@@ -452,7 +564,7 @@ func file_violin_v1_hosts_proto_rawDescGZIP() []byte {
 	return file_violin_v1_hosts_proto_rawDescData
 }
 
-var file_violin_v1_hosts_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_violin_v1_hosts_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_violin_v1_hosts_proto_goTypes = []any{
 	(*CreateTokenRequest)(nil),    // 0: violin.v1.CreateTokenRequest
 	(*CreateTokenResponse)(nil),   // 1: violin.v1.CreateTokenResponse
@@ -461,27 +573,31 @@ var file_violin_v1_hosts_proto_goTypes = []any{
 	(*Host)(nil),                  // 4: violin.v1.Host
 	(*RemoveHostRequest)(nil),     // 5: violin.v1.RemoveHostRequest
 	(*RemoveHostResponse)(nil),    // 6: violin.v1.RemoveHostResponse
-	(*durationpb.Duration)(nil),   // 7: google.protobuf.Duration
-	(Role)(0),                     // 8: violin.v1.Role
-	(*timestamppb.Timestamp)(nil), // 9: google.protobuf.Timestamp
+	(*CordonHostRequest)(nil),     // 7: violin.v1.CordonHostRequest
+	(*CordonHostResponse)(nil),    // 8: violin.v1.CordonHostResponse
+	(*durationpb.Duration)(nil),   // 9: google.protobuf.Duration
+	(Role)(0),                     // 10: violin.v1.Role
+	(*timestamppb.Timestamp)(nil), // 11: google.protobuf.Timestamp
 }
 var file_violin_v1_hosts_proto_depIdxs = []int32{
-	7, // 0: violin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	8, // 1: violin.v1.CreateTokenRequest.role:type_name -> violin.v1.Role
-	9, // 2: violin.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	4, // 3: violin.v1.ListHostsResponse.hosts:type_name -> violin.v1.Host
-	9, // 4: violin.v1.Host.since:type_name -> google.protobuf.Timestamp
-	0, // 5: violin.v1.HostService.CreateToken:input_type -> violin.v1.CreateTokenRequest
-	2, // 6: violin.v1.HostService.ListHosts:input_type -> violin.v1.ListHostsRequest
-	5, // 7: violin.v1.HostService.RemoveHost:input_type -> violin.v1.RemoveHostRequest
-	1, // 8: violin.v1.HostService.CreateToken:output_type -> violin.v1.CreateTokenResponse
-	3, // 9: violin.v1.HostService.ListHosts:output_type -> violin.v1.ListHostsResponse
-	6, // 10: violin.v1.HostService.RemoveHost:output_type -> violin.v1.RemoveHostResponse
-	8, // [8:11] is the sub-list for method output_type
-	5, // [5:8] is the sub-list for method input_type
-	5, // [5:5] is the sub-list for extension type_name
-	5, // [5:5] is the sub-list for extension extendee
-	0, // [0:5] is the sub-list for field type_name
+	9,  // 0: violin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	10, // 1: violin.v1.CreateTokenRequest.role:type_name -> violin.v1.Role
+	11, // 2: violin.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	4,  // 3: violin.v1.ListHostsResponse.hosts:type_name -> violin.v1.Host
+	11, // 4: violin.v1.Host.since:type_name -> google.protobuf.Timestamp
+	0,  // 5: violin.v1.HostService.CreateToken:input_type -> violin.v1.CreateTokenRequest
+	2,  // 6: violin.v1.HostService.ListHosts:input_type -> violin.v1.ListHostsRequest
+	5,  // 7: violin.v1.HostService.RemoveHost:input_type -> violin.v1.RemoveHostRequest
+	7,  // 8: violin.v1.HostService.CordonHost:input_type -> violin.v1.CordonHostRequest
+	1,  // 9: violin.v1.HostService.CreateToken:output_type -> violin.v1.CreateTokenResponse
+	3,  // 10: violin.v1.HostService.ListHosts:output_type -> violin.v1.ListHostsResponse
+	6,  // 11: violin.v1.HostService.RemoveHost:output_type -> violin.v1.RemoveHostResponse
+	8,  // 12: violin.v1.HostService.CordonHost:output_type -> violin.v1.CordonHostResponse
+	9,  // [9:13] is the sub-list for method output_type
+	5,  // [5:9] is the sub-list for method input_type
+	5,  // [5:5] is the sub-list for extension type_name
+	5,  // [5:5] is the sub-list for extension extendee
+	0,  // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_violin_v1_hosts_proto_init() }
@@ -496,7 +612,7 @@ func file_violin_v1_hosts_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_violin_v1_hosts_proto_rawDesc), len(file_violin_v1_hosts_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   7,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -469,6 +469,8 @@ type ResumeRequest struct {
 	Overcommit    bool                   `protobuf:"varint,20,opt,name=overcommit,proto3" json:"overcommit,omitempty"` // as in UpRequest
 	Clock         ClockPolicy            `protobuf:"varint,21,opt,name=clock,proto3,enum=violin.v1.ClockPolicy" json:"clock,omitempty"`
 	Lazy          *bool                  `protobuf:"varint,40,opt,name=lazy,proto3,oneof" json:"lazy,omitempty"` // as in RestoreRequest
+	Placement     PlacementPolicy        `protobuf:"varint,60,opt,name=placement,proto3,enum=violin.v1.PlacementPolicy" json:"placement,omitempty"`
+	On            map[string]string      `protobuf:"bytes,61,rep,name=on,proto3" json:"on,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // as in RestoreRequest
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -531,6 +533,20 @@ func (x *ResumeRequest) GetLazy() bool {
 	return false
 }
 
+func (x *ResumeRequest) GetPlacement() PlacementPolicy {
+	if x != nil {
+		return x.Placement
+	}
+	return PlacementPolicy_PLACEMENT_POLICY_UNSPECIFIED
+}
+
+func (x *ResumeRequest) GetOn() map[string]string {
+	if x != nil {
+		return x.On
+	}
+	return nil
+}
+
 type ForkRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Snapshot      string                 `protobuf:"bytes,1,opt,name=snapshot,proto3" json:"snapshot,omitempty"`                                 // as in RestoreRequest
@@ -540,6 +556,8 @@ type ForkRequest struct {
 	Overcommit    bool                   `protobuf:"varint,20,opt,name=overcommit,proto3" json:"overcommit,omitempty"`                           // as in UpRequest
 	Clock         ClockPolicy            `protobuf:"varint,21,opt,name=clock,proto3,enum=violin.v1.ClockPolicy" json:"clock,omitempty"`          // of a paused one: when it is continued, and frozen unless asked for
 	Lazy          *bool                  `protobuf:"varint,40,opt,name=lazy,proto3,oneof" json:"lazy,omitempty"`                                 // as in RestoreRequest
+	Placement     PlacementPolicy        `protobuf:"varint,60,opt,name=placement,proto3,enum=violin.v1.PlacementPolicy" json:"placement,omitempty"`
+	On            map[string]string      `protobuf:"bytes,61,rep,name=on,proto3" json:"on,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // as in RestoreRequest
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -621,6 +639,20 @@ func (x *ForkRequest) GetLazy() bool {
 		return *x.Lazy
 	}
 	return false
+}
+
+func (x *ForkRequest) GetPlacement() PlacementPolicy {
+	if x != nil {
+		return x.Placement
+	}
+	return PlacementPolicy_PLACEMENT_POLICY_UNSPECIFIED
+}
+
+func (x *ForkRequest) GetOn() map[string]string {
+	if x != nil {
+		return x.On
+	}
+	return nil
 }
 
 type ContinueRequest struct {
@@ -736,6 +768,7 @@ type ProtectRequest struct {
 	Window        *durationpb.Duration   `protobuf:"bytes,5,opt,name=window,proto3" json:"window,omitempty"`                                  // unset: 1 h
 	Webhook       string                 `protobuf:"bytes,6,opt,name=webhook,proto3" json:"webhook,omitempty"`                                // http or https URL that failures and rollbacks are posted to, as JSON
 	DryRun        bool                   `protobuf:"varint,7,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`                   // tell when it would be rolled back, and to what, and do not
+	HostTimeout   *durationpb.Duration   `protobuf:"bytes,60,opt,name=host_timeout,json=hostTimeout,proto3" json:"host_timeout,omitempty"`    // that a joined host may be away before it counts as lost; unset: 1 min
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -819,6 +852,13 @@ func (x *ProtectRequest) GetDryRun() bool {
 	return false
 }
 
+func (x *ProtectRequest) GetHostTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.HostTimeout
+	}
+	return nil
+}
+
 type ProtectResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Protection    *Protection            `protobuf:"bytes,1,opt,name=protection,proto3" json:"protection,omitempty"`
@@ -876,6 +916,7 @@ type Protection struct {
 	Rollbacks     uint32                 `protobuf:"varint,9,opt,name=rollbacks,proto3" json:"rollbacks,omitempty"`          // within the window
 	GaveUp        bool                   `protobuf:"varint,10,opt,name=gave_up,json=gaveUp,proto3" json:"gave_up,omitempty"` // after too many; Protect or Restore begins anew
 	Head          string                 `protobuf:"bytes,11,opt,name=head,proto3" json:"head,omitempty"`                    // SLICE@ID that it would be rolled back to; empty if there is none yet
+	HostTimeout   *durationpb.Duration   `protobuf:"bytes,60,opt,name=host_timeout,json=hostTimeout,proto3" json:"host_timeout,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -985,6 +1026,13 @@ func (x *Protection) GetHead() string {
 		return x.Head
 	}
 	return ""
+}
+
+func (x *Protection) GetHostTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.HostTimeout
+	}
+	return nil
 }
 
 type UnprotectRequest struct {
@@ -1234,6 +1282,7 @@ type Event struct {
 	Snapshot      string                 `protobuf:"bytes,7,opt,name=snapshot,proto3" json:"snapshot,omitempty"` // SLICE@ID
 	Text          string                 `protobuf:"bytes,8,opt,name=text,proto3" json:"text,omitempty"`         // for people
 	Owner         string                 `protobuf:"bytes,50,opt,name=owner,proto3" json:"owner,omitempty"`      // of the slice, then; empty: the operators
+	Moves         []*NodeMove            `protobuf:"bytes,60,rep,name=moves,proto3" json:"moves,omitempty"`      // nodes on other hosts than they were on before
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1331,6 +1380,13 @@ func (x *Event) GetOwner() string {
 	return ""
 }
 
+func (x *Event) GetMoves() []*NodeMove {
+	if x != nil {
+		return x.Moves
+	}
+	return nil
+}
+
 var File_violin_v1_life_proto protoreflect.FileDescriptor
 
 const file_violin_v1_life_proto_rawDesc = "" +
@@ -1364,15 +1420,20 @@ const file_violin_v1_life_proto_rawDesc = "" +
 	"\tsuspended\x18\x02 \x01(\v2\x14.violin.v1.SuspendedH\x00R\tsuspendedB\a\n" +
 	"\x05event\">\n" +
 	"\tSuspended\x121\n" +
-	"\tsnapshots\x18\x01 \x03(\v2\x13.violin.v1.SnapshotR\tsnapshots\"\x95\x01\n" +
+	"\tsnapshots\x18\x01 \x03(\v2\x13.violin.v1.SnapshotR\tsnapshots\"\xb8\x02\n" +
 	"\rResumeRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\x12\x1e\n" +
 	"\n" +
 	"overcommit\x18\x14 \x01(\bR\n" +
 	"overcommit\x12,\n" +
 	"\x05clock\x18\x15 \x01(\x0e2\x16.violin.v1.ClockPolicyR\x05clock\x12\x17\n" +
-	"\x04lazy\x18( \x01(\bH\x00R\x04lazy\x88\x01\x01B\a\n" +
-	"\x05_lazy\"\xe8\x01\n" +
+	"\x04lazy\x18( \x01(\bH\x00R\x04lazy\x88\x01\x01\x128\n" +
+	"\tplacement\x18< \x01(\x0e2\x1a.violin.v1.PlacementPolicyR\tplacement\x120\n" +
+	"\x02on\x18= \x03(\v2 .violin.v1.ResumeRequest.OnEntryR\x02on\x1a5\n" +
+	"\aOnEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\a\n" +
+	"\x05_lazy\"\x89\x03\n" +
 	"\vForkRequest\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12\x0e\n" +
 	"\x02as\x18\x02 \x01(\tR\x02as\x12\x16\n" +
@@ -1382,14 +1443,19 @@ const file_violin_v1_life_proto_rawDesc = "" +
 	"overcommit\x18\x14 \x01(\bR\n" +
 	"overcommit\x12,\n" +
 	"\x05clock\x18\x15 \x01(\x0e2\x16.violin.v1.ClockPolicyR\x05clock\x12\x17\n" +
-	"\x04lazy\x18( \x01(\bH\x00R\x04lazy\x88\x01\x01B\a\n" +
+	"\x04lazy\x18( \x01(\bH\x00R\x04lazy\x88\x01\x01\x128\n" +
+	"\tplacement\x18< \x01(\x0e2\x1a.violin.v1.PlacementPolicyR\tplacement\x12.\n" +
+	"\x02on\x18= \x03(\v2\x1e.violin.v1.ForkRequest.OnEntryR\x02on\x1a5\n" +
+	"\aOnEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\a\n" +
 	"\x05_lazy\"'\n" +
 	"\x0fContinueRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\"y\n" +
 	"\x10ContinueResponse\x12&\n" +
 	"\x05slice\x18\x01 \x01(\v2\x10.violin.v1.SliceR\x05slice\x12'\n" +
 	"\x0fframes_injected\x18\x02 \x01(\x04R\x0eframesInjected\x12\x14\n" +
-	"\x05notes\x18\x03 \x03(\tR\x05notes\"\xf6\x01\n" +
+	"\x05notes\x18\x03 \x03(\tR\x05notes\"\xb4\x02\n" +
 	"\x0eProtectRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\x12/\n" +
 	"\x05every\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05every\x12\x12\n" +
@@ -1397,11 +1463,12 @@ const file_violin_v1_life_proto_rawDesc = "" +
 	"\rmax_rollbacks\x18\x04 \x01(\rR\fmaxRollbacks\x121\n" +
 	"\x06window\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x06window\x12\x18\n" +
 	"\awebhook\x18\x06 \x01(\tR\awebhook\x12\x17\n" +
-	"\adry_run\x18\a \x01(\bR\x06dryRun\"H\n" +
+	"\adry_run\x18\a \x01(\bR\x06dryRun\x12<\n" +
+	"\fhost_timeout\x18< \x01(\v2\x19.google.protobuf.DurationR\vhostTimeout\"H\n" +
 	"\x0fProtectResponse\x125\n" +
 	"\n" +
 	"protection\x18\x01 \x01(\v2\x15.violin.v1.ProtectionR\n" +
-	"protection\"\xef\x02\n" +
+	"protection\"\xad\x03\n" +
 	"\n" +
 	"Protection\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\x12/\n" +
@@ -1415,7 +1482,8 @@ const file_violin_v1_life_proto_rawDesc = "" +
 	"\trollbacks\x18\t \x01(\rR\trollbacks\x12\x17\n" +
 	"\agave_up\x18\n" +
 	" \x01(\bR\x06gaveUp\x12\x12\n" +
-	"\x04head\x18\v \x01(\tR\x04head\"(\n" +
+	"\x04head\x18\v \x01(\tR\x04head\x12<\n" +
+	"\fhost_timeout\x18< \x01(\v2\x19.google.protobuf.DurationR\vhostTimeout\"(\n" +
 	"\x10UnprotectRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\"\x13\n" +
 	"\x11UnprotectResponse\".\n" +
@@ -1427,7 +1495,7 @@ const file_violin_v1_life_proto_rawDesc = "" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\x12\x14\n" +
 	"\x05after\x18\x02 \x01(\x04R\x05after\x12\x12\n" +
 	"\x04last\x18\x03 \x01(\rR\x04last\x12\x16\n" +
-	"\x06follow\x18\x04 \x01(\bR\x06follow\"\xe3\x01\n" +
+	"\x06follow\x18\x04 \x01(\bR\x06follow\"\x8e\x02\n" +
 	"\x05Event\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x04R\x06number\x12*\n" +
 	"\x02at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x14\n" +
@@ -1437,7 +1505,8 @@ const file_violin_v1_life_proto_rawDesc = "" +
 	"\x04host\x18\x06 \x01(\tR\x04host\x12\x1a\n" +
 	"\bsnapshot\x18\a \x01(\tR\bsnapshot\x12\x12\n" +
 	"\x04text\x18\b \x01(\tR\x04text\x12\x14\n" +
-	"\x05owner\x182 \x01(\tR\x05owner2\x81\x01\n" +
+	"\x05owner\x182 \x01(\tR\x05owner\x12)\n" +
+	"\x05moves\x18< \x03(\v2\x13.violin.v1.NodeMoveR\x05moves2\x81\x01\n" +
 	"\x0eHistoryService\x129\n" +
 	"\x03Log\x12\x15.violin.v1.LogRequest\x1a\x16.violin.v1.LogResponse\"\x03\x90\x02\x01\x124\n" +
 	"\x03Tag\x12\x15.violin.v1.TagRequest\x1a\x16.violin.v1.TagResponse2\x9b\x02\n" +
@@ -1464,7 +1533,7 @@ func file_violin_v1_life_proto_rawDescGZIP() []byte {
 	return file_violin_v1_life_proto_rawDescData
 }
 
-var file_violin_v1_life_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_violin_v1_life_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_violin_v1_life_proto_goTypes = []any{
 	(*LogRequest)(nil),              // 0: violin.v1.LogRequest
 	(*LogResponse)(nil),             // 1: violin.v1.LogResponse
@@ -1486,56 +1555,67 @@ var file_violin_v1_life_proto_goTypes = []any{
 	(*ListProtectionsResponse)(nil), // 17: violin.v1.ListProtectionsResponse
 	(*EventsRequest)(nil),           // 18: violin.v1.EventsRequest
 	(*Event)(nil),                   // 19: violin.v1.Event
-	(*Snapshot)(nil),                // 20: violin.v1.Snapshot
-	(*Progress)(nil),                // 21: violin.v1.Progress
-	(ClockPolicy)(0),                // 22: violin.v1.ClockPolicy
-	(*Slice)(nil),                   // 23: violin.v1.Slice
-	(*durationpb.Duration)(nil),     // 24: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),   // 25: google.protobuf.Timestamp
-	(*RestoreResponse)(nil),         // 26: violin.v1.RestoreResponse
+	nil,                             // 20: violin.v1.ResumeRequest.OnEntry
+	nil,                             // 21: violin.v1.ForkRequest.OnEntry
+	(*Snapshot)(nil),                // 22: violin.v1.Snapshot
+	(*Progress)(nil),                // 23: violin.v1.Progress
+	(ClockPolicy)(0),                // 24: violin.v1.ClockPolicy
+	(PlacementPolicy)(0),            // 25: violin.v1.PlacementPolicy
+	(*Slice)(nil),                   // 26: violin.v1.Slice
+	(*durationpb.Duration)(nil),     // 27: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),   // 28: google.protobuf.Timestamp
+	(*NodeMove)(nil),                // 29: violin.v1.NodeMove
+	(*RestoreResponse)(nil),         // 30: violin.v1.RestoreResponse
 }
 var file_violin_v1_life_proto_depIdxs = []int32{
-	20, // 0: violin.v1.LogResponse.snapshots:type_name -> violin.v1.Snapshot
-	20, // 1: violin.v1.TagResponse.snapshot:type_name -> violin.v1.Snapshot
-	21, // 2: violin.v1.SuspendResponse.progress:type_name -> violin.v1.Progress
+	22, // 0: violin.v1.LogResponse.snapshots:type_name -> violin.v1.Snapshot
+	22, // 1: violin.v1.TagResponse.snapshot:type_name -> violin.v1.Snapshot
+	23, // 2: violin.v1.SuspendResponse.progress:type_name -> violin.v1.Progress
 	6,  // 3: violin.v1.SuspendResponse.suspended:type_name -> violin.v1.Suspended
-	20, // 4: violin.v1.Suspended.snapshots:type_name -> violin.v1.Snapshot
-	22, // 5: violin.v1.ResumeRequest.clock:type_name -> violin.v1.ClockPolicy
-	22, // 6: violin.v1.ForkRequest.clock:type_name -> violin.v1.ClockPolicy
-	23, // 7: violin.v1.ContinueResponse.slice:type_name -> violin.v1.Slice
-	24, // 8: violin.v1.ProtectRequest.every:type_name -> google.protobuf.Duration
-	24, // 9: violin.v1.ProtectRequest.window:type_name -> google.protobuf.Duration
-	13, // 10: violin.v1.ProtectResponse.protection:type_name -> violin.v1.Protection
-	24, // 11: violin.v1.Protection.every:type_name -> google.protobuf.Duration
-	24, // 12: violin.v1.Protection.window:type_name -> google.protobuf.Duration
-	25, // 13: violin.v1.Protection.since:type_name -> google.protobuf.Timestamp
-	13, // 14: violin.v1.ListProtectionsResponse.protections:type_name -> violin.v1.Protection
-	25, // 15: violin.v1.Event.at:type_name -> google.protobuf.Timestamp
-	0,  // 16: violin.v1.HistoryService.Log:input_type -> violin.v1.LogRequest
-	2,  // 17: violin.v1.HistoryService.Tag:input_type -> violin.v1.TagRequest
-	4,  // 18: violin.v1.LifecycleService.Suspend:input_type -> violin.v1.SuspendRequest
-	7,  // 19: violin.v1.LifecycleService.Resume:input_type -> violin.v1.ResumeRequest
-	8,  // 20: violin.v1.LifecycleService.Fork:input_type -> violin.v1.ForkRequest
-	9,  // 21: violin.v1.LifecycleService.Continue:input_type -> violin.v1.ContinueRequest
-	11, // 22: violin.v1.ProtectionService.Protect:input_type -> violin.v1.ProtectRequest
-	14, // 23: violin.v1.ProtectionService.Unprotect:input_type -> violin.v1.UnprotectRequest
-	16, // 24: violin.v1.ProtectionService.ListProtections:input_type -> violin.v1.ListProtectionsRequest
-	18, // 25: violin.v1.ProtectionService.Events:input_type -> violin.v1.EventsRequest
-	1,  // 26: violin.v1.HistoryService.Log:output_type -> violin.v1.LogResponse
-	3,  // 27: violin.v1.HistoryService.Tag:output_type -> violin.v1.TagResponse
-	5,  // 28: violin.v1.LifecycleService.Suspend:output_type -> violin.v1.SuspendResponse
-	26, // 29: violin.v1.LifecycleService.Resume:output_type -> violin.v1.RestoreResponse
-	26, // 30: violin.v1.LifecycleService.Fork:output_type -> violin.v1.RestoreResponse
-	10, // 31: violin.v1.LifecycleService.Continue:output_type -> violin.v1.ContinueResponse
-	12, // 32: violin.v1.ProtectionService.Protect:output_type -> violin.v1.ProtectResponse
-	15, // 33: violin.v1.ProtectionService.Unprotect:output_type -> violin.v1.UnprotectResponse
-	17, // 34: violin.v1.ProtectionService.ListProtections:output_type -> violin.v1.ListProtectionsResponse
-	19, // 35: violin.v1.ProtectionService.Events:output_type -> violin.v1.Event
-	26, // [26:36] is the sub-list for method output_type
-	16, // [16:26] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	22, // 4: violin.v1.Suspended.snapshots:type_name -> violin.v1.Snapshot
+	24, // 5: violin.v1.ResumeRequest.clock:type_name -> violin.v1.ClockPolicy
+	25, // 6: violin.v1.ResumeRequest.placement:type_name -> violin.v1.PlacementPolicy
+	20, // 7: violin.v1.ResumeRequest.on:type_name -> violin.v1.ResumeRequest.OnEntry
+	24, // 8: violin.v1.ForkRequest.clock:type_name -> violin.v1.ClockPolicy
+	25, // 9: violin.v1.ForkRequest.placement:type_name -> violin.v1.PlacementPolicy
+	21, // 10: violin.v1.ForkRequest.on:type_name -> violin.v1.ForkRequest.OnEntry
+	26, // 11: violin.v1.ContinueResponse.slice:type_name -> violin.v1.Slice
+	27, // 12: violin.v1.ProtectRequest.every:type_name -> google.protobuf.Duration
+	27, // 13: violin.v1.ProtectRequest.window:type_name -> google.protobuf.Duration
+	27, // 14: violin.v1.ProtectRequest.host_timeout:type_name -> google.protobuf.Duration
+	13, // 15: violin.v1.ProtectResponse.protection:type_name -> violin.v1.Protection
+	27, // 16: violin.v1.Protection.every:type_name -> google.protobuf.Duration
+	27, // 17: violin.v1.Protection.window:type_name -> google.protobuf.Duration
+	28, // 18: violin.v1.Protection.since:type_name -> google.protobuf.Timestamp
+	27, // 19: violin.v1.Protection.host_timeout:type_name -> google.protobuf.Duration
+	13, // 20: violin.v1.ListProtectionsResponse.protections:type_name -> violin.v1.Protection
+	28, // 21: violin.v1.Event.at:type_name -> google.protobuf.Timestamp
+	29, // 22: violin.v1.Event.moves:type_name -> violin.v1.NodeMove
+	0,  // 23: violin.v1.HistoryService.Log:input_type -> violin.v1.LogRequest
+	2,  // 24: violin.v1.HistoryService.Tag:input_type -> violin.v1.TagRequest
+	4,  // 25: violin.v1.LifecycleService.Suspend:input_type -> violin.v1.SuspendRequest
+	7,  // 26: violin.v1.LifecycleService.Resume:input_type -> violin.v1.ResumeRequest
+	8,  // 27: violin.v1.LifecycleService.Fork:input_type -> violin.v1.ForkRequest
+	9,  // 28: violin.v1.LifecycleService.Continue:input_type -> violin.v1.ContinueRequest
+	11, // 29: violin.v1.ProtectionService.Protect:input_type -> violin.v1.ProtectRequest
+	14, // 30: violin.v1.ProtectionService.Unprotect:input_type -> violin.v1.UnprotectRequest
+	16, // 31: violin.v1.ProtectionService.ListProtections:input_type -> violin.v1.ListProtectionsRequest
+	18, // 32: violin.v1.ProtectionService.Events:input_type -> violin.v1.EventsRequest
+	1,  // 33: violin.v1.HistoryService.Log:output_type -> violin.v1.LogResponse
+	3,  // 34: violin.v1.HistoryService.Tag:output_type -> violin.v1.TagResponse
+	5,  // 35: violin.v1.LifecycleService.Suspend:output_type -> violin.v1.SuspendResponse
+	30, // 36: violin.v1.LifecycleService.Resume:output_type -> violin.v1.RestoreResponse
+	30, // 37: violin.v1.LifecycleService.Fork:output_type -> violin.v1.RestoreResponse
+	10, // 38: violin.v1.LifecycleService.Continue:output_type -> violin.v1.ContinueResponse
+	12, // 39: violin.v1.ProtectionService.Protect:output_type -> violin.v1.ProtectResponse
+	15, // 40: violin.v1.ProtectionService.Unprotect:output_type -> violin.v1.UnprotectResponse
+	17, // 41: violin.v1.ProtectionService.ListProtections:output_type -> violin.v1.ListProtectionsResponse
+	19, // 42: violin.v1.ProtectionService.Events:output_type -> violin.v1.Event
+	33, // [33:43] is the sub-list for method output_type
+	23, // [23:33] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_violin_v1_life_proto_init() }
@@ -1556,7 +1636,7 @@ func file_violin_v1_life_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_violin_v1_life_proto_rawDesc), len(file_violin_v1_life_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   20,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -298,6 +298,56 @@ func (ClockPolicy) EnumDescriptor() ([]byte, []int) {
 	return file_violin_v1_violin_proto_rawDescGZIP(), []int{4}
 }
 
+// PlacementPolicy says which hosts the nodes of a snapshot come up on.
+type PlacementPolicy int32
+
+const (
+	PlacementPolicy_PLACEMENT_POLICY_UNSPECIFIED PlacementPolicy = 0 // auto for Resume, and as was for all others
+	PlacementPolicy_PLACEMENT_POLICY_AS_WAS      PlacementPolicy = 1 // those that they were on; one that takes nothing is FAILED_PRECONDITION
+	PlacementPolicy_PLACEMENT_POLICY_AUTO        PlacementPolicy = 2 // ditto, as far as those take them and have room; else others of the same site, else any
+)
+
+// Enum value maps for PlacementPolicy.
+var (
+	PlacementPolicy_name = map[int32]string{
+		0: "PLACEMENT_POLICY_UNSPECIFIED",
+		1: "PLACEMENT_POLICY_AS_WAS",
+		2: "PLACEMENT_POLICY_AUTO",
+	}
+	PlacementPolicy_value = map[string]int32{
+		"PLACEMENT_POLICY_UNSPECIFIED": 0,
+		"PLACEMENT_POLICY_AS_WAS":      1,
+		"PLACEMENT_POLICY_AUTO":        2,
+	}
+)
+
+func (x PlacementPolicy) Enum() *PlacementPolicy {
+	p := new(PlacementPolicy)
+	*p = x
+	return p
+}
+
+func (x PlacementPolicy) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (PlacementPolicy) Descriptor() protoreflect.EnumDescriptor {
+	return file_violin_v1_violin_proto_enumTypes[5].Descriptor()
+}
+
+func (PlacementPolicy) Type() protoreflect.EnumType {
+	return &file_violin_v1_violin_proto_enumTypes[5]
+}
+
+func (x PlacementPolicy) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use PlacementPolicy.Descriptor instead.
+func (PlacementPolicy) EnumDescriptor() ([]byte, []int) {
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{5}
+}
+
 // Progress is one step of a long call, for people.
 type Progress struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1158,6 +1208,75 @@ func (x *SnapshotRequest) GetClock() ClockPolicy {
 	return ClockPolicy_CLOCK_POLICY_UNSPECIFIED
 }
 
+// NodeMove is a node that came up on another host than it was on.
+type NodeMove struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	From          string                 `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"`
+	To            string                 `protobuf:"bytes,3,opt,name=to,proto3" json:"to,omitempty"`
+	Why           string                 `protobuf:"bytes,4,opt,name=why,proto3" json:"why,omitempty"` // it did not stay; empty if that was asked for
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodeMove) Reset() {
+	*x = NodeMove{}
+	mi := &file_violin_v1_violin_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeMove) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeMove) ProtoMessage() {}
+
+func (x *NodeMove) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_violin_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeMove.ProtoReflect.Descriptor instead.
+func (*NodeMove) Descriptor() ([]byte, []int) {
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *NodeMove) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *NodeMove) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *NodeMove) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *NodeMove) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
 type SnapshotResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Event:
@@ -1171,7 +1290,7 @@ type SnapshotResponse struct {
 
 func (x *SnapshotResponse) Reset() {
 	*x = SnapshotResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[12]
+	mi := &file_violin_v1_violin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1183,7 +1302,7 @@ func (x *SnapshotResponse) String() string {
 func (*SnapshotResponse) ProtoMessage() {}
 
 func (x *SnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[12]
+	mi := &file_violin_v1_violin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1196,7 +1315,7 @@ func (x *SnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{12}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SnapshotResponse) GetEvent() isSnapshotResponse_Event {
@@ -1260,7 +1379,7 @@ type SnapshotNode struct {
 
 func (x *SnapshotNode) Reset() {
 	*x = SnapshotNode{}
-	mi := &file_violin_v1_violin_proto_msgTypes[13]
+	mi := &file_violin_v1_violin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1272,7 +1391,7 @@ func (x *SnapshotNode) String() string {
 func (*SnapshotNode) ProtoMessage() {}
 
 func (x *SnapshotNode) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[13]
+	mi := &file_violin_v1_violin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1285,7 +1404,7 @@ func (x *SnapshotNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotNode.ProtoReflect.Descriptor instead.
 func (*SnapshotNode) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{13}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SnapshotNode) GetName() string {
@@ -1384,7 +1503,7 @@ type SnapshotDisk struct {
 
 func (x *SnapshotDisk) Reset() {
 	*x = SnapshotDisk{}
-	mi := &file_violin_v1_violin_proto_msgTypes[14]
+	mi := &file_violin_v1_violin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1396,7 +1515,7 @@ func (x *SnapshotDisk) String() string {
 func (*SnapshotDisk) ProtoMessage() {}
 
 func (x *SnapshotDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[14]
+	mi := &file_violin_v1_violin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1409,7 +1528,7 @@ func (x *SnapshotDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotDisk.ProtoReflect.Descriptor instead.
 func (*SnapshotDisk) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{14}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SnapshotDisk) GetName() string {
@@ -1468,7 +1587,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_violin_v1_violin_proto_msgTypes[15]
+	mi := &file_violin_v1_violin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1480,7 +1599,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[15]
+	mi := &file_violin_v1_violin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1493,7 +1612,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{15}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Snapshot) GetId() string {
@@ -1645,7 +1764,7 @@ type ListSnapshotsRequest struct {
 
 func (x *ListSnapshotsRequest) Reset() {
 	*x = ListSnapshotsRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[16]
+	mi := &file_violin_v1_violin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1657,7 +1776,7 @@ func (x *ListSnapshotsRequest) String() string {
 func (*ListSnapshotsRequest) ProtoMessage() {}
 
 func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[16]
+	mi := &file_violin_v1_violin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1670,7 +1789,7 @@ func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{16}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListSnapshotsRequest) GetSlice() string {
@@ -1689,7 +1808,7 @@ type ListSnapshotsResponse struct {
 
 func (x *ListSnapshotsResponse) Reset() {
 	*x = ListSnapshotsResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[17]
+	mi := &file_violin_v1_violin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1701,7 +1820,7 @@ func (x *ListSnapshotsResponse) String() string {
 func (*ListSnapshotsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[17]
+	mi := &file_violin_v1_violin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1714,7 +1833,7 @@ func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{17}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
@@ -1732,14 +1851,18 @@ type RestoreRequest struct {
 	// True: nodes run at once, and their memory follows, where the machine can do that; the snapshot is not read through
 	// before what runs is stopped. False: they have all their memory before they run. Not given: the former, but the
 	// snapshot is read through first if its slice still runs.
-	Lazy          *bool `protobuf:"varint,40,opt,name=lazy,proto3,oneof" json:"lazy,omitempty"`
+	Lazy      *bool           `protobuf:"varint,40,opt,name=lazy,proto3,oneof" json:"lazy,omitempty"`
+	Placement PlacementPolicy `protobuf:"varint,60,opt,name=placement,proto3,enum=violin.v1.PlacementPolicy" json:"placement,omitempty"`
+	// Hosts by node, for nodes that are to come up on others. Hosts that have joined the server need not be in the
+	// snapshot's topology.
+	On            map[string]string `protobuf:"bytes,61,rep,name=on,proto3" json:"on,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[18]
+	mi := &file_violin_v1_violin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1751,7 +1874,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[18]
+	mi := &file_violin_v1_violin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1764,7 +1887,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{18}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RestoreRequest) GetSnapshot() string {
@@ -1795,6 +1918,20 @@ func (x *RestoreRequest) GetLazy() bool {
 	return false
 }
 
+func (x *RestoreRequest) GetPlacement() PlacementPolicy {
+	if x != nil {
+		return x.Placement
+	}
+	return PlacementPolicy_PLACEMENT_POLICY_UNSPECIFIED
+}
+
+func (x *RestoreRequest) GetOn() map[string]string {
+	if x != nil {
+		return x.On
+	}
+	return nil
+}
+
 type RestoreResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Event:
@@ -1808,7 +1945,7 @@ type RestoreResponse struct {
 
 func (x *RestoreResponse) Reset() {
 	*x = RestoreResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[19]
+	mi := &file_violin_v1_violin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1820,7 +1957,7 @@ func (x *RestoreResponse) String() string {
 func (*RestoreResponse) ProtoMessage() {}
 
 func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[19]
+	mi := &file_violin_v1_violin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1833,7 +1970,7 @@ func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreResponse.ProtoReflect.Descriptor instead.
 func (*RestoreResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{19}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RestoreResponse) GetEvent() isRestoreResponse_Event {
@@ -1886,13 +2023,14 @@ type Restored struct {
 	FramesInjected uint64                 `protobuf:"varint,5,opt,name=frames_injected,json=framesInjected,proto3" json:"frames_injected,omitempty"`
 	Notes          []string               `protobuf:"bytes,20,rep,name=notes,proto3" json:"notes,omitempty"` // what did not go as asked for: clocks that could not be set
 	Lazy           bool                   `protobuf:"varint,40,opt,name=lazy,proto3" json:"lazy,omitempty"`  // memory still followed when the nodes began to run
+	Moves          []*NodeMove            `protobuf:"bytes,60,rep,name=moves,proto3" json:"moves,omitempty"` // nodes on other hosts than in the snapshot
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Restored) Reset() {
 	*x = Restored{}
-	mi := &file_violin_v1_violin_proto_msgTypes[20]
+	mi := &file_violin_v1_violin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1904,7 +2042,7 @@ func (x *Restored) String() string {
 func (*Restored) ProtoMessage() {}
 
 func (x *Restored) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[20]
+	mi := &file_violin_v1_violin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1917,7 +2055,7 @@ func (x *Restored) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Restored.ProtoReflect.Descriptor instead.
 func (*Restored) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{20}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Restored) GetSlice() *Slice {
@@ -1969,6 +2107,13 @@ func (x *Restored) GetLazy() bool {
 	return false
 }
 
+func (x *Restored) GetMoves() []*NodeMove {
+	if x != nil {
+		return x.Moves
+	}
+	return nil
+}
+
 type ExecRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Slice         string                 `protobuf:"bytes,1,opt,name=slice,proto3" json:"slice,omitempty"`
@@ -1982,7 +2127,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[21]
+	mi := &file_violin_v1_violin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1994,7 +2139,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[21]
+	mi := &file_violin_v1_violin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2007,7 +2152,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{21}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ExecRequest) GetSlice() string {
@@ -2056,7 +2201,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[22]
+	mi := &file_violin_v1_violin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2068,7 +2213,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[22]
+	mi := &file_violin_v1_violin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2081,7 +2226,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{22}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ExecResponse) GetExitCode() int32 {
@@ -2116,7 +2261,7 @@ type ConsoleRequest struct {
 
 func (x *ConsoleRequest) Reset() {
 	*x = ConsoleRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[23]
+	mi := &file_violin_v1_violin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2128,7 +2273,7 @@ func (x *ConsoleRequest) String() string {
 func (*ConsoleRequest) ProtoMessage() {}
 
 func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[23]
+	mi := &file_violin_v1_violin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2141,7 +2286,7 @@ func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleRequest.ProtoReflect.Descriptor instead.
 func (*ConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{23}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ConsoleRequest) GetSlice() string {
@@ -2174,7 +2319,7 @@ type ConsoleResponse struct {
 
 func (x *ConsoleResponse) Reset() {
 	*x = ConsoleResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[24]
+	mi := &file_violin_v1_violin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2186,7 +2331,7 @@ func (x *ConsoleResponse) String() string {
 func (*ConsoleResponse) ProtoMessage() {}
 
 func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[24]
+	mi := &file_violin_v1_violin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2199,7 +2344,7 @@ func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleResponse.ProtoReflect.Descriptor instead.
 func (*ConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{24}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ConsoleResponse) GetData() []byte {
@@ -2221,7 +2366,7 @@ type ConsoleLogRequest struct {
 
 func (x *ConsoleLogRequest) Reset() {
 	*x = ConsoleLogRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[25]
+	mi := &file_violin_v1_violin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2233,7 +2378,7 @@ func (x *ConsoleLogRequest) String() string {
 func (*ConsoleLogRequest) ProtoMessage() {}
 
 func (x *ConsoleLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[25]
+	mi := &file_violin_v1_violin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2246,7 +2391,7 @@ func (x *ConsoleLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleLogRequest.ProtoReflect.Descriptor instead.
 func (*ConsoleLogRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{25}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ConsoleLogRequest) GetSlice() string {
@@ -2286,7 +2431,7 @@ type ConsoleLogResponse struct {
 
 func (x *ConsoleLogResponse) Reset() {
 	*x = ConsoleLogResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[26]
+	mi := &file_violin_v1_violin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2298,7 +2443,7 @@ func (x *ConsoleLogResponse) String() string {
 func (*ConsoleLogResponse) ProtoMessage() {}
 
 func (x *ConsoleLogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[26]
+	mi := &file_violin_v1_violin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2311,7 +2456,7 @@ func (x *ConsoleLogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleLogResponse.ProtoReflect.Descriptor instead.
 func (*ConsoleLogResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{26}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ConsoleLogResponse) GetData() []byte {
@@ -2329,7 +2474,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[27]
+	mi := &file_violin_v1_violin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2341,7 +2486,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[27]
+	mi := &file_violin_v1_violin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2354,7 +2499,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{27}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{28}
 }
 
 type VersionResponse struct {
@@ -2370,7 +2515,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[28]
+	mi := &file_violin_v1_violin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2382,7 +2527,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[28]
+	mi := &file_violin_v1_violin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2395,7 +2540,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{28}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *VersionResponse) GetVersion() string {
@@ -2444,7 +2589,7 @@ type VerifyRequest struct {
 
 func (x *VerifyRequest) Reset() {
 	*x = VerifyRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[29]
+	mi := &file_violin_v1_violin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2456,7 +2601,7 @@ func (x *VerifyRequest) String() string {
 func (*VerifyRequest) ProtoMessage() {}
 
 func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[29]
+	mi := &file_violin_v1_violin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2469,7 +2614,7 @@ func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyRequest.ProtoReflect.Descriptor instead.
 func (*VerifyRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{29}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *VerifyRequest) GetSnapshot() string {
@@ -2508,7 +2653,7 @@ type VerifyResponse struct {
 
 func (x *VerifyResponse) Reset() {
 	*x = VerifyResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[30]
+	mi := &file_violin_v1_violin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2520,7 +2665,7 @@ func (x *VerifyResponse) String() string {
 func (*VerifyResponse) ProtoMessage() {}
 
 func (x *VerifyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[30]
+	mi := &file_violin_v1_violin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2533,7 +2678,7 @@ func (x *VerifyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyResponse.ProtoReflect.Descriptor instead.
 func (*VerifyResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{30}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *VerifyResponse) GetSnapshot() string {
@@ -2594,7 +2739,7 @@ type FramesRequest struct {
 
 func (x *FramesRequest) Reset() {
 	*x = FramesRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[31]
+	mi := &file_violin_v1_violin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2606,7 +2751,7 @@ func (x *FramesRequest) String() string {
 func (*FramesRequest) ProtoMessage() {}
 
 func (x *FramesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[31]
+	mi := &file_violin_v1_violin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2619,7 +2764,7 @@ func (x *FramesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FramesRequest.ProtoReflect.Descriptor instead.
 func (*FramesRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{31}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *FramesRequest) GetSnapshot() string {
@@ -2638,7 +2783,7 @@ type FramesResponse struct {
 
 func (x *FramesResponse) Reset() {
 	*x = FramesResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[32]
+	mi := &file_violin_v1_violin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2650,7 +2795,7 @@ func (x *FramesResponse) String() string {
 func (*FramesResponse) ProtoMessage() {}
 
 func (x *FramesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[32]
+	mi := &file_violin_v1_violin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2663,7 +2808,7 @@ func (x *FramesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FramesResponse.ProtoReflect.Descriptor instead.
 func (*FramesResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{32}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *FramesResponse) GetData() []byte {
@@ -2747,7 +2892,12 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\n" +
 	"hold_bytes\x18\x06 \x01(\x04R\tholdBytes\x126\n" +
 	"\thold_time\x18\a \x01(\v2\x19.google.protobuf.DurationR\bholdTime\x12,\n" +
-	"\x05clock\x18\x14 \x01(\x0e2\x16.violin.v1.ClockPolicyR\x05clock\"\x81\x01\n" +
+	"\x05clock\x18\x14 \x01(\x0e2\x16.violin.v1.ClockPolicyR\x05clock\"T\n" +
+	"\bNodeMove\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\tR\x04from\x12\x0e\n" +
+	"\x02to\x18\x03 \x01(\tR\x02to\x12\x10\n" +
+	"\x03why\x18\x04 \x01(\tR\x03why\"\x81\x01\n" +
 	"\x10SnapshotResponse\x121\n" +
 	"\bprogress\x18\x01 \x01(\v2\x13.violin.v1.ProgressH\x00R\bprogress\x121\n" +
 	"\bsnapshot\x18\x02 \x01(\v2\x13.violin.v1.SnapshotH\x00R\bsnapshotB\a\n" +
@@ -2803,19 +2953,24 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x14ListSnapshotsRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\"J\n" +
 	"\x15ListSnapshotsResponse\x121\n" +
-	"\tsnapshots\x18\x01 \x03(\v2\x13.violin.v1.SnapshotR\tsnapshots\"\x9c\x01\n" +
+	"\tsnapshots\x18\x01 \x03(\v2\x13.violin.v1.SnapshotR\tsnapshots\"\xc0\x02\n" +
 	"\x0eRestoreRequest\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12\x1e\n" +
 	"\n" +
 	"overcommit\x18\x14 \x01(\bR\n" +
 	"overcommit\x12,\n" +
 	"\x05clock\x18\x15 \x01(\x0e2\x16.violin.v1.ClockPolicyR\x05clock\x12\x17\n" +
-	"\x04lazy\x18( \x01(\bH\x00R\x04lazy\x88\x01\x01B\a\n" +
+	"\x04lazy\x18( \x01(\bH\x00R\x04lazy\x88\x01\x01\x128\n" +
+	"\tplacement\x18< \x01(\x0e2\x1a.violin.v1.PlacementPolicyR\tplacement\x121\n" +
+	"\x02on\x18= \x03(\v2!.violin.v1.RestoreRequest.OnEntryR\x02on\x1a5\n" +
+	"\aOnEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\a\n" +
 	"\x05_lazy\"\x80\x01\n" +
 	"\x0fRestoreResponse\x121\n" +
 	"\bprogress\x18\x01 \x01(\v2\x13.violin.v1.ProgressH\x00R\bprogress\x121\n" +
 	"\brestored\x18\x02 \x01(\v2\x13.violin.v1.RestoredH\x00R\brestoredB\a\n" +
-	"\x05event\"\x9c\x02\n" +
+	"\x05event\"\xc7\x02\n" +
 	"\bRestored\x12&\n" +
 	"\x05slice\x18\x01 \x01(\v2\x10.violin.v1.SliceR\x05slice\x12/\n" +
 	"\bsnapshot\x18\x02 \x01(\v2\x13.violin.v1.SnapshotR\bsnapshot\x125\n" +
@@ -2823,7 +2978,8 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x04skew\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x04skew\x12'\n" +
 	"\x0fframes_injected\x18\x05 \x01(\x04R\x0eframesInjected\x12\x14\n" +
 	"\x05notes\x18\x14 \x03(\tR\x05notes\x12\x12\n" +
-	"\x04lazy\x18( \x01(\bR\x04lazy\"\x9c\x01\n" +
+	"\x04lazy\x18( \x01(\bR\x04lazy\x12)\n" +
+	"\x05moves\x18< \x03(\v2\x13.violin.v1.NodeMoveR\x05moves\"\x9c\x01\n" +
 	"\vExecRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x18\n" +
@@ -2900,7 +3056,11 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\vClockPolicy\x12\x1c\n" +
 	"\x18CLOCK_POLICY_UNSPECIFIED\x10\x00\x12\x17\n" +
 	"\x13CLOCK_POLICY_FROZEN\x10\x01\x12\x19\n" +
-	"\x15CLOCK_POLICY_CATCH_UP\x10\x022\xd2\x06\n" +
+	"\x15CLOCK_POLICY_CATCH_UP\x10\x02*k\n" +
+	"\x0fPlacementPolicy\x12 \n" +
+	"\x1cPLACEMENT_POLICY_UNSPECIFIED\x10\x00\x12\x1b\n" +
+	"\x17PLACEMENT_POLICY_AS_WAS\x10\x01\x12\x19\n" +
+	"\x15PLACEMENT_POLICY_AUTO\x10\x022\xd2\x06\n" +
 	"\fSliceService\x123\n" +
 	"\x02Up\x12\x14.violin.v1.UpRequest\x1a\x15.violin.v1.UpResponse0\x01\x127\n" +
 	"\x04Down\x12\x16.violin.v1.DownRequest\x1a\x17.violin.v1.DownResponse\x12N\n" +
@@ -2929,118 +3089,124 @@ func file_violin_v1_violin_proto_rawDescGZIP() []byte {
 	return file_violin_v1_violin_proto_rawDescData
 }
 
-var file_violin_v1_violin_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_violin_v1_violin_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_violin_v1_violin_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
+var file_violin_v1_violin_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_violin_v1_violin_proto_goTypes = []any{
 	(NodeState)(0),                // 0: violin.v1.NodeState
 	(DiskUse)(0),                  // 1: violin.v1.DiskUse
 	(CaptureMode)(0),              // 2: violin.v1.CaptureMode
 	(NewerPolicy)(0),              // 3: violin.v1.NewerPolicy
 	(ClockPolicy)(0),              // 4: violin.v1.ClockPolicy
-	(*Progress)(nil),              // 5: violin.v1.Progress
-	(*Interface)(nil),             // 6: violin.v1.Interface
-	(*Node)(nil),                  // 7: violin.v1.Node
-	(*NodeDisk)(nil),              // 8: violin.v1.NodeDisk
-	(*Slice)(nil),                 // 9: violin.v1.Slice
-	(*UpRequest)(nil),             // 10: violin.v1.UpRequest
-	(*UpResponse)(nil),            // 11: violin.v1.UpResponse
-	(*DownRequest)(nil),           // 12: violin.v1.DownRequest
-	(*DownResponse)(nil),          // 13: violin.v1.DownResponse
-	(*ListSlicesRequest)(nil),     // 14: violin.v1.ListSlicesRequest
-	(*ListSlicesResponse)(nil),    // 15: violin.v1.ListSlicesResponse
-	(*SnapshotRequest)(nil),       // 16: violin.v1.SnapshotRequest
-	(*SnapshotResponse)(nil),      // 17: violin.v1.SnapshotResponse
-	(*SnapshotNode)(nil),          // 18: violin.v1.SnapshotNode
-	(*SnapshotDisk)(nil),          // 19: violin.v1.SnapshotDisk
-	(*Snapshot)(nil),              // 20: violin.v1.Snapshot
-	(*ListSnapshotsRequest)(nil),  // 21: violin.v1.ListSnapshotsRequest
-	(*ListSnapshotsResponse)(nil), // 22: violin.v1.ListSnapshotsResponse
-	(*RestoreRequest)(nil),        // 23: violin.v1.RestoreRequest
-	(*RestoreResponse)(nil),       // 24: violin.v1.RestoreResponse
-	(*Restored)(nil),              // 25: violin.v1.Restored
-	(*ExecRequest)(nil),           // 26: violin.v1.ExecRequest
-	(*ExecResponse)(nil),          // 27: violin.v1.ExecResponse
-	(*ConsoleRequest)(nil),        // 28: violin.v1.ConsoleRequest
-	(*ConsoleResponse)(nil),       // 29: violin.v1.ConsoleResponse
-	(*ConsoleLogRequest)(nil),     // 30: violin.v1.ConsoleLogRequest
-	(*ConsoleLogResponse)(nil),    // 31: violin.v1.ConsoleLogResponse
-	(*VersionRequest)(nil),        // 32: violin.v1.VersionRequest
-	(*VersionResponse)(nil),       // 33: violin.v1.VersionResponse
-	(*VerifyRequest)(nil),         // 34: violin.v1.VerifyRequest
-	(*VerifyResponse)(nil),        // 35: violin.v1.VerifyResponse
-	(*FramesRequest)(nil),         // 36: violin.v1.FramesRequest
-	(*FramesResponse)(nil),        // 37: violin.v1.FramesResponse
-	nil,                           // 38: violin.v1.VersionResponse.FormatsEntry
-	(*timestamppb.Timestamp)(nil), // 39: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 40: google.protobuf.Duration
+	(PlacementPolicy)(0),          // 5: violin.v1.PlacementPolicy
+	(*Progress)(nil),              // 6: violin.v1.Progress
+	(*Interface)(nil),             // 7: violin.v1.Interface
+	(*Node)(nil),                  // 8: violin.v1.Node
+	(*NodeDisk)(nil),              // 9: violin.v1.NodeDisk
+	(*Slice)(nil),                 // 10: violin.v1.Slice
+	(*UpRequest)(nil),             // 11: violin.v1.UpRequest
+	(*UpResponse)(nil),            // 12: violin.v1.UpResponse
+	(*DownRequest)(nil),           // 13: violin.v1.DownRequest
+	(*DownResponse)(nil),          // 14: violin.v1.DownResponse
+	(*ListSlicesRequest)(nil),     // 15: violin.v1.ListSlicesRequest
+	(*ListSlicesResponse)(nil),    // 16: violin.v1.ListSlicesResponse
+	(*SnapshotRequest)(nil),       // 17: violin.v1.SnapshotRequest
+	(*NodeMove)(nil),              // 18: violin.v1.NodeMove
+	(*SnapshotResponse)(nil),      // 19: violin.v1.SnapshotResponse
+	(*SnapshotNode)(nil),          // 20: violin.v1.SnapshotNode
+	(*SnapshotDisk)(nil),          // 21: violin.v1.SnapshotDisk
+	(*Snapshot)(nil),              // 22: violin.v1.Snapshot
+	(*ListSnapshotsRequest)(nil),  // 23: violin.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil), // 24: violin.v1.ListSnapshotsResponse
+	(*RestoreRequest)(nil),        // 25: violin.v1.RestoreRequest
+	(*RestoreResponse)(nil),       // 26: violin.v1.RestoreResponse
+	(*Restored)(nil),              // 27: violin.v1.Restored
+	(*ExecRequest)(nil),           // 28: violin.v1.ExecRequest
+	(*ExecResponse)(nil),          // 29: violin.v1.ExecResponse
+	(*ConsoleRequest)(nil),        // 30: violin.v1.ConsoleRequest
+	(*ConsoleResponse)(nil),       // 31: violin.v1.ConsoleResponse
+	(*ConsoleLogRequest)(nil),     // 32: violin.v1.ConsoleLogRequest
+	(*ConsoleLogResponse)(nil),    // 33: violin.v1.ConsoleLogResponse
+	(*VersionRequest)(nil),        // 34: violin.v1.VersionRequest
+	(*VersionResponse)(nil),       // 35: violin.v1.VersionResponse
+	(*VerifyRequest)(nil),         // 36: violin.v1.VerifyRequest
+	(*VerifyResponse)(nil),        // 37: violin.v1.VerifyResponse
+	(*FramesRequest)(nil),         // 38: violin.v1.FramesRequest
+	(*FramesResponse)(nil),        // 39: violin.v1.FramesResponse
+	nil,                           // 40: violin.v1.RestoreRequest.OnEntry
+	nil,                           // 41: violin.v1.VersionResponse.FormatsEntry
+	(*timestamppb.Timestamp)(nil), // 42: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 43: google.protobuf.Duration
 }
 var file_violin_v1_violin_proto_depIdxs = []int32{
 	0,  // 0: violin.v1.Node.state:type_name -> violin.v1.NodeState
-	6,  // 1: violin.v1.Node.interfaces:type_name -> violin.v1.Interface
-	8,  // 2: violin.v1.Node.disks:type_name -> violin.v1.NodeDisk
+	7,  // 1: violin.v1.Node.interfaces:type_name -> violin.v1.Interface
+	9,  // 2: violin.v1.Node.disks:type_name -> violin.v1.NodeDisk
 	1,  // 3: violin.v1.NodeDisk.use:type_name -> violin.v1.DiskUse
-	39, // 4: violin.v1.Slice.created:type_name -> google.protobuf.Timestamp
-	7,  // 5: violin.v1.Slice.nodes:type_name -> violin.v1.Node
-	5,  // 6: violin.v1.UpResponse.progress:type_name -> violin.v1.Progress
-	9,  // 7: violin.v1.UpResponse.slice:type_name -> violin.v1.Slice
-	9,  // 8: violin.v1.ListSlicesResponse.slices:type_name -> violin.v1.Slice
+	42, // 4: violin.v1.Slice.created:type_name -> google.protobuf.Timestamp
+	8,  // 5: violin.v1.Slice.nodes:type_name -> violin.v1.Node
+	6,  // 6: violin.v1.UpResponse.progress:type_name -> violin.v1.Progress
+	10, // 7: violin.v1.UpResponse.slice:type_name -> violin.v1.Slice
+	10, // 8: violin.v1.ListSlicesResponse.slices:type_name -> violin.v1.Slice
 	2,  // 9: violin.v1.SnapshotRequest.mode:type_name -> violin.v1.CaptureMode
 	3,  // 10: violin.v1.SnapshotRequest.newer:type_name -> violin.v1.NewerPolicy
-	39, // 11: violin.v1.SnapshotRequest.at:type_name -> google.protobuf.Timestamp
-	40, // 12: violin.v1.SnapshotRequest.hold_time:type_name -> google.protobuf.Duration
+	42, // 11: violin.v1.SnapshotRequest.at:type_name -> google.protobuf.Timestamp
+	43, // 12: violin.v1.SnapshotRequest.hold_time:type_name -> google.protobuf.Duration
 	4,  // 13: violin.v1.SnapshotRequest.clock:type_name -> violin.v1.ClockPolicy
-	5,  // 14: violin.v1.SnapshotResponse.progress:type_name -> violin.v1.Progress
-	20, // 15: violin.v1.SnapshotResponse.snapshot:type_name -> violin.v1.Snapshot
-	40, // 16: violin.v1.SnapshotNode.pause:type_name -> google.protobuf.Duration
-	39, // 17: violin.v1.SnapshotNode.cut_at:type_name -> google.protobuf.Timestamp
-	40, // 18: violin.v1.SnapshotNode.cut_offset:type_name -> google.protobuf.Duration
-	19, // 19: violin.v1.SnapshotNode.disks:type_name -> violin.v1.SnapshotDisk
+	6,  // 14: violin.v1.SnapshotResponse.progress:type_name -> violin.v1.Progress
+	22, // 15: violin.v1.SnapshotResponse.snapshot:type_name -> violin.v1.Snapshot
+	43, // 16: violin.v1.SnapshotNode.pause:type_name -> google.protobuf.Duration
+	42, // 17: violin.v1.SnapshotNode.cut_at:type_name -> google.protobuf.Timestamp
+	43, // 18: violin.v1.SnapshotNode.cut_offset:type_name -> google.protobuf.Duration
+	21, // 19: violin.v1.SnapshotNode.disks:type_name -> violin.v1.SnapshotDisk
 	1,  // 20: violin.v1.SnapshotDisk.use:type_name -> violin.v1.DiskUse
-	39, // 21: violin.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	42, // 21: violin.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
 	2,  // 22: violin.v1.Snapshot.mode:type_name -> violin.v1.CaptureMode
-	40, // 23: violin.v1.Snapshot.duration:type_name -> google.protobuf.Duration
-	40, // 24: violin.v1.Snapshot.skew:type_name -> google.protobuf.Duration
-	18, // 25: violin.v1.Snapshot.nodes:type_name -> violin.v1.SnapshotNode
+	43, // 23: violin.v1.Snapshot.duration:type_name -> google.protobuf.Duration
+	43, // 24: violin.v1.Snapshot.skew:type_name -> google.protobuf.Duration
+	20, // 25: violin.v1.Snapshot.nodes:type_name -> violin.v1.SnapshotNode
 	4,  // 26: violin.v1.Snapshot.clock:type_name -> violin.v1.ClockPolicy
-	20, // 27: violin.v1.ListSnapshotsResponse.snapshots:type_name -> violin.v1.Snapshot
+	22, // 27: violin.v1.ListSnapshotsResponse.snapshots:type_name -> violin.v1.Snapshot
 	4,  // 28: violin.v1.RestoreRequest.clock:type_name -> violin.v1.ClockPolicy
-	5,  // 29: violin.v1.RestoreResponse.progress:type_name -> violin.v1.Progress
-	25, // 30: violin.v1.RestoreResponse.restored:type_name -> violin.v1.Restored
-	9,  // 31: violin.v1.Restored.slice:type_name -> violin.v1.Slice
-	20, // 32: violin.v1.Restored.snapshot:type_name -> violin.v1.Snapshot
-	40, // 33: violin.v1.Restored.duration:type_name -> google.protobuf.Duration
-	40, // 34: violin.v1.Restored.skew:type_name -> google.protobuf.Duration
-	40, // 35: violin.v1.ExecRequest.timeout:type_name -> google.protobuf.Duration
-	38, // 36: violin.v1.VersionResponse.formats:type_name -> violin.v1.VersionResponse.FormatsEntry
-	10, // 37: violin.v1.SliceService.Up:input_type -> violin.v1.UpRequest
-	12, // 38: violin.v1.SliceService.Down:input_type -> violin.v1.DownRequest
-	14, // 39: violin.v1.SliceService.ListSlices:input_type -> violin.v1.ListSlicesRequest
-	16, // 40: violin.v1.SliceService.Snapshot:input_type -> violin.v1.SnapshotRequest
-	21, // 41: violin.v1.SliceService.ListSnapshots:input_type -> violin.v1.ListSnapshotsRequest
-	23, // 42: violin.v1.SliceService.Restore:input_type -> violin.v1.RestoreRequest
-	26, // 43: violin.v1.SliceService.Exec:input_type -> violin.v1.ExecRequest
-	28, // 44: violin.v1.SliceService.Console:input_type -> violin.v1.ConsoleRequest
-	30, // 45: violin.v1.SliceService.ConsoleLog:input_type -> violin.v1.ConsoleLogRequest
-	32, // 46: violin.v1.SliceService.Version:input_type -> violin.v1.VersionRequest
-	34, // 47: violin.v1.SliceService.Verify:input_type -> violin.v1.VerifyRequest
-	36, // 48: violin.v1.SliceService.Frames:input_type -> violin.v1.FramesRequest
-	11, // 49: violin.v1.SliceService.Up:output_type -> violin.v1.UpResponse
-	13, // 50: violin.v1.SliceService.Down:output_type -> violin.v1.DownResponse
-	15, // 51: violin.v1.SliceService.ListSlices:output_type -> violin.v1.ListSlicesResponse
-	17, // 52: violin.v1.SliceService.Snapshot:output_type -> violin.v1.SnapshotResponse
-	22, // 53: violin.v1.SliceService.ListSnapshots:output_type -> violin.v1.ListSnapshotsResponse
-	24, // 54: violin.v1.SliceService.Restore:output_type -> violin.v1.RestoreResponse
-	27, // 55: violin.v1.SliceService.Exec:output_type -> violin.v1.ExecResponse
-	29, // 56: violin.v1.SliceService.Console:output_type -> violin.v1.ConsoleResponse
-	31, // 57: violin.v1.SliceService.ConsoleLog:output_type -> violin.v1.ConsoleLogResponse
-	33, // 58: violin.v1.SliceService.Version:output_type -> violin.v1.VersionResponse
-	35, // 59: violin.v1.SliceService.Verify:output_type -> violin.v1.VerifyResponse
-	37, // 60: violin.v1.SliceService.Frames:output_type -> violin.v1.FramesResponse
-	49, // [49:61] is the sub-list for method output_type
-	37, // [37:49] is the sub-list for method input_type
-	37, // [37:37] is the sub-list for extension type_name
-	37, // [37:37] is the sub-list for extension extendee
-	0,  // [0:37] is the sub-list for field type_name
+	5,  // 29: violin.v1.RestoreRequest.placement:type_name -> violin.v1.PlacementPolicy
+	40, // 30: violin.v1.RestoreRequest.on:type_name -> violin.v1.RestoreRequest.OnEntry
+	6,  // 31: violin.v1.RestoreResponse.progress:type_name -> violin.v1.Progress
+	27, // 32: violin.v1.RestoreResponse.restored:type_name -> violin.v1.Restored
+	10, // 33: violin.v1.Restored.slice:type_name -> violin.v1.Slice
+	22, // 34: violin.v1.Restored.snapshot:type_name -> violin.v1.Snapshot
+	43, // 35: violin.v1.Restored.duration:type_name -> google.protobuf.Duration
+	43, // 36: violin.v1.Restored.skew:type_name -> google.protobuf.Duration
+	18, // 37: violin.v1.Restored.moves:type_name -> violin.v1.NodeMove
+	43, // 38: violin.v1.ExecRequest.timeout:type_name -> google.protobuf.Duration
+	41, // 39: violin.v1.VersionResponse.formats:type_name -> violin.v1.VersionResponse.FormatsEntry
+	11, // 40: violin.v1.SliceService.Up:input_type -> violin.v1.UpRequest
+	13, // 41: violin.v1.SliceService.Down:input_type -> violin.v1.DownRequest
+	15, // 42: violin.v1.SliceService.ListSlices:input_type -> violin.v1.ListSlicesRequest
+	17, // 43: violin.v1.SliceService.Snapshot:input_type -> violin.v1.SnapshotRequest
+	23, // 44: violin.v1.SliceService.ListSnapshots:input_type -> violin.v1.ListSnapshotsRequest
+	25, // 45: violin.v1.SliceService.Restore:input_type -> violin.v1.RestoreRequest
+	28, // 46: violin.v1.SliceService.Exec:input_type -> violin.v1.ExecRequest
+	30, // 47: violin.v1.SliceService.Console:input_type -> violin.v1.ConsoleRequest
+	32, // 48: violin.v1.SliceService.ConsoleLog:input_type -> violin.v1.ConsoleLogRequest
+	34, // 49: violin.v1.SliceService.Version:input_type -> violin.v1.VersionRequest
+	36, // 50: violin.v1.SliceService.Verify:input_type -> violin.v1.VerifyRequest
+	38, // 51: violin.v1.SliceService.Frames:input_type -> violin.v1.FramesRequest
+	12, // 52: violin.v1.SliceService.Up:output_type -> violin.v1.UpResponse
+	14, // 53: violin.v1.SliceService.Down:output_type -> violin.v1.DownResponse
+	16, // 54: violin.v1.SliceService.ListSlices:output_type -> violin.v1.ListSlicesResponse
+	19, // 55: violin.v1.SliceService.Snapshot:output_type -> violin.v1.SnapshotResponse
+	24, // 56: violin.v1.SliceService.ListSnapshots:output_type -> violin.v1.ListSnapshotsResponse
+	26, // 57: violin.v1.SliceService.Restore:output_type -> violin.v1.RestoreResponse
+	29, // 58: violin.v1.SliceService.Exec:output_type -> violin.v1.ExecResponse
+	31, // 59: violin.v1.SliceService.Console:output_type -> violin.v1.ConsoleResponse
+	33, // 60: violin.v1.SliceService.ConsoleLog:output_type -> violin.v1.ConsoleLogResponse
+	35, // 61: violin.v1.SliceService.Version:output_type -> violin.v1.VersionResponse
+	37, // 62: violin.v1.SliceService.Verify:output_type -> violin.v1.VerifyResponse
+	39, // 63: violin.v1.SliceService.Frames:output_type -> violin.v1.FramesResponse
+	52, // [52:64] is the sub-list for method output_type
+	40, // [40:52] is the sub-list for method input_type
+	40, // [40:40] is the sub-list for extension type_name
+	40, // [40:40] is the sub-list for extension extendee
+	0,  // [0:40] is the sub-list for field type_name
 }
 
 func init() { file_violin_v1_violin_proto_init() }
@@ -3052,23 +3218,23 @@ func file_violin_v1_violin_proto_init() {
 		(*UpResponse_Progress)(nil),
 		(*UpResponse_Slice)(nil),
 	}
-	file_violin_v1_violin_proto_msgTypes[12].OneofWrappers = []any{
+	file_violin_v1_violin_proto_msgTypes[13].OneofWrappers = []any{
 		(*SnapshotResponse_Progress)(nil),
 		(*SnapshotResponse_Snapshot)(nil),
 	}
-	file_violin_v1_violin_proto_msgTypes[18].OneofWrappers = []any{}
-	file_violin_v1_violin_proto_msgTypes[19].OneofWrappers = []any{
+	file_violin_v1_violin_proto_msgTypes[19].OneofWrappers = []any{}
+	file_violin_v1_violin_proto_msgTypes[20].OneofWrappers = []any{
 		(*RestoreResponse_Progress)(nil),
 		(*RestoreResponse_Restored)(nil),
 	}
-	file_violin_v1_violin_proto_msgTypes[25].OneofWrappers = []any{}
+	file_violin_v1_violin_proto_msgTypes[26].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_violin_v1_violin_proto_rawDesc), len(file_violin_v1_violin_proto_rawDesc)),
-			NumEnums:      5,
-			NumMessages:   34,
+			NumEnums:      6,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

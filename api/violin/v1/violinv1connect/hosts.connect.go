@@ -42,6 +42,8 @@ const (
 	HostServiceListHostsProcedure = "/violin.v1.HostService/ListHosts"
 	// HostServiceRemoveHostProcedure is the fully-qualified name of the HostService's RemoveHost RPC.
 	HostServiceRemoveHostProcedure = "/violin.v1.HostService/RemoveHost"
+	// HostServiceCordonHostProcedure is the fully-qualified name of the HostService's CordonHost RPC.
+	HostServiceCordonHostProcedure = "/violin.v1.HostService/CordonHost"
 )
 
 // HostServiceClient is a client for the violin.v1.HostService service.
@@ -53,6 +55,8 @@ type HostServiceClient interface {
 	// RemoveHost puts a host out: its connection is cut, and its certificate and tokens that were made before are good
 	// no more. One that a slice runs on is FAILED_PRECONDITION, unless force is given: the slice loses it.
 	RemoveHost(context.Context, *v1.RemoveHostRequest) (*v1.RemoveHostResponse, error)
+	// CordonHost keeps from a host what would come up on it, or lets it take nodes again. What runs there goes on.
+	CordonHost(context.Context, *v1.CordonHostRequest) (*v1.CordonHostResponse, error)
 }
 
 // NewHostServiceClient constructs a client for the violin.v1.HostService service. By default, it
@@ -85,6 +89,12 @@ func NewHostServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 			connect.WithSchema(hostServiceMethods.ByName("RemoveHost")),
 			connect.WithClientOptions(opts...),
 		),
+		cordonHost: connect.NewClient[v1.CordonHostRequest, v1.CordonHostResponse](
+			httpClient,
+			baseURL+HostServiceCordonHostProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("CordonHost")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -93,6 +103,7 @@ type hostServiceClient struct {
 	createToken *connect.Client[v1.CreateTokenRequest, v1.CreateTokenResponse]
 	listHosts   *connect.Client[v1.ListHostsRequest, v1.ListHostsResponse]
 	removeHost  *connect.Client[v1.RemoveHostRequest, v1.RemoveHostResponse]
+	cordonHost  *connect.Client[v1.CordonHostRequest, v1.CordonHostResponse]
 }
 
 // CreateToken calls violin.v1.HostService.CreateToken.
@@ -122,6 +133,15 @@ func (c *hostServiceClient) RemoveHost(ctx context.Context, req *v1.RemoveHostRe
 	return nil, err
 }
 
+// CordonHost calls violin.v1.HostService.CordonHost.
+func (c *hostServiceClient) CordonHost(ctx context.Context, req *v1.CordonHostRequest) (*v1.CordonHostResponse, error) {
+	response, err := c.cordonHost.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // HostServiceHandler is an implementation of the violin.v1.HostService service.
 type HostServiceHandler interface {
 	// CreateToken makes what a machine joins with, or what a user logs in with.
@@ -131,6 +151,8 @@ type HostServiceHandler interface {
 	// RemoveHost puts a host out: its connection is cut, and its certificate and tokens that were made before are good
 	// no more. One that a slice runs on is FAILED_PRECONDITION, unless force is given: the slice loses it.
 	RemoveHost(context.Context, *v1.RemoveHostRequest) (*v1.RemoveHostResponse, error)
+	// CordonHost keeps from a host what would come up on it, or lets it take nodes again. What runs there goes on.
+	CordonHost(context.Context, *v1.CordonHostRequest) (*v1.CordonHostResponse, error)
 }
 
 // NewHostServiceHandler builds an HTTP handler from the service implementation. It returns the path
@@ -159,6 +181,12 @@ func NewHostServiceHandler(svc HostServiceHandler, opts ...connect.HandlerOption
 		connect.WithSchema(hostServiceMethods.ByName("RemoveHost")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostServiceCordonHostHandler := connect.NewUnaryHandlerSimple(
+		HostServiceCordonHostProcedure,
+		svc.CordonHost,
+		connect.WithSchema(hostServiceMethods.ByName("CordonHost")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/violin.v1.HostService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case HostServiceCreateTokenProcedure:
@@ -167,6 +195,8 @@ func NewHostServiceHandler(svc HostServiceHandler, opts ...connect.HandlerOption
 			hostServiceListHostsHandler.ServeHTTP(w, r)
 		case HostServiceRemoveHostProcedure:
 			hostServiceRemoveHostHandler.ServeHTTP(w, r)
+		case HostServiceCordonHostProcedure:
+			hostServiceCordonHostHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -186,4 +216,8 @@ func (UnimplementedHostServiceHandler) ListHosts(context.Context, *v1.ListHostsR
 
 func (UnimplementedHostServiceHandler) RemoveHost(context.Context, *v1.RemoveHostRequest) (*v1.RemoveHostResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.HostService.RemoveHost is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) CordonHost(context.Context, *v1.CordonHostRequest) (*v1.CordonHostResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.HostService.CordonHost is not implemented"))
 }
