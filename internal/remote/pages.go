@@ -242,9 +242,7 @@ func (w *pageWriter) ship(b *batch) error {
 // hashesOf are the hashes of the pages in data.
 func hashesOf(data []byte) []store.Hash {
 	hashes := make([]store.Hash, len(data)/store.PageSize)
-	for i := range hashes {
-		hashes[i] = store.Sum(data[i*store.PageSize:][:store.PageSize])
-	}
+	store.SumPages(hashes, data)
 	return hashes
 }
 

@@ -6,6 +6,8 @@ import (
 	"fmt"
 
 	"github.com/zeebo/blake3"
+
+	"violin/internal/pagehash"
 )
 
 const (
@@ -55,3 +57,7 @@ func isZero(page []byte) bool { return bytes.Equal(page, zeros[:]) }
 
 // Sum returns the hash of b.
 func Sum(b []byte) Hash { return blake3.Sum256(b) }
+
+// SumPages puts the hashes of pages into out, in their order; pages has PageSize bytes for
+// each. It is faster than Sum of each: by the machine's vectors, several pages at a time.
+func SumPages(out []Hash, pages []byte) { pagehash.Sum(out, pages) }

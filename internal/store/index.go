@@ -44,6 +44,8 @@ func (l location) stored() uint32 { return uint32(l>>1) & (1<<13 - 1) }
 // it is read), 2^128 to hit a page of somebody else.
 type index struct {
 	shards [256]shard
+	// shortLived is set for the index of a session: it doubles as it grows, which copies less.
+	shortLived bool
 }
 
 type shard struct {
@@ -121,16 +123,20 @@ func (x *index) add(h Hash, loc location) bool {
 	s := x.shard(hi)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.add(slot{hi, lo, loc})
+	return s.add(slot{hi, lo, loc}, x.shortLived)
 }
 
-func (s *shard) add(e slot) bool {
+func (s *shard) add(e slot, double bool) bool {
 	i := s.find(e.hi, e.lo)
 	if i >= 0 && s.slots[i].loc != 0 {
 		return false
 	}
 	if (s.used+1)*8 > len(s.slots)*7 {
-		s.grow(max(minSlots, len(s.slots)+len(s.slots)/8))
+		more := len(s.slots) / 8
+		if double {
+			more = len(s.slots)
+		}
+		s.grow(max(minSlots, len(s.slots)+more))
 		i = s.find(e.hi, e.lo)
 	}
 	s.slots[i] = e

@@ -325,6 +325,20 @@ func checkDigest(pack []byte) error {
 // openEntry returns the plain bytes of an entry stored as data, appended to
 // buf, verified against the hash. plain is the length they must have.
 func openEntry(buf, data []byte, h Hash, offset, plain uint32, m method, seal cipher.AEAD, codec *codec) ([]byte, error) {
+	out, err := unpackEntry(buf, data, offset, plain, m, seal, codec)
+	if err != nil {
+		return nil, err
+	}
+	if Sum(out[len(buf):]) != h {
+		return nil, errOtherContent
+	}
+	return out, nil
+}
+
+var errOtherContent = fmt.Errorf("%w: content does not have this hash", ErrDamaged)
+
+// unpackEntry is openEntry without a look at the hash, which is the caller's to take.
+func unpackEntry(buf, data []byte, offset, plain uint32, m method, seal cipher.AEAD, codec *codec) ([]byte, error) {
 	if seal != nil {
 		var room []byte
 		if len(data) <= len(pageBuf{}) { // a page: no memory for each, it is copied out below
@@ -348,12 +362,8 @@ func openEntry(buf, data []byte, h Hash, offset, plain uint32, m method, seal ci
 			return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 		}
 	}
-	got := out[len(buf):]
-	if uint32(len(got)) != plain {
-		return nil, fmt.Errorf("%w: %d bytes of content, want %d", ErrDamaged, len(got), plain)
-	}
-	if Sum(got) != h {
-		return nil, fmt.Errorf("%w: content does not have this hash", ErrDamaged)
+	if got := len(out) - len(buf); uint32(got) != plain {
+		return nil, fmt.Errorf("%w: %d bytes of content, want %d", ErrDamaged, got, plain)
 	}
 	return out, nil
 }

@@ -20,6 +20,7 @@ type PageReader struct {
 
 	queue   chan *readLeaf // in order; nil until the first page is asked for
 	cur     *readLeaf
+	rooms   chan []byte // leaves' memory that has been read from, to be used again
 	workers sync.WaitGroup
 	onStart func() // on each worker's goroutine; nil for nothing
 
@@ -202,6 +203,9 @@ func (r *PageReader) seek(block, leaf int) (*readLeaf, error) {
 			}
 			select {
 			case <-l.done:
+				if old := r.cur; old != nil && old.data != nil {
+					r.rooms <- old.data // never blocks: it has room for all
+				}
 				r.cur = l
 			case <-r.ctx.Done():
 				return nil, r.ctx.Err()
@@ -216,6 +220,7 @@ func (r *PageReader) seek(block, leaf int) (*readLeaf, error) {
 func (r *PageReader) start() {
 	n := r.s.opts.Workers
 	r.queue = make(chan *readLeaf, 2*n)
+	r.rooms = make(chan []byte, 2*n+3) // those in the queue, one beside it, the reader's and the one before
 	jobs := make(chan *readLeaf)
 	for range n {
 		r.workers.Go(func() {
@@ -223,7 +228,12 @@ func (r *PageReader) start() {
 				r.onStart()
 			}
 			for l := range jobs {
-				l.err = l.read(r.ctx, r.s, r.root)
+				var room []byte
+				select {
+				case room = <-r.rooms:
+				default: // made as large as needed
+				}
+				l.err = l.read(r.ctx, r.s, r.root, room[:0])
 				close(l.done)
 			}
 		})
@@ -249,16 +259,18 @@ func (r *PageReader) start() {
 	})
 }
 
-func (l *readLeaf) read(ctx context.Context, s *Store, root *tableRoot) error {
+// read reads a leaf and its pages, into room if that is large enough.
+func (l *readLeaf) read(ctx context.Context, s *Store, root *tableRoot, room []byte) error {
 	table, err := s.leaf(ctx, root.leaves[l.region].get(l.leaf))
 	if err != nil {
 		return err
 	}
-	data := make([]byte, 0, len(table.hashes)*PageSize)
-	for _, h := range table.hashes {
-		if data, err = s.getPage(ctx, h, data); err != nil {
-			return err
-		}
+	if n := len(table.hashes) * PageSize; cap(room) < n {
+		room = make([]byte, 0, n)
+	}
+	data, err := s.getPages(ctx, table.hashes, room)
+	if err != nil {
+		return err
 	}
 	l.table, l.data = table, data
 	return nil

@@ -52,7 +52,8 @@ type liveLeaf struct {
 	stamps [leafPages]uint32
 }
 
-// batchPages is how many pages go to a worker at once.
+// batchPages is how many pages go to a worker at once: some whole turns of the hash, and as
+// many as [Session.knownOf] has bits.
 const batchPages = 64
 
 // A batch is a piece of work for a worker.
@@ -305,12 +306,15 @@ func (b *batch) run(se *Session, scratch []byte) {
 		added, size int64
 		w           = b.w
 	)
+	SumPages(hashes[:b.n], b.data[:b.n*PageSize])
+	known := se.knownOf(hashes[:b.n])
 	for i := range b.n {
-		page := b.data[i*PageSize:][:PageSize]
-		hashes[i] = Sum(page)
+		if known&(1<<i) != 0 {
+			continue
+		}
 		// The session's context, not the writer's: a failure in the middle
 		// would leave a page claimed but not placed.
-		n, err := se.place(se.ctx, hashes[i], page, scratch)
+		n, err := se.placeNew(se.ctx, hashes[i], b.data[i*PageSize:][:PageSize], scratch)
 		if err != nil {
 			break // the session has failed, and Close says why
 		}

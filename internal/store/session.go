@@ -81,7 +81,7 @@ func (s *Store) Begin(ctx context.Context) (*Session, error) {
 	if s.opts.ReadOnly {
 		return nil, errors.New("begin session: the store was opened read-only")
 	}
-	se := &Session{s: s, chunkMap: make(map[Hash]chunkPlace)}
+	se := &Session{s: s, own: index{shortLived: true}, chunkMap: make(map[Hash]chunkPlace)}
 	se.ctx, se.cancel = context.WithCancelCause(context.Background())
 	se.pages = newPacker(se, kindPages)
 	se.chunks = newPacker(se, kindChunks)
@@ -151,7 +151,15 @@ func (se *Session) Put(ctx context.Context, page []byte) (Hash, error) {
 // place stores a page under its hash unless it is known, and returns the
 // bytes it took. scratch is room for the compressed page.
 func (se *Session) place(ctx context.Context, h Hash, page, scratch []byte) (int64, error) {
-	if se.known(h) || !se.own.add(h, pending) {
+	if se.known(h) {
+		return 0, nil
+	}
+	return se.placeNew(ctx, h, page, scratch)
+}
+
+// placeNew is place for a page that is not committed.
+func (se *Session) placeNew(ctx context.Context, h Hash, page, scratch []byte) (int64, error) {
+	if !se.own.add(h, pending) {
 		return 0, nil
 	}
 	stored := se.s.codec.compress(kindPages, scratch, page)
@@ -176,17 +184,39 @@ func (se *Session) known(h Hash) bool {
 	return ok && se.pin(loc.pack())
 }
 
+// knownOf is known for up to 64 pages at once: bit i is that of hashes[i].
+func (se *Session) knownOf(hashes []Hash) (known uint64) {
+	s := se.s
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	se.pinMu.Lock()
+	defer se.pinMu.Unlock()
+	for i, h := range hashes {
+		if loc, ok := s.pages.get(h); ok && se.pinLocked(loc.pack()) {
+			known |= 1 << i
+		}
+	}
+	return known
+}
+
 // pin keeps a pack from the collector. It reports false for one that the
 // collector is about to delete. The store's mu is held.
 func (se *Session) pin(no uint32) bool {
+	se.pinMu.Lock()
+	defer se.pinMu.Unlock()
+	return se.pinLocked(no)
+}
+
+// pinLocked is pin; pinMu is held, too.
+func (se *Session) pinLocked(no uint32) bool {
 	p := se.s.packs[no]
 	if p.state != packCommitted {
 		return false
 	}
-	p.reliedOn.Store(true)
-	se.pinMu.Lock()
-	se.pins.add(no)
-	se.pinMu.Unlock()
+	if !se.pins.has(no) {
+		p.reliedOn.Store(true)
+		se.pins.add(no)
+	}
 	return true
 }
 
@@ -275,7 +305,10 @@ func (se *Session) Commit(ctx context.Context, seal func(context.Context) error)
 func (se *Session) flush(ctx context.Context) error {
 	close(se.stop)
 	se.workers.Wait()
-	err := errors.Join(se.pages.close(ctx), se.chunks.close(ctx))
+	// The last packs of both kinds are written at a time.
+	chunks := make(chan error, 1)
+	go func() { chunks <- se.chunks.close(ctx) }()
+	err := errors.Join(se.pages.close(ctx), <-chunks)
 	if cause := se.failed(); cause != nil {
 		return cause
 	}
@@ -400,8 +433,8 @@ type writtenPack struct {
 	entries []entry
 }
 
-// buffersPerPacker is how many packs a session holds of a kind: one is filled
-// while others are written.
+// buffersPerPacker is how many packs a session holds of a kind: one is filled while
+// others are written, each by a goroutine of its own. So one is made ready while another waits for the disk.
 const buffersPerPacker = 3
 
 func newPacker(se *Session, k kind) *packer {
@@ -415,7 +448,9 @@ func newPacker(se *Session, k kind) *packer {
 	for range buffersPerPacker {
 		p.bufs <- nil // made when first needed
 	}
-	p.writer.Go(p.write)
+	for range buffersPerPacker - 1 {
+		p.writer.Go(p.write)
+	}
 	return p
 }
 
