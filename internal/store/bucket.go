@@ -187,6 +187,39 @@ func (b *bucket) readAt(ctx context.Context, name string, offset, n int64) ([]by
 	return buf, nil
 }
 
+// readInto reads an object from an offset on into buf, and returns what it got: less than
+// buf's length at the object's end. Of a directory's files it is faster than readAt.
+func (b *bucket) readInto(ctx context.Context, name string, offset int64, buf []byte) ([]byte, error) {
+	if b.dir == "" {
+		r, err := b.NewRangeReader(ctx, name, offset, int64(len(buf)), nil)
+		if err != nil {
+			return nil, missing(err)
+		}
+		defer r.Close()
+		n, err := io.ReadFull(r, buf)
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) && int64(n) == r.Size()-offset {
+			err = nil
+		}
+		return buf[:n], err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	f, err := os.Open(filepath.Join(b.dir, filepath.FromSlash(name)))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("%w: %w", ErrMissing, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	n, err := f.ReadAt(buf, offset)
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return buf[:n], err
+}
+
 // read reads a whole object of at most limit bytes.
 func (b *bucket) read(ctx context.Context, name string, limit int64) ([]byte, error) {
 	if b.dir != "" {

@@ -95,9 +95,10 @@ func (s *Store) unpackPage(ctx context.Context, h Hash, buf []byte) ([]byte, err
 
 func (s *Store) readPage(ctx context.Context, h Hash, loc location, buf []byte) ([]byte, error) {
 	p := s.packOf(loc.pack())
-	data, err := s.cache.read(ctx, s.bucket, p, int64(loc.offset()), int64(loc.stored()))
+	data, w, err := s.cache.read(ctx, s.bucket, p, int64(loc.offset()), int64(loc.stored()))
 	if err == nil {
 		buf, err = unpackEntry(buf, data, loc.offset(), PageSize, p.method, p.seal, s.codec)
+		s.cache.release(w)
 	}
 	if err != nil {
 		return nil, s.pageError(h, loc, err)
@@ -135,7 +136,7 @@ func (s *Store) chunkPlace(h Hash) (chunkPlace, bool) {
 
 func (s *Store) readChunk(ctx context.Context, h Hash, at chunkPlace) ([]byte, error) {
 	p := s.packOf(at.pack)
-	data, err := s.bucket.readAt(ctx, p.id.name(), int64(at.offset), int64(at.stored))
+	data, err := s.bucket.readInto(ctx, p.id.name(), int64(at.offset), make([]byte, at.stored))
 	if err == nil && uint32(len(data)) != at.stored {
 		err = fmt.Errorf("%w: the pack ends before it", ErrDamaged)
 	}
@@ -169,13 +170,16 @@ const (
 )
 
 // A windowCache keeps the windows used last. Two readers of one window cause
-// one request.
+// one request. A window's memory is used again for another once nobody reads from it any more.
 type windowCache struct {
 	mu      sync.Mutex
 	max     int // windows
 	windows map[windowKey]*list.Element
 	recent  list.List // of *window, the last used first
+	rooms   [][]byte  // memory of former windows, at most maxRooms
 }
+
+const maxRooms = 16
 
 type windowKey struct {
 	pack uint32
@@ -183,10 +187,12 @@ type windowKey struct {
 }
 
 type window struct {
-	key  windowKey
-	done chan struct{} // closed once data and err are set
-	data []byte
-	err  error
+	key   windowKey
+	users int           // who read from it; guarded by the cache's mu
+	gone  bool          // from the cache; guarded by the cache's mu
+	done  chan struct{} // closed once data and err are set
+	data  []byte
+	err   error
 }
 
 func newWindowCache(size int64) *windowCache {
@@ -197,13 +203,13 @@ func newWindowCache(size int64) *windowCache {
 }
 
 // read returns n bytes of a pack from an offset on. The caller must not write
-// to them.
-func (c *windowCache) read(ctx context.Context, b *bucket, p *pack, offset, n int64) ([]byte, error) {
+// to them, and releases the window once it is done with them.
+func (c *windowCache) read(ctx context.Context, b *bucket, p *pack, offset, n int64) ([]byte, *window, error) {
 	key := windowKey{p.no, offset / windowSize}
 	for {
 		w, mine := c.window(key)
 		if mine {
-			w.data, w.err = b.readAt(ctx, p.id.name(), key.n*windowSize, windowSize+windowRoom)
+			w.data, w.err = b.readInto(ctx, p.id.name(), key.n*windowSize, w.data)
 			if w.err != nil {
 				c.drop(w)
 			}
@@ -212,46 +218,79 @@ func (c *windowCache) read(ctx context.Context, b *bucket, p *pack, offset, n in
 		select {
 		case <-w.done:
 		case <-ctx.Done():
-			return nil, ctx.Err()
+			c.release(w)
+			return nil, nil, ctx.Err()
 		}
-		if w.err != nil {
-			// Another reader's cancellation is not ours.
-			if !mine && ctx.Err() == nil && (errors.Is(w.err, context.Canceled) || errors.Is(w.err, context.DeadlineExceeded)) {
-				continue
-			}
-			return nil, w.err
-		}
+		err := w.err
 		at := offset - key.n*windowSize
-		if at+n > int64(len(w.data)) {
-			return nil, fmt.Errorf("%w: the pack ends before it", ErrDamaged)
+		if err == nil && at+n > int64(len(w.data)) {
+			err = fmt.Errorf("%w: the pack ends before it", ErrDamaged)
 		}
-		return w.data[at : at+n], nil
+		if err == nil {
+			return w.data[at : at+n], w, nil
+		}
+		c.release(w)
+		// Another reader's cancellation is not ours.
+		if !mine && ctx.Err() == nil && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
+			continue
+		}
+		return nil, nil, err
 	}
 }
 
-// window returns a window and whether the caller has to fill it.
+// window returns a window, with the caller as one of its users, and whether the caller has
+// to fill it.
 func (c *windowCache) window(key windowKey) (w *window, mine bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if e, ok := c.windows[key]; ok {
 		c.recent.MoveToFront(e)
-		return e.Value.(*window), false
+		w = e.Value.(*window)
+		w.users++
+		return w, false
 	}
-	w = &window{key: key, done: make(chan struct{})}
+	w = &window{key: key, users: 1, done: make(chan struct{})}
 	c.windows[key] = c.recent.PushFront(w)
 	for c.recent.Len() > c.max {
-		last := c.recent.Back()
-		delete(c.windows, last.Value.(*window).key)
-		c.recent.Remove(last)
+		c.evict(c.recent.Back())
+	}
+	if n := len(c.rooms); n > 0 {
+		w.data, c.rooms = c.rooms[n-1], c.rooms[:n-1]
+	} else {
+		w.data = make([]byte, windowSize+windowRoom)
 	}
 	return w, true
 }
 
+// release ends the use of a window's data.
+func (c *windowCache) release(w *window) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	w.users--
+	c.reuse(w)
+}
+
+// evict takes a window out of the cache. mu is held.
+func (c *windowCache) evict(e *list.Element) {
+	w := e.Value.(*window)
+	delete(c.windows, w.key)
+	c.recent.Remove(e)
+	w.gone = true
+	c.reuse(w)
+}
+
+// reuse keeps the memory of a window that nobody can come to use any more. mu is held.
+func (c *windowCache) reuse(w *window) {
+	if w.gone && w.users == 0 && cap(w.data) == windowSize+windowRoom && len(c.rooms) < maxRooms {
+		c.rooms = append(c.rooms, w.data[:cap(w.data)])
+	}
+}
+
+// drop takes a window out of the cache that could not be filled.
 func (c *windowCache) drop(w *window) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if e, ok := c.windows[w.key]; ok && e.Value.(*window) == w {
-		delete(c.windows, w.key)
-		c.recent.Remove(e)
+		c.evict(e)
 	}
 }

@@ -490,6 +490,9 @@ func (p *packer) room(ctx context.Context, n int) (*builder, error) {
 		return nil, ctx.Err()
 	}
 	if buf == nil {
+		buf = p.formerRoom()
+	}
+	if buf == nil {
 		// The first entry of a pack always fits. Footer and trailer may move
 		// the buffer, when nobody fills it any more.
 		buf = make([]byte, 0, p.limit+p.limit/16)
@@ -559,7 +562,34 @@ func (p *packer) close(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { p.se.fail(ctx.Err()) })
 	defer stop()
 	p.writer.Wait()
+	p.keepRooms()
 	return p.se.failed()
+}
+
+// formerRoom returns a former session's buffer, or nil.
+func (p *packer) formerRoom() []byte {
+	if p.kind != kindPages {
+		return nil
+	}
+	if buf, ok := p.se.s.rooms.Get().(*[]byte); ok {
+		return *buf
+	}
+	return nil
+}
+
+// keepRooms leaves the buffers to the next session. Memory that is touched for the first time
+// costs as much as a page's compression.
+func (p *packer) keepRooms() {
+	for p.kind == kindPages {
+		select {
+		case buf := <-p.bufs:
+			if buf != nil {
+				p.se.s.rooms.Put(&buf)
+			}
+		default:
+			return
+		}
+	}
 }
 
 func (p *packer) takeWritten() []writtenPack {

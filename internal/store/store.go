@@ -46,7 +46,7 @@ type Options struct {
 	// by a server that leads no more. Nil for nothing.
 	Guard func(context.Context) error
 	// PackSize is where a pack of pages is closed, in bytes: 1 MiB to 64 MiB;
-	// 0 means 32 MiB. A session holds up to three in memory, one being filled
+	// 0 means 16 MiB. A session holds up to three in memory, one being filled
 	// while two are written. Packs of chunks are closed at an eighth of it.
 	PackSize int
 	// Workers is how many goroutines hash and compress for a session, and
@@ -68,7 +68,7 @@ func (o *Options) fill() error {
 		o.Logger = slog.Default()
 	}
 	if o.PackSize == 0 {
-		o.PackSize = 32 << 20
+		o.PackSize = 16 << 20
 	}
 	if o.PackSize < 1<<20 || o.PackSize > 64<<20 {
 		return fmt.Errorf("pack size of %d bytes; choose 1 MiB to 64 MiB", o.PackSize)
@@ -94,6 +94,7 @@ type Store struct {
 	key    masterKey
 	codec  *codec
 	cache  *windowCache
+	rooms  sync.Pool // of *[]byte: buffers of former sessions' packs of pages
 
 	documents Documents
 	copies    *copies // nil without Options.Documents

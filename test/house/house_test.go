@@ -46,9 +46,10 @@ var imports = map[string][]string{
 	"internal/transfer":        {"internal/catalog", "internal/store"},
 	"internal/bench":           {"api", "internal/agent", "internal/coordinator", "internal/cut", "internal/hypervisor/qemu", "internal/machine", "internal/migration/qemu", "internal/pageserver", "internal/store"},
 	"internal/certificate":     {"internal/topology"}, // it shares nothing with what it checks
-	"internal/store":           {},
+	"internal/store":           {"internal/pagehash"},
 	"internal/store/storetest": {"internal/store"},
 	"internal/metadata":        {"internal/store"},
+	"internal/pagehash":        {},
 	"internal/events":          {},
 	"internal/webhook":         {},
 	"internal/protection":      {"internal/catalog"},
