@@ -9,9 +9,9 @@
 //	DNS       to the gateway's own address, port 53: to the machine's resolver
 //	ICMP      echo to the gateway's own address; nothing else
 //
-// Nothing outside can begin a connection to a guest. The flows are this
-// process's: a guest that is restored finds its TCP connections reset when it
-// next uses them.
+// Nothing outside can begin a connection to a guest but by a [Forward], a port of this
+// machine. The flows are this process's: a guest that is restored finds its TCP
+// connections reset when it next uses them.
 package gateway
 
 import (
@@ -70,8 +70,14 @@ type Config struct {
 	// /etc/resolv.conf, read anew for each flow.
 	Resolver func() (string, error)
 	// Hold keeps frames to the outside back until [Gateway.Release]: see HoldBytes.
-	Hold   bool
-	Logger *slog.Logger
+	Hold bool
+	// Closed refuses what guests would begin with the outside. Forwards work.
+	Closed bool
+	// Forwards are ports of this machine that lead in.
+	Forwards []Forward
+	// Lenient leaves a forward out that cannot listen, rather than not to start.
+	Lenient bool
+	Logger  *slog.Logger
 }
 
 // Gateway is one that runs.
@@ -85,6 +91,9 @@ type Gateway struct {
 	work   sync.WaitGroup
 	flows  chan struct{} // a token each
 	hold   hold
+
+	sockets   []socket
+	listening []Listening
 
 	mu     sync.Mutex
 	closed bool
@@ -112,6 +121,9 @@ func Start(cfg Config) (*Gateway, error) {
 	}
 	g.spawn(g.read)
 	g.spawn(g.write)
+	if err := g.listen(!cfg.Lenient); err != nil {
+		return nil, errors.Join(fmt.Errorf("start gateway %v: %w", cfg.Address, err), g.Close())
+	}
 	return g, nil
 }
 
@@ -154,25 +166,26 @@ func (g *Gateway) Close() error {
 	g.closed = true
 	g.mu.Unlock()
 	g.cancel()
-	err := g.cfg.Tap.Close()
+	err := errors.Join(g.cfg.Tap.Close(), g.closeSockets())
 	g.stack.Close()
 	g.link.Close()
 	g.work.Wait()
 	return err
 }
 
-// spawn runs f in a goroutine that Close waits for.
-func (g *Gateway) spawn(f func()) {
+// spawn runs f in a goroutine that Close waits for; not if the gateway is being closed.
+func (g *Gateway) spawn(f func()) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.closed {
-		return
+		return false
 	}
 	g.work.Add(1)
 	go func() {
 		defer g.work.Done()
 		f()
 	}()
+	return true
 }
 
 // read takes frames from the network.
@@ -259,6 +272,9 @@ func (g *Gateway) wanted(f []byte) bool {
 
 // target is where a flow goes, and false if it goes nowhere.
 func (g *Gateway) target(id stack.TransportEndpointID) (string, bool) {
+	if g.cfg.Closed {
+		return "", false
+	}
 	to := netip.AddrFrom4(id.LocalAddress.As4())
 	if to != g.cfg.Address.Addr() {
 		return netip.AddrPortFrom(to, id.LocalPort).String(), true
@@ -278,7 +294,7 @@ func (g *Gateway) target(id stack.TransportEndpointID) (string, bool) {
 func (g *Gateway) dial(network string, id stack.TransportEndpointID) (net.Conn, error) {
 	to, ok := g.target(id)
 	if !ok {
-		return nil, fmt.Errorf("port %d of the gateway: %w", id.LocalPort, errRefused)
+		return nil, fmt.Errorf("port %d of %s: %w", id.LocalPort, id.LocalAddress, errRefused)
 	}
 	ctx, cancel := context.WithTimeout(g.ctx, dialTimeout)
 	defer cancel()

@@ -142,8 +142,7 @@ func cable(t *testing.T) (a, b *os.File) {
 // start runs a gateway for which elsewhere is a server of the test.
 func start(t *testing.T, device *os.File, cfg gateway.Config) *gateway.Gateway {
 	t.Helper()
-	cfg.Tap, cfg.Address, cfg.MAC, cfg.MTU, cfg.Logger = device, gatewayAddress, gatewayMAC, 1500, slog.New(slog.DiscardHandler)
-	g, err := gateway.Start(cfg)
+	g, err := launch(device, cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -153,6 +152,12 @@ func start(t *testing.T, device *os.File, cfg gateway.Config) *gateway.Gateway {
 		}
 	})
 	return g
+}
+
+// launch is start for one that may not start, or ends before its test.
+func launch(device *os.File, cfg gateway.Config) (*gateway.Gateway, error) {
+	cfg.Tap, cfg.Address, cfg.MAC, cfg.MTU, cfg.Logger = device, gatewayAddress, gatewayMAC, 1500, slog.New(slog.DiscardHandler)
+	return gateway.Start(cfg)
 }
 
 // instead has connections go to another address than the one that the guest named.

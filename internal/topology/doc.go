@@ -29,7 +29,8 @@
 //	wan[].rate              such as 100Mbit (a second, each way); unlimited if not given
 //	networks.NAME.subnet    CIDR, such as 10.10.0.0/24 or fd00::/64
 //	networks.NAME.mtu       of the nodes' interfaces, in bytes: 576 to 8950; 1500 if not given
-//	networks.NAME.external  hold: frames to the outside wait until a snapshot covers them; pass: they do not (the default)
+//	networks.NAME.external  hold: frames to the outside wait until a snapshot covers them; pass: they do not (the default);
+//	                        closed: nodes begin nothing with the outside, which forwards still lead in from
 //	networks.NAME.gateway   nat: a way out to whatever the server's machine reaches, at the subnet's first free
 //	                        address, or {nat: ADDRESS}; the subnet must be given, and be IPv4
 //	nodes*.NAME.host*       one of the hosts
@@ -47,6 +48,10 @@
 //	nodes*.NAME.interfaces  list of {network*, address, mac, model}: address in CIDR form;
 //	                        mac derived from slice, node and position if not given; model e1000, e1000e or
 //	                        rtl8139 rather than virtio
+//	nodes*.NAME.forwards    list of [ADDRESS:]PORT:NODEPORT[/PROTOCOL], such as "8080:80" or "0.0.0.0:5353:53/udp": a port
+//	                        of the machine that the gateway runs on, for one of the node, which must have an IPv4
+//	                        address on a network with a gateway; at 127.0.0.1 and tcp if not given, PORT 0 for
+//	                        any that is free, and with a ? (8080?:80) any that is free if that one is taken
 //	nodes*.NAME.run         command line that the guest starts at boot
 //	nodes*.NAME.qemu        list of arguments for QEMU, as the way out where the fields above don't suffice; those
 //	                        that would break a snapshot are refused

@@ -46,6 +46,9 @@ func (t *Topology) Marshal() []byte {
 		if n.Hold {
 			b.WriteString(", external: hold")
 		}
+		if n.Closed {
+			b.WriteString(", external: closed")
+		}
 		b.WriteString("}\n")
 	}
 	b.WriteString("nodes:\n")
@@ -88,6 +91,13 @@ func (t *Topology) Marshal() []byte {
 				fmt.Fprintf(&b, ", model: %s", text(i.Model))
 			}
 			b.WriteString("}\n")
+		}
+		if len(n.Forwards) > 0 {
+			all := make([]string, len(n.Forwards))
+			for i, f := range n.Forwards {
+				all[i] = f.String()
+			}
+			fmt.Fprintf(&b, "    forwards: %s\n", list(all))
 		}
 		if n.Run != "" {
 			fmt.Fprintf(&b, "    run: %s\n", text(n.Run))

@@ -34,6 +34,7 @@ func Parse(file string, src []byte) (*Topology, error) {
 		firstSite: make(map[string]string),
 		addresses: make(map[networkAddress]string),
 		macs:      make(map[string]string),
+		exits:     make(map[string]bool),
 	}
 	if root, ok := r.root(src); ok {
 		r.topology(root)
@@ -55,6 +56,8 @@ type reader struct {
 	addresses map[networkAddress]string // who has it
 	macs      map[string]string         // who has it
 	gateways  []entry                   // without an address of their own
+	exits     map[string]bool           // networks that are to have a gateway
+	forwards  []forwardAt
 }
 
 type networkAddress struct {
@@ -93,6 +96,7 @@ func (r *reader) topology(e entry) {
 	for _, g := range r.gateways {
 		r.placeGateway(g)
 	}
+	r.checkForwards()
 }
 
 // required is f[name], which is reported if missing from e (unless e is no
@@ -235,6 +239,7 @@ func (r *reader) networks(e entry) {
 			network.MTU = r.number(v, minMTU, MaxMTU, "bytes of a frame's payload")
 		}
 		if v, ok := f["gateway"]; ok {
+			r.exits[n.name] = true
 			r.gateway(v, f, &network)
 		}
 		if v, ok := f["external"]; ok {
@@ -298,7 +303,7 @@ func (r *reader) gateway(v entry, f map[string]entry, network *Network) {
 
 // external reads what becomes of frames to the outside.
 func (r *reader) external(v entry, f map[string]entry, network *Network) {
-	const hint = "write external: hold, or leave it out"
+	const hint = "write external: hold or external: closed, or leave it out"
 	s, ok := r.text(v, hint)
 	if !ok {
 		return
@@ -310,6 +315,8 @@ func (r *reader) external(v entry, f map[string]entry, network *Network) {
 	switch s {
 	case "hold":
 		network.Hold = true
+	case "closed":
+		network.Closed = true
 	case "pass":
 	default:
 		r.wrong(v, fmt.Sprintf("external %s is not known", quoted(s)), hint)
@@ -343,7 +350,7 @@ func (r *reader) nodes(e entry) {
 
 func (r *reader) node(n entry) {
 	node := Node{Name: n.name, CPUs: 1}
-	f := r.record(n, "host", "image", "kernel", "initrd", "rootfs", "append", "firmware", "boot", "memory", "cpus", "disks", "interfaces", "run", "qemu")
+	f := r.record(n, "host", "image", "kernel", "initrd", "rootfs", "append", "firmware", "boot", "memory", "cpus", "disks", "interfaces", "forwards", "run", "qemu")
 
 	hosts := r.hosts()
 	if v, ok := r.required(n, f, "host", "say which host runs it: "+suggest("", hosts)); ok {
@@ -388,6 +395,9 @@ func (r *reader) node(n entry) {
 		for i, el := range elements {
 			node.Interfaces = append(node.Interfaces, r.iface(el, node, i))
 		}
+	}
+	if v, ok := f["forwards"]; ok {
+		r.readForwards(v, &node)
 	}
 	node.Run, _ = r.line(f, "run")
 	if v, ok := f["qemu"]; ok {

@@ -103,6 +103,7 @@ nodes:                         # before what they refer to
     image: old
     memory: 1GiB
     interfaces: [{network: left, address: 10.0.0.9/24, model: e1000}, {network: left, model: virtio}]
+    forwards: [8080:80, "0.0.0.0:0:22/tcp", 5353?:53/udp]
     qemu: [-device, "usb-ehci,id=usb"]
   cloud: {host: b2, image: debian, firmware: uefi, boot: [data, root], memory: 1GiB, disks: [{name: root, size: 8GiB}, {name: data, size: 1GiB}]}
   disk: {host: b2, memory: 1GiB, disks: [{name: data, size: 1GiB}, {name: system, base: d.raw}]}
@@ -116,6 +117,7 @@ sites:
 networks:
   left: {subnet: 10.0.0.0/24, mtu: 8950, gateway: nat, external: hold}
   right:
+  shut: {subnet: 10.2.0.0/24, gateway: {nat: 10.2.0.9}, external: closed}
 slice: s
 version: 1
 `)
@@ -130,6 +132,7 @@ version: 1
 		Networks: []Network{
 			{Name: "left", Subnet: netip.MustParsePrefix("10.0.0.0/24"), MTU: 8950, Gateway: netip.MustParsePrefix("10.0.0.2/24"), Hold: true},
 			{Name: "right", MTU: 1500},
+			{Name: "shut", Subnet: netip.MustParsePrefix("10.2.0.0/24"), MTU: 1500, Gateway: netip.MustParsePrefix("10.2.0.9/24"), Closed: true},
 		},
 		Nodes: []Node{
 			{
@@ -150,6 +153,11 @@ version: 1
 					{Network: "left", Address: netip.MustParsePrefix("10.0.0.9/24"), MAC: deriveMAC("s", "vm", 0, 0), Model: "e1000"},
 					{Network: "left", MAC: deriveMAC("s", "vm", 1, 0)},
 				},
+				Forwards: []Forward{
+					{Protocol: "tcp", Listen: netip.MustParseAddrPort("127.0.0.1:8080"), Port: 80},
+					{Protocol: "tcp", Listen: netip.MustParseAddrPort("0.0.0.0:0"), Port: 22},
+					{Protocol: "udp", Listen: netip.MustParseAddrPort("127.0.0.1:5353"), Yield: true, Port: 53},
+				},
 				QEMU: []string{"-device", "usb-ehci,id=usb"},
 			},
 			{
@@ -159,7 +167,7 @@ version: 1
 			{Name: "disk", Host: "b2", Site: "b", Memory: 1 << 30, CPUs: 1, Disks: []Disk{{Name: "data", Size: 1 << 30}, {Name: "system", Base: "d.raw"}}},
 		},
 	}
-	if d := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Prefix{})); d != "" {
+	if d := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Prefix{}, netip.AddrPort{})); d != "" {
 		t.Error(d)
 	}
 	if got.Node("leaf") != &got.Nodes[1] || got.Node("none") != nil || got.Network("right") != &got.Networks[1] {
@@ -279,7 +287,7 @@ func FuzzParse(f *testing.F) {
 			t.Fatalf("%v\n%s", err, canonical)
 		}
 		if !reflect.DeepEqual(topo, again) {
-			t.Fatal(cmp.Diff(topo, again, cmpopts.EquateComparable(netip.Prefix{})))
+			t.Fatal(cmp.Diff(topo, again, cmpopts.EquateComparable(netip.Prefix{}, netip.AddrPort{})))
 		}
 		for i := range topo.Nodes {
 			topo.GuestConfig(&topo.Nodes[i])

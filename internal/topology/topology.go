@@ -58,6 +58,8 @@ type Network struct {
 	Gateway netip.Prefix
 	// Hold keeps frames to the outside back until a snapshot covers them.
 	Hold bool
+	// Closed refuses whatever nodes would begin with the outside; forwards work.
+	Closed bool
 }
 
 // GatewayMAC is the Ethernet address of the network's gateway. It depends on the
@@ -112,6 +114,7 @@ type Node struct {
 	CPUs       int
 	Disks      []Disk
 	Interfaces []Interface
+	Forwards   []Forward
 	Run        string   // command line started at boot; may be empty
 	QEMU       []string // arguments for QEMU, beside those that are Violin's
 }
