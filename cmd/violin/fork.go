@@ -4,15 +4,18 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/spf13/cobra"
 
 	violinv1 "violin/api/violin/v1"
 	"violin/api/violin/v1/violinv1connect"
+	"violin/internal/topology"
 )
 
 func (a *app) forkCommand() *cobra.Command {
 	var request violinv1.ForkRequest
+	var edge edgeFlags
 	cmd := &cobra.Command{
 		Use:   "fork SLICE@SNAPSHOT --as NAME",
 		Short: "Run a snapshot as another slice, beside the original",
@@ -20,6 +23,12 @@ func (a *app) forkCommand() *cobra.Command {
 fork has networks of its own, in which its nodes keep their names and addresses, and no
 frame goes from one to the other. What the fork becomes is a history of its own, which
 begins at the snapshot.
+
+A network with a gateway has one in the fork, too, unless --fence closed cuts it off from
+the outside. Ports that were forwarded to the original's nodes are the original's; to the
+fork's lead others, which are free and are shown. --forward NODE=PORT:NODEPORT, spelled as
+in a topology, chooses them, one by one, and --no-forwards leaves them out. Both stay with
+the fork: what is a snapshot of it comes back with the same edge.
 
 Guests of a fork have the memory of the original's, the state of their random number
 generators with it. --new-genid gives each VM a fresh generation id, at which a Linux
@@ -30,14 +39,55 @@ an id cannot be given one (exit status 5).`,
 		ValidArgsFunction: a.completion(snapshotNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			request.Snapshot = args[0]
+			if err := edge.read(&request); err != nil {
+				return err
+			}
 			return a.fork(cmd.Context(), &request)
 		},
 	}
-	a.forkFlags(cmd, &request)
+	a.forkFlags(cmd, &request, &edge)
 	return cmd
 }
 
-func (a *app) forkFlags(cmd *cobra.Command, request *violinv1.ForkRequest) {
+// edgeFlags say what passes between a fork and the outside.
+type edgeFlags struct {
+	fence    string
+	forwards []string
+}
+
+func (e *edgeFlags) read(request *violinv1.ForkRequest) error {
+	switch e.fence {
+	case "":
+	case "nat":
+		request.Fence = violinv1.Fence_FENCE_NAT
+	case "closed":
+		request.Fence = violinv1.Fence_FENCE_CLOSED
+	default:
+		return &failure{code: exitUsage, err: fmt.Errorf("--fence %q: it is nat or closed", e.fence)}
+	}
+	for _, text := range e.forwards {
+		node, forward, ok := strings.Cut(text, "=")
+		err := fmt.Errorf("name the node, such as web=9090:80")
+		if ok {
+			_, err = topology.ParseForward(forward)
+		}
+		if err != nil {
+			return &failure{code: exitUsage, err: fmt.Errorf("--forward %q: %w", text, err)}
+		}
+		request.Forwards = append(request.Forwards, &violinv1.NodeForward{Node: node, Forward: forward})
+	}
+	return nil
+}
+
+func (a *app) forkFlags(cmd *cobra.Command, request *violinv1.ForkRequest, edge *edgeFlags) {
+	closed := "nat"
+	if request.GetPaused() {
+		closed = "closed"
+	}
+	cmd.Flags().StringVar(&edge.fence, "fence", "", "what passes between the fork's networks and the outside: `nat`, what passed the original's gateways,\nor closed, nothing that its nodes begin, nor forwards but those of --forward (default "+closed+")")
+	_ = cmd.RegisterFlagCompletionFunc("fence", cobra.FixedCompletions([]string{"nat", "closed"}, cobra.ShellCompDirectiveNoFileComp))
+	cmd.Flags().StringArrayVar(&edge.forwards, "forward", nil, "forward a port to a node's: `NODE=[ADDRESS:]PORT[?]:NODEPORT[/PROTOCOL]`, in the place of those that\nthe snapshot has to that port, or one more; may be given several times")
+	cmd.Flags().BoolVar(&request.NoForwards, "no-forwards", false, "forward nothing but what --forward says")
 	cmd.Flags().StringVar(&request.As, "as", "", "the new slice's `name`")
 	cmd.Flags().BoolVar(&request.NewGeneration, "new-genid", false, "give each VM a fresh VM generation id")
 	overcommitFlag(cmd, &request.Overcommit)
@@ -74,23 +124,28 @@ func (a *app) fork(ctx context.Context, request *violinv1.ForkRequest) error {
 
 func (a *app) replayCommand() *cobra.Command {
 	request := violinv1.ForkRequest{Paused: true}
+	var edge edgeFlags
 	cmd := &cobra.Command{
 		Use:   "replay SLICE@SNAPSHOT --as NAME",
 		Short: "Bring a snapshot up beside the original, paused, and show what was in flight",
 		Long: `Do what 'violin fork' does, but leave every node standing still at its cut, and show the
 frames that were in flight: with 'violin continue NAME' the nodes run, and get them.
 Until then the nodes can be looked into from outside (gdb, the QEMU monitor), and nothing
-changes. The frames are those of 'violin frames --text'; with --output json they are left
+changes. It is closed to the outside, so that it tells nobody what the original has said
+before: --fence nat opens it. The frames are those of 'violin frames --text'; with --output json they are left
 out.`,
 		Example:           "  violin replay mandelbrot@before-the-crash --as autopsy\n  violin continue autopsy",
 		Args:              forkArgs(&request),
 		ValidArgsFunction: a.completion(snapshotNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			request.Snapshot = args[0]
+			if err := edge.read(&request); err != nil {
+				return err
+			}
 			return a.replay(cmd.Context(), &request)
 		},
 	}
-	a.forkFlags(cmd, &request)
+	a.forkFlags(cmd, &request, &edge)
 	return cmd
 }
 

@@ -25,6 +25,9 @@ var lifecycleCommands = []command{
 	{why: "fork", args: []string{"fork", "mandelbrot@latest", "--as", "whatif"}},
 	{why: "fork without a name", args: []string{"fork", "mandelbrot@latest"}},
 	{why: "the name is taken", args: []string{"fork", "mandelbrot@latest", "--as", "taken"}},
+	{why: "no such fence", args: []string{"fork", "mandelbrot@latest", "--as", "whatif", "--fence", "open"}},
+	{why: "a forward to no node", args: []string{"fork", "mandelbrot@latest", "--as", "whatif", "--forward", "9090:80"}},
+	{why: "a forward from no port", args: []string{"fork", "mandelbrot@latest", "--as", "whatif", "--forward", "rank0=web:80"}},
 	{why: "replay, for programs", args: []string{"replay", "mandelbrot@latest", "--as", "autopsy", "-q", "-o", "json"}},
 	{why: "continue", args: []string{"continue", "autopsy"}},
 	{why: "continue what is not there", args: []string{"continue", "missing"}},
@@ -93,6 +96,14 @@ func TestLifeRequests(t *testing.T) {
 		{[]string{"suspend", "--all", "--host", "h"}, &violinv1.SuspendRequest{All: true, Host: "h"}},
 		{[]string{"resume", "pair", "--overcommit"}, &violinv1.ResumeRequest{Slice: "pair", Overcommit: true}},
 		{[]string{"fork", "pair@x", "--as", "y", "--new-genid", "--clock", "catch-up"}, &violinv1.ForkRequest{Snapshot: "pair@x", As: "y", NewGeneration: true, Clock: catchUp}},
+		{
+			[]string{"fork", "pair@x", "--as", "y", "--fence", "nat", "--no-forwards", "--forward", "a=9090:80", "--forward", "b=0:53/udp"},
+			&violinv1.ForkRequest{
+				Snapshot: "pair@x", As: "y", Fence: violinv1.Fence_FENCE_NAT, NoForwards: true,
+				Forwards: []*violinv1.NodeForward{{Node: "a", Forward: "9090:80"}, {Node: "b", Forward: "0:53/udp"}},
+			},
+		},
+		{[]string{"replay", "pair@x", "--as", "y", "--fence", "closed", "-o", "json"}, &violinv1.ForkRequest{Snapshot: "pair@x", As: "y", Paused: true, Fence: violinv1.Fence_FENCE_CLOSED}},
 		{[]string{"replay", "pair@x", "--as", "y", "-o", "json"}, &violinv1.ForkRequest{Snapshot: "pair@x", As: "y", Paused: true}},
 		{[]string{"continue", "y"}, &violinv1.ContinueRequest{Slice: "y"}},
 		{

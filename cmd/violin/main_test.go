@@ -333,7 +333,11 @@ func mandelbrot() *violinv1.Slice {
 func pair() *violinv1.Slice {
 	return &violinv1.Slice{Name: "pair", Created: timestamppb.New(created.Add(time.Hour)), Nodes: []*violinv1.Node{
 		{Name: "rank0", Site: "here", Host: "h1", State: violinv1.NodeState_NODE_STATE_PAUSED, MemoryBytes: 1536 << 20, Cpus: 2, Pid: 77,
-			Interfaces: []*violinv1.Interface{{Network: "a", Mac: "52:54:00:00:01:00"}, {Network: "b", Mac: "52:54:00:00:01:01", Address: "10.1.0.1/24"}}},
+			Interfaces: []*violinv1.Interface{{Network: "a", Mac: "52:54:00:00:01:00"}, {Network: "b", Mac: "52:54:00:00:01:01", Address: "10.1.0.1/24"}},
+			Forwards: []*violinv1.Forward{
+				{Protocol: "tcp", Listen: "127.0.0.1:8080", Port: 80, Listening: true},
+				{Protocol: "udp", Listen: "0.0.0.0:5353", Port: 53, Host: "h1", Problem: "listen at 0.0.0.0:5353: the port is taken"},
+			}},
 		{Name: "other", Site: "here", Host: "h2", State: violinv1.NodeState_NODE_STATE_DEAD, MemoryBytes: 100_000_000, Cpus: 1, Detail: "killed by signal 9\nat 12:01"},
 	}}
 }

@@ -22,7 +22,9 @@ func (a *app) psCommand() *cobra.Command {
 		Long: `List the slices that run or are suspended, and their nodes. A node that died stays in
 the list, with the reason as far as it is known; one is away whose host's agent is not
 connected, and as far as is known it runs on. HEAD is the snapshot that the slice
-descends from last; of a fork it names that snapshot's slice, too.`,
+descends from last; of a fork it names that snapshot's slice, too. Where ports of nodes are
+forwarded, they are listed with the address on the machine of the gateway: the server's, or
+the joined host that is named. One in parentheses does not listen now.`,
 		Args:              cobra.MaximumNArgs(1),
 		ValidArgsFunction: a.completion(sliceNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -165,6 +167,50 @@ func (a *app) writeNodes(w io.Writer, list []*violinv1.Slice) {
 			t.row(cells...)
 		}
 	}
+	t.write(w)
+	writeForwards(w, list)
+}
+
+// writeForwards writes where ports of nodes are reached from outside, if there are any. One
+// that does not listen is in parentheses.
+func writeForwards(w io.Writer, list []*violinv1.Slice) {
+	var all []*violinv1.Forward
+	var nodes []string
+	for _, s := range list {
+		for _, n := range s.GetNodes() {
+			for _, f := range n.GetForwards() {
+				all, nodes = append(all, f), append(nodes, s.GetName()+"/"+n.GetName())
+			}
+		}
+	}
+	if len(all) == 0 {
+		return
+	}
+	headings := []string{"FORWARDED", "PORT", "LISTENS AT"}
+	hosts := slices.ContainsFunc(all, func(f *violinv1.Forward) bool { return f.GetHost() != "" })
+	problems := slices.ContainsFunc(all, func(f *violinv1.Forward) bool { return f.GetProblem() != "" })
+	if hosts {
+		headings = append(headings, "ON HOST")
+	}
+	if problems {
+		headings = append(headings, "DETAIL")
+	}
+	t := newTable(headings...)
+	for i, f := range all {
+		at := f.GetListen()
+		if !f.GetListening() {
+			at = "(" + at + ")"
+		}
+		cells := []string{nodes[i], fmt.Sprintf("%d/%s", f.GetPort(), f.GetProtocol()), at}
+		if hosts {
+			cells = append(cells, f.GetHost())
+		}
+		if problems {
+			cells = append(cells, f.GetProblem())
+		}
+		t.row(cells...)
+	}
+	fmt.Fprintln(w)
 	t.write(w)
 }
 

@@ -217,12 +217,12 @@ func (a *Agent) findExits(ctx context.Context) error {
 	a.book.mu.Unlock()
 	var errs []error
 	for _, e := range entries {
-		x := &exit{slice: e.Spec.Slice, tap: e.Tap, plugged: a.fabric.Tap(e.Tap) != 0}
+		x := &exit{slice: e.Spec.Slice, network: e.Spec.Network, tap: e.Tap, plugged: a.fabric.Tap(e.Tap) != 0}
 		if !e.Whole {
 			errs = append(errs, a.closeGateway(x))
 			continue
 		}
-		if err := a.startGateway(x, e.Spec); err != nil {
+		if err := a.startGateway(x, e.Spec, true); err != nil {
 			errs = append(errs, err)
 			continue
 		}

@@ -22,11 +22,21 @@ type GatewaySpec struct {
 	MAC     net.HardwareAddr
 	MTU     int
 	Hold    bool // frames to the outside wait for [Agent.ReleaseOutput]
+	Closed  bool // nodes begin nothing with the outside
+	// Forwards are ports of this host that lead to nodes.
+	Forwards []gateway.Forward
+}
+
+// Listening is how a forward of a slice is, on this host.
+type Listening struct {
+	Network uint16
+	gateway.Listening
 }
 
 // exit is a gateway and its device.
 type exit struct {
 	slice   string
+	network uint16
 	tap     string
 	plugged bool
 	gateway *gateway.Gateway
@@ -35,7 +45,7 @@ type exit struct {
 // AddGateway gives a network a way out. It stays until its slice leaves; a
 // failure leaves nothing behind.
 func (a *Agent) AddGateway(ctx context.Context, spec GatewaySpec) (err error) {
-	x := &exit{slice: spec.Slice, tap: a.tapName()}
+	x := &exit{slice: spec.Slice, network: spec.Network, tap: a.tapName()}
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("host %s: gateway %v: %w", a.cfg.Host, spec.Address, errors.Join(err, a.closeGateway(x)))
@@ -50,7 +60,7 @@ func (a *Agent) AddGateway(ctx context.Context, spec GatewaySpec) (err error) {
 	if err := a.cfg.Platform.CreateTap(x.tap, spec.MTU); err != nil {
 		return err
 	}
-	if err := a.startGateway(x, spec); err != nil {
+	if err := a.startGateway(x, spec, false); err != nil {
 		return err
 	}
 	if _, err = a.fabric.Attach(ctx, fabric.Port{
@@ -65,7 +75,10 @@ func (a *Agent) AddGateway(ctx context.Context, spec GatewaySpec) (err error) {
 	if err := a.fabric.Purge(ctx); err != nil {
 		return err
 	}
-	if err := a.book.write(func(p *page) { p.exit(x.tap).Whole = true }); err != nil {
+	if err := a.book.write(func(p *page) {
+		e := p.exit(x.tap)
+		e.Whole, e.Spec.Forwards = true, settled(x.gateway.Forwards())
+	}); err != nil {
 		return err
 	}
 	a.mu.Lock()
@@ -74,14 +87,44 @@ func (a *Agent) AddGateway(ctx context.Context, spec GatewaySpec) (err error) {
 	return nil
 }
 
-// startGateway starts a gateway on its device.
-func (a *Agent) startGateway(x *exit, spec GatewaySpec) error {
+// settled are forwards that are to listen where they do.
+func settled(on []gateway.Listening) []gateway.Forward {
+	var all []gateway.Forward
+	for _, l := range on {
+		f := l.Forward
+		if l.At.IsValid() {
+			f.Yield = f.Yield || f.Listen.Port() == 0
+			f.Listen = l.At
+		}
+		all = append(all, f)
+	}
+	return all
+}
+
+// startGateway starts a gateway on its device. If it is lenient, forwards that can't listen
+// are left out.
+func (a *Agent) startGateway(x *exit, spec GatewaySpec, lenient bool) error {
 	f, err := a.cfg.Platform.OpenTap(x.tap)
 	if err != nil {
 		return err
 	}
-	x.gateway, err = gateway.Start(gateway.Config{Tap: f, Address: spec.Address, MAC: spec.MAC, MTU: spec.MTU, Hold: spec.Hold, Logger: a.log})
+	x.gateway, err = gateway.Start(gateway.Config{
+		Tap: f, Address: spec.Address, MAC: spec.MAC, MTU: spec.MTU, Hold: spec.Hold, Closed: spec.Closed,
+		Forwards: spec.Forwards, Lenient: lenient, Logger: a.log,
+	})
 	return err
+}
+
+// Forwards tells how the slice's forwards on this host are: by gateway in the order that
+// they were added, and then in that of its specification.
+func (a *Agent) Forwards(_ context.Context, slice string) ([]Listening, error) {
+	var all []Listening
+	for _, x := range a.exitsOf(slice) {
+		for _, l := range x.gateway.Forwards() {
+			all = append(all, Listening{x.network, l})
+		}
+	}
+	return all, nil
 }
 
 // exitsOf are the gateways of a slice.

@@ -14,7 +14,7 @@ import (
 const (
 	recordDir     = "slices"
 	recordFormat  = "violin-slice"
-	recordVersion = 3 // 2: with an owner, 3: with how long a host may be away
+	recordVersion = 4 // 2: with an owner, 3: with how long a host may be away, 4: with a protected fork's topology
 )
 
 // A Record is what is kept of a slice, beside its snapshots, for when its server is
@@ -46,6 +46,9 @@ type Protection struct {
 	// HostTimeout is how long a joined host may be away; 0 in records of before there was
 	// a choice.
 	HostTimeout time.Duration `json:"host_timeout_ns,omitempty"`
+	// Topology is the slice's, in its canonical form, if Head is another's: a fork has an
+	// edge of its own. Empty otherwise.
+	Topology string `json:"topology,omitempty"`
 }
 
 // A Suspension is where a suspended slice goes on.

@@ -161,6 +161,7 @@ func (a *Agent) AddGateway(ctx context.Context, g agent.GatewaySpec) error {
 	return a.call(ctx, func(ctx context.Context, c violinv1connect.AgentServiceClient) error {
 		_, err := c.AddGateway(ctx, &violinv1.AddGatewayRequest{
 			Run: a.run, Network: uint32(g.Network), Address: g.Address.String(), Mac: g.MAC, Mtu: uint32(g.MTU), Hold: g.Hold,
+			Closed: g.Closed, Forwards: encodeForwards(g.Forwards),
 		})
 		return err
 	})

@@ -27,6 +27,7 @@ import (
 	"violin/internal/cut"
 	"violin/internal/fabric"
 	"violin/internal/frames"
+	"violin/internal/gateway"
 	"violin/internal/hypervisor/qemu"
 	stream "violin/internal/migration/qemu"
 	"violin/internal/qga"
@@ -102,6 +103,7 @@ type host struct {
 	loaded    []byte
 	spec      agent.NodeSpec
 	restored  map[string]diskOf
+	exit      agent.GatewaySpec
 	ran       []frames.Frame
 	results   agent.HostResult
 	gone      chan struct{}
@@ -114,18 +116,25 @@ func newHost() *host {
 
 func (h *host) AddPeer(context.Context, string, fabric.Peer) error          { return nil }
 func (h *host) SetRemotes(context.Context, string, []coloring.Remote) error { return nil }
-func (h *host) AddGateway(context.Context, agent.GatewaySpec) error         { return nil }
-func (h *host) ContinueNode(context.Context, string, string) error          { return nil }
-func (h *host) SetClock(context.Context, string, string) error              { return nil }
-func (h *host) MarkOutput(context.Context, string) ([]uint64, error)        { return []uint64{7}, nil }
-func (h *host) ReleaseOutput(context.Context, string, []uint64) error       { return nil }
-func (h *host) SwitchGone() <-chan struct{}                                 { return nil }
-func (h *host) Gone(_, _ string) (<-chan struct{}, error)                   { return h.gone, nil }
-func (h *host) Results(string, string) (agent.HostResult, error)            { return h.results, nil }
-func (h *host) Abandon(slice string)                                        { h.abandoned <- slice }
-func (h *host) Leave(slice string) error                                    { h.left = append(h.left, slice); return nil }
-func (h *host) InCut(string) bool                                           { return h.inCut }
-func (h *host) Close() error                                                { close(h.closed); return nil }
+
+func (h *host) AddGateway(_ context.Context, spec agent.GatewaySpec) error { h.exit = spec; return nil }
+func (h *host) Forwards(context.Context, string) (all []agent.Listening, err error) {
+	for _, f := range h.exit.Forwards {
+		all = append(all, agent.Listening{Network: h.exit.Network, Listening: gateway.Listening{Forward: f, At: f.Listen, Problem: "none"}})
+	}
+	return all, nil
+}
+func (h *host) ContinueNode(context.Context, string, string) error    { return nil }
+func (h *host) SetClock(context.Context, string, string) error        { return nil }
+func (h *host) MarkOutput(context.Context, string) ([]uint64, error)  { return []uint64{7}, nil }
+func (h *host) ReleaseOutput(context.Context, string, []uint64) error { return nil }
+func (h *host) SwitchGone() <-chan struct{}                           { return nil }
+func (h *host) Gone(_, _ string) (<-chan struct{}, error)             { return h.gone, nil }
+func (h *host) Results(string, string) (agent.HostResult, error)      { return h.results, nil }
+func (h *host) Abandon(slice string)                                  { h.abandoned <- slice }
+func (h *host) Leave(slice string) error                              { h.left = append(h.left, slice); return nil }
+func (h *host) InCut(string) bool                                     { return h.inCut }
+func (h *host) Close() error                                          { close(h.closed); return nil }
 
 func (h *host) AddNode(_ context.Context, spec agent.NodeSpec, _ bool) error {
 	h.spec, h.restored = spec, map[string]diskOf{}

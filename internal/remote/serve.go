@@ -45,6 +45,7 @@ type runner interface {
 	Results(slice, id string) (agent.HostResult, error)
 	MarkOutput(ctx context.Context, slice string) ([]uint64, error)
 	ReleaseOutput(ctx context.Context, slice string, marks []uint64) error
+	Forwards(ctx context.Context, slice string) ([]agent.Listening, error)
 	Gone(slice, name string) (<-chan struct{}, error)
 	SwitchGone() <-chan struct{}
 	Abandon(slice string)
@@ -112,7 +113,7 @@ func (h *Host) AddGateway(ctx context.Context, req *violinv1.AddGatewayRequest) 
 	if err != nil {
 		return nil, err
 	}
-	g := agent.GatewaySpec{Slice: r.slice, MTU: int(req.GetMtu()), Hold: req.GetHold()}
+	g := agent.GatewaySpec{Slice: r.slice, MTU: int(req.GetMtu()), Hold: req.GetHold(), Closed: req.GetClosed()}
 	if g.Network, err = number(req.GetNetwork()); err != nil {
 		return nil, refuse("%w", err)
 	}
@@ -120,6 +121,9 @@ func (h *Host) AddGateway(ctx context.Context, req *violinv1.AddGatewayRequest) 
 		return nil, refuse("%w", err)
 	}
 	if g.MAC, err = decodeMAC(req.GetMac()); err != nil {
+		return nil, refuse("%w", err)
+	}
+	if g.Forwards, err = decodeForwards(req.GetForwards()); err != nil {
 		return nil, refuse("%w", err)
 	}
 	return &violinv1.AddGatewayResponse{}, r.agent.AddGateway(ctx, g)

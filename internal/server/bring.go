@@ -25,6 +25,7 @@ type bringing struct {
 	kind          events.Kind // what it is for whoever listens
 	snap          *catalog.Snapshot
 	as            string // the slice's name: the snapshot's, or a fork's
+	topology      []byte // of a fork, as its edge was asked for; nil for the snapshot's
 	paused        bool   // wait to be continued
 	newGeneration bool   // fresh VM generation ids
 	wish          wish
@@ -63,7 +64,7 @@ func (s *Server) tellBringing(ctx context.Context, b bringing, out *connect.Serv
 // unless that is asked for, is damaged.
 func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.Restored, error) {
 	began := time.Now()
-	topo, err := s.topologyOf(b.snap, b.as)
+	topo, err := s.topologyFor(&b)
 	if err != nil {
 		return nil, err
 	}
@@ -74,7 +75,8 @@ func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.
 	if err != nil {
 		return nil, err
 	}
-	fork := b.as != b.snap.Slice
+	// A fork that is rolled back, maybe to where it began, is there already.
+	fork := b.as != b.snap.Slice && !b.guard
 	var old *slice
 	if !fork {
 		old, _ = s.slice(b.as)
@@ -88,6 +90,11 @@ func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.
 	for _, m := range room.moves {
 		tell("place", m.Node, strings.TrimPrefix(m.String(), m.Node+" "))
 	}
+	free, err := s.takePorts(ctx, topo, old)
+	if err != nil {
+		return nil, err
+	}
+	defer free()
 	if b.begin != nil {
 		if err := b.begin(room.moves); err != nil {
 			return nil, err
@@ -154,6 +161,7 @@ func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.
 	sl.poke()
 	s.tell(events.Event{Slice: b.as, Kind: b.kind, Snapshot: b.snap.Ref(), Text: "took " + time.Since(began).Round(time.Millisecond).String() + told(moves), Moves: moves})
 	lazily = lazily && len(notes) == 0
+	notes = append(notes, sl.moved...)
 	if !b.paused {
 		notes = append(notes, sl.setClocks(ctx, b.clock, tell)...)
 	}
@@ -165,6 +173,18 @@ func (s *Server) bring(ctx context.Context, b bringing, tell teller) (*violinv1.
 		r.FramesInjected = uint64(len(channel.Frames))
 	}
 	return r, nil
+}
+
+// topologyFor is the topology of what a snapshot is brought to life as.
+func (s *Server) topologyFor(b *bringing) (*topology.Topology, error) {
+	if len(b.topology) == 0 || b.as == b.snap.Slice {
+		return s.topologyOf(b.snap, b.as)
+	}
+	topo, err := topology.Parse("fork "+b.as, b.topology)
+	if err != nil {
+		return nil, connect.NewError(connect.CodeInvalidArgument, err)
+	}
+	return topo, nil
 }
 
 // topologyOf is a snapshot's topology for a slice of a name. Everything that a guest
@@ -226,12 +246,16 @@ func (s *Server) Fork(ctx context.Context, req *violinv1.ForkRequest, out *conne
 			}
 		}
 	}
+	topo, err := s.forkTopology(ctx, snap, req)
+	if err != nil {
+		return err
+	}
 	policy := snap.Clock
 	if req.GetPaused() {
 		policy = "" // what is looked into is to be as it was
 	}
 	return s.tellBringing(ctx, bringing{
-		kind: events.Forked, clock: clockOf(req.GetClock(), policy, catalog.Frozen), snap: snap, as: req.GetAs(), paused: req.GetPaused(), newGeneration: req.GetNewGeneration(), wish: wishOf(req, violinv1.PlacementPolicy_PLACEMENT_POLICY_AS_WAS), lazy: req.Lazy,
+		kind: events.Forked, clock: clockOf(req.GetClock(), policy, catalog.Frozen), snap: snap, as: req.GetAs(), topology: topo, paused: req.GetPaused(), newGeneration: req.GetNewGeneration(), wish: wishOf(req, violinv1.PlacementPolicy_PLACEMENT_POLICY_AS_WAS), lazy: req.Lazy,
 	}, out)
 }
 

@@ -46,6 +46,7 @@ type hostAgent interface {
 	ConsoleLog(ctx context.Context, slice, name string, w agent.LogWish) (io.ReadCloser, error)
 	MarkOutput(ctx context.Context, slice string) ([]uint64, error)
 	ReleaseOutput(ctx context.Context, slice string, marks []uint64) error
+	Forwards(ctx context.Context, slice string) ([]agent.Listening, error)
 	Gone(slice, name string) (<-chan struct{}, error)
 	SwitchGone() <-chan struct{}
 	io.Closer

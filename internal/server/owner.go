@@ -169,10 +169,11 @@ var harmlessFields = map[reflect.Type][]string{
 	reflect.TypeFor[topology.Topology]():  {"Slice", "Sites", "WAN", "Networks", "Nodes"},
 	reflect.TypeFor[topology.Site]():      {"Name", "Hosts"},
 	reflect.TypeFor[topology.Link]():      {"Between", "Delay", "Jitter", "Loss", "Reorder", "Rate"},
-	reflect.TypeFor[topology.Network]():   {"Name", "Subnet", "MTU", "Gateway", "Hold"},
-	reflect.TypeFor[topology.Node]():      {"Name", "Host", "Site", "Image", "Append", "Firmware", "Boot", "Memory", "CPUs", "Disks", "Interfaces", "Run"},
+	reflect.TypeFor[topology.Network]():   {"Name", "Subnet", "MTU", "Gateway", "Hold", "Closed"},
+	reflect.TypeFor[topology.Node]():      {"Name", "Host", "Site", "Image", "Append", "Firmware", "Boot", "Memory", "CPUs", "Disks", "Interfaces", "Forwards", "Run"},
 	reflect.TypeFor[topology.Disk]():      {"Name", "Size"},
 	reflect.TypeFor[topology.Interface](): {"Network", "Address", "MAC", "Model"},
+	reflect.TypeFor[topology.Forward]():   {"Protocol", "Listen", "Yield", "Port"}, // but see mayForward
 }
 
 // harmless refuses a topology that takes an operator.

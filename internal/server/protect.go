@@ -95,6 +95,10 @@ func (s *Server) noteHead(ctx context.Context, sl *slice) {
 	}
 	if err := s.protect(ctx, name, func(p *catalog.Protection) {
 		p.Head, p.HeadAt = cmp.Or(origin, name)+"@"+id, time.Now()
+		p.Topology = ""
+		if origin != "" {
+			p.Topology = string(sl.topo.Marshal())
+		}
 	}); err != nil {
 		s.log.Error("what a protected slice descends from is not noted", "slice", name, "err", err)
 	}
@@ -284,7 +288,7 @@ func (s *Server) rollBack(name, why string) bool {
 			return s.protect(s.life, name, func(p *catalog.Protection) { p.Rollbacks = counted.Rollbacks })
 		}
 		_, err = s.bring(s.life, bringing{
-			kind: events.RolledBack, snap: snap, as: name, guard: true, clock: clockOf(0, snap.Clock, catalog.Frozen), wish: wish{auto: true},
+			kind: events.RolledBack, snap: snap, as: name, topology: []byte(p.Topology), guard: true, clock: clockOf(0, snap.Clock, catalog.Frozen), wish: wish{auto: true},
 			begin: func(moves []placement.Move) error {
 				m := moveEvents(moves)
 				s.tell(events.Event{Slice: name, Kind: events.RollbackBegun, Snapshot: snap.Ref(), Text: why + told(m), Moves: m})

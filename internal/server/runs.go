@@ -55,7 +55,7 @@ func (s *Server) noteRuns(ctx context.Context, sl *slice, epoch cut.Epoch, runs 
 // noteUp notes that all of a slice is up.
 func (s *Server) noteUp(ctx context.Context, sl *slice) error {
 	return s.note(ctx, sl, func(r *catalog.Run) {
-		r.Whole = true
+		r.Whole, r.Topology = true, string(sl.topo.Marshal()) // with the ports that forwards have
 		r.Origin, r.Head = sl.getHead()
 		if w := sl.waiting; w != nil {
 			r.Waiting = &catalog.Waiting{Snapshot: w.snapshot, Clock: w.clock}
@@ -143,6 +143,10 @@ func (s *Server) adopted(r *catalog.Run) (*slice, error) {
 	}
 	sl := newSlice(topo)
 	sl.created, sl.joined, sl.first, sl.boot, sl.generation, sl.disks = r.Created, true, r.First, r.Boot, r.Generation, r.Disks
+	for _, e := range entrances(topo, true) {
+		e.Yield = false // it has what it listens at
+		sl.entrances = append(sl.entrances, e)
+	}
 	runs := map[string]*remote.Agent{}
 	for host := range sl.nodesByHost() {
 		a := s.hub.GoesOn(host, r.Hosts[host].Run)

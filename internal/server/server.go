@@ -84,6 +84,8 @@ type Server struct {
 	term      uint64          // of this leader
 	elsewhere map[string]bool // slices that run on hosts that have joined, without [Config.Listen]
 
+	coming map[*slice]bool // with forwards, of slices that are coming up; of the slices they are no part yet
+
 	forsaken map[string]bool // slices that are to be taken down when they have been rolled back
 
 	events  *events.Log
@@ -140,7 +142,7 @@ func take(ctx context.Context, config Config, led *metadata.Leadership) (*Server
 		return nil, err
 	}
 	s := &Server{
-		cfg: config, log: config.Logger, led: led, term: led.Term(), store: st, catalog: catalog.New(st), slices: map[string]*slice{}, cordons: map[string]time.Time{}, elsewhere: map[string]bool{}, forsaken: map[string]bool{}, followed: map[string]int{}, arriving: map[string]demand{},
+		cfg: config, log: config.Logger, led: led, term: led.Term(), store: st, catalog: catalog.New(st), slices: map[string]*slice{}, cordons: map[string]time.Time{}, elsewhere: map[string]bool{}, forsaken: map[string]bool{}, followed: map[string]int{}, arriving: map[string]demand{}, coming: map[*slice]bool{},
 		urgency: &priority.Shared{PID: os.Getpid(), Keep: priority.Lowered, Log: config.Logger},
 	}
 	if s.records, err = s.catalog.Records(ctx, func(_ string, err error) {
@@ -293,6 +295,9 @@ func (s *Server) Up(ctx context.Context, req *violinv1.UpRequest, stream *connec
 			return connect.NewError(connect.CodePermissionDenied, err)
 		}
 	}
+	if err := mayForward(ctx, topo); err != nil {
+		return placeError(req.GetFile(), req.GetTopology(), err)
+	}
 	if err := resolvePaths(topo, req.GetDirectory()); err != nil {
 		return connect.NewError(connect.CodeInvalidArgument, err)
 	}
@@ -330,6 +335,11 @@ func (s *Server) start(ctx context.Context, topo *topology.Topology, overcommit 
 	}
 	defer room.release()
 	topo = room.topo
+	free, err := s.takePorts(ctx, topo, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer free()
 	generation := map[string]string{}
 	for _, n := range topo.Nodes {
 		generation[n.Name] = newGeneration()

@@ -33,7 +33,11 @@ type slice struct {
 	first   uint16               // of its networks' numbers; 0 for 1
 	lab     *lab.Lab             // nil on hosts that have joined
 	agents  map[string]hostAgent // by host
-	coord   *coordinator.Coordinator
+	// entrances are its forwards, as they listen once it has come up, and moved says which
+	// of them had to take another port than before.
+	entrances []entrance
+	moved     []string
+	coord     *coordinator.Coordinator
 
 	closing sync.Once
 	closed  error
@@ -119,6 +123,7 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 	if err := sl.joinAgents(ctx, at); err != nil {
 		return nil, err
 	}
+	sl.entrances = entrances(topo, sl.joined)
 	tell("switches", "", fmt.Sprintf("%d Open vSwitches joined by VXLAN", len(sl.agents)))
 	numbers := map[string]uint16{}
 	for number, name := range sl.networks() {
@@ -129,6 +134,10 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 	if err := sl.startGateways(ctx, numbers); err != nil {
 		return nil, err
 	}
+	if err := sl.learnPorts(ctx); err != nil {
+		return nil, err
+	}
+	topo = sl.topo
 	if err := s.supply(ctx, sl, machines, boot, tell); err != nil {
 		return nil, err
 	}
@@ -293,6 +302,7 @@ func (sl *slice) startGateways(ctx context.Context, numbers map[string]uint16) e
 		}
 		if err := sl.agents[host].AddGateway(ctx, agent.GatewaySpec{
 			Slice: sl.topo.Slice, Network: numbers[n.Name], Address: n.Gateway, MAC: sl.topo.GatewayMAC(n.Name), MTU: n.MTU, Hold: n.Hold,
+			Closed: n.Closed, Forwards: forwardsBy(sl.entrances, n.Name),
 		}); err != nil {
 			return err
 		}
@@ -444,9 +454,11 @@ func (sl *slice) message(ctx context.Context) *violinv1.Slice {
 	m.Origin, m.Head = sl.getHead()
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
+	forwards := sl.forwardMessages(ctx)
 	for i := range sl.topo.Nodes {
 		n := &sl.topo.Nodes[i]
 		node := nodeMessage(n, sl.disks[n.Name])
+		node.Forwards = forwards[n.Name]
 		st, err := sl.agents[n.Host].Status(ctx, sl.topo.Slice, n.Name)
 		switch {
 		case err != nil && sl.away(n.Host) != nil:

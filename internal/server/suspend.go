@@ -92,6 +92,14 @@ func (s *Server) suspendedMessage(ctx context.Context, name string) *violinv1.Sl
 		s.log.Error("what a suspended slice would go on from cannot be read", "slice", name, "err", err)
 		return m
 	}
+	joined, err := s.placed(topo)
+	if err != nil {
+		s.log.Warn("a suspended slice can't go on where it was", "slice", name, "err", err)
+	}
+	forwards := map[string][]*violinv1.Forward{}
+	for _, e := range entrances(topo, joined) {
+		forwards[e.node] = append(forwards[e.node], e.message())
+	}
 	for i := range topo.Nodes {
 		var disks []catalog.Disk
 		if n := snap.Node(topo.Nodes[i].Name); n != nil {
@@ -99,6 +107,7 @@ func (s *Server) suspendedMessage(ctx context.Context, name string) *violinv1.Sl
 		}
 		node := nodeMessage(&topo.Nodes[i], disks)
 		node.State = violinv1.NodeState_NODE_STATE_SUSPENDED
+		node.Forwards = forwards[node.GetName()]
 		m.Nodes = append(m.Nodes, node)
 	}
 	return m

@@ -33,7 +33,7 @@ var imports = map[string][]string{
 	"internal/trust":   {},
 	"internal/access":  {"api", "internal/trust"},
 	"internal/remote": {
-		"api", "internal/agent", "internal/certificate", "internal/coloring", "internal/cut", "internal/fabric", "internal/frames",
+		"api", "internal/agent", "internal/certificate", "internal/coloring", "internal/cut", "internal/fabric", "internal/frames", "internal/gateway",
 		"internal/hypervisor/qemu", "internal/image", "internal/machine", "internal/migration/qemu", "internal/priority", "internal/qga", "internal/record", "internal/store", "internal/trust",
 	},
 	"internal/gateway":         {},

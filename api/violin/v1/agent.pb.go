@@ -818,7 +818,9 @@ type AddGatewayRequest struct {
 	Address       string                 `protobuf:"bytes,3,opt,name=address,proto3" json:"address,omitempty"`
 	Mac           []byte                 `protobuf:"bytes,4,opt,name=mac,proto3" json:"mac,omitempty"`
 	Mtu           uint32                 `protobuf:"varint,5,opt,name=mtu,proto3" json:"mtu,omitempty"`
-	Hold          bool                   `protobuf:"varint,6,opt,name=hold,proto3" json:"hold,omitempty"` // frames to the outside wait for ReleaseOutput
+	Hold          bool                   `protobuf:"varint,6,opt,name=hold,proto3" json:"hold,omitempty"`     // frames to the outside wait for ReleaseOutput
+	Closed        bool                   `protobuf:"varint,7,opt,name=closed,proto3" json:"closed,omitempty"` // nodes begin nothing with the outside
+	Forwards      []*GatewayForward      `protobuf:"bytes,8,rep,name=forwards,proto3" json:"forwards,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -895,6 +897,20 @@ func (x *AddGatewayRequest) GetHold() bool {
 	return false
 }
 
+func (x *AddGatewayRequest) GetClosed() bool {
+	if x != nil {
+		return x.Closed
+	}
+	return false
+}
+
+func (x *AddGatewayRequest) GetForwards() []*GatewayForward {
+	if x != nil {
+		return x.Forwards
+	}
+	return nil
+}
+
 type AddGatewayResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -931,6 +947,319 @@ func (*AddGatewayResponse) Descriptor() ([]byte, []int) {
 	return file_violin_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
+// GatewayForward is a port of the host that leads to one of a node's.
+type GatewayForward struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Protocol      string                 `protobuf:"bytes,1,opt,name=protocol,proto3" json:"protocol,omitempty"` // tcp or udp
+	Listen        string                 `protobuf:"bytes,2,opt,name=listen,proto3" json:"listen,omitempty"`     // ADDRESS:PORT; port 0 for any that is free
+	Yield         bool                   `protobuf:"varint,3,opt,name=yield,proto3" json:"yield,omitempty"`      // if the port is taken, any that is free will do
+	To            string                 `protobuf:"bytes,4,opt,name=to,proto3" json:"to,omitempty"`             // ADDRESS:PORT in the gateway's network
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GatewayForward) Reset() {
+	*x = GatewayForward{}
+	mi := &file_violin_v1_agent_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GatewayForward) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GatewayForward) ProtoMessage() {}
+
+func (x *GatewayForward) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_agent_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GatewayForward.ProtoReflect.Descriptor instead.
+func (*GatewayForward) Descriptor() ([]byte, []int) {
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *GatewayForward) GetProtocol() string {
+	if x != nil {
+		return x.Protocol
+	}
+	return ""
+}
+
+func (x *GatewayForward) GetListen() string {
+	if x != nil {
+		return x.Listen
+	}
+	return ""
+}
+
+func (x *GatewayForward) GetYield() bool {
+	if x != nil {
+		return x.Yield
+	}
+	return false
+}
+
+func (x *GatewayForward) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+type ListForwardsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Run           string                 `protobuf:"bytes,1,opt,name=run,proto3" json:"run,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListForwardsRequest) Reset() {
+	*x = ListForwardsRequest{}
+	mi := &file_violin_v1_agent_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListForwardsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListForwardsRequest) ProtoMessage() {}
+
+func (x *ListForwardsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_agent_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListForwardsRequest.ProtoReflect.Descriptor instead.
+func (*ListForwardsRequest) Descriptor() ([]byte, []int) {
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *ListForwardsRequest) GetRun() string {
+	if x != nil {
+		return x.Run
+	}
+	return ""
+}
+
+type ListForwardsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Forwards      []*ListeningForward    `protobuf:"bytes,1,rep,name=forwards,proto3" json:"forwards,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListForwardsResponse) Reset() {
+	*x = ListForwardsResponse{}
+	mi := &file_violin_v1_agent_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListForwardsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListForwardsResponse) ProtoMessage() {}
+
+func (x *ListForwardsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_agent_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListForwardsResponse.ProtoReflect.Descriptor instead.
+func (*ListForwardsResponse) Descriptor() ([]byte, []int) {
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ListForwardsResponse) GetForwards() []*ListeningForward {
+	if x != nil {
+		return x.Forwards
+	}
+	return nil
+}
+
+type ListeningForward struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Network       uint32                 `protobuf:"varint,1,opt,name=network,proto3" json:"network,omitempty"`
+	Forward       *GatewayForward        `protobuf:"bytes,2,opt,name=forward,proto3" json:"forward,omitempty"`
+	At            string                 `protobuf:"bytes,3,opt,name=at,proto3" json:"at,omitempty"`           // ADDRESS:PORT; empty if it does not listen
+	Problem       string                 `protobuf:"bytes,4,opt,name=problem,proto3" json:"problem,omitempty"` // why not
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListeningForward) Reset() {
+	*x = ListeningForward{}
+	mi := &file_violin_v1_agent_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListeningForward) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListeningForward) ProtoMessage() {}
+
+func (x *ListeningForward) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_agent_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListeningForward.ProtoReflect.Descriptor instead.
+func (*ListeningForward) Descriptor() ([]byte, []int) {
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ListeningForward) GetNetwork() uint32 {
+	if x != nil {
+		return x.Network
+	}
+	return 0
+}
+
+func (x *ListeningForward) GetForward() *GatewayForward {
+	if x != nil {
+		return x.Forward
+	}
+	return nil
+}
+
+func (x *ListeningForward) GetAt() string {
+	if x != nil {
+		return x.At
+	}
+	return ""
+}
+
+func (x *ListeningForward) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+type ProbeForwardsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Forwards      []*GatewayForward      `protobuf:"bytes,1,rep,name=forwards,proto3" json:"forwards,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProbeForwardsRequest) Reset() {
+	*x = ProbeForwardsRequest{}
+	mi := &file_violin_v1_agent_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProbeForwardsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProbeForwardsRequest) ProtoMessage() {}
+
+func (x *ProbeForwardsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_agent_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProbeForwardsRequest.ProtoReflect.Descriptor instead.
+func (*ProbeForwardsRequest) Descriptor() ([]byte, []int) {
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *ProbeForwardsRequest) GetForwards() []*GatewayForward {
+	if x != nil {
+		return x.Forwards
+	}
+	return nil
+}
+
+type ProbeForwardsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Problems      []string               `protobuf:"bytes,1,rep,name=problems,proto3" json:"problems,omitempty"` // one a forward; empty if it could listen
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProbeForwardsResponse) Reset() {
+	*x = ProbeForwardsResponse{}
+	mi := &file_violin_v1_agent_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProbeForwardsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProbeForwardsResponse) ProtoMessage() {}
+
+func (x *ProbeForwardsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_agent_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProbeForwardsResponse.ProtoReflect.Descriptor instead.
+func (*ProbeForwardsResponse) Descriptor() ([]byte, []int) {
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *ProbeForwardsResponse) GetProblems() []string {
+	if x != nil {
+		return x.Problems
+	}
+	return nil
+}
+
 type AddNodeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Run           string                 `protobuf:"bytes,1,opt,name=run,proto3" json:"run,omitempty"`
@@ -953,7 +1282,7 @@ type AddNodeRequest struct {
 
 func (x *AddNodeRequest) Reset() {
 	*x = AddNodeRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[17]
+	mi := &file_violin_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -965,7 +1294,7 @@ func (x *AddNodeRequest) String() string {
 func (*AddNodeRequest) ProtoMessage() {}
 
 func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[17]
+	mi := &file_violin_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -978,7 +1307,7 @@ func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeRequest.ProtoReflect.Descriptor instead.
 func (*AddNodeRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AddNodeRequest) GetRun() string {
@@ -1091,7 +1420,7 @@ type NodePort struct {
 
 func (x *NodePort) Reset() {
 	*x = NodePort{}
-	mi := &file_violin_v1_agent_proto_msgTypes[18]
+	mi := &file_violin_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1103,7 +1432,7 @@ func (x *NodePort) String() string {
 func (*NodePort) ProtoMessage() {}
 
 func (x *NodePort) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[18]
+	mi := &file_violin_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1116,7 +1445,7 @@ func (x *NodePort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodePort.ProtoReflect.Descriptor instead.
 func (*NodePort) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *NodePort) GetNetwork() uint32 {
@@ -1155,7 +1484,7 @@ type AddNodeResponse struct {
 
 func (x *AddNodeResponse) Reset() {
 	*x = AddNodeResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[19]
+	mi := &file_violin_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1167,7 +1496,7 @@ func (x *AddNodeResponse) String() string {
 func (*AddNodeResponse) ProtoMessage() {}
 
 func (x *AddNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[19]
+	mi := &file_violin_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1180,7 +1509,7 @@ func (x *AddNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeResponse.ProtoReflect.Descriptor instead.
 func (*AddNodeResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 type LoadRequest struct {
@@ -1194,7 +1523,7 @@ type LoadRequest struct {
 
 func (x *LoadRequest) Reset() {
 	*x = LoadRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[20]
+	mi := &file_violin_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1206,7 +1535,7 @@ func (x *LoadRequest) String() string {
 func (*LoadRequest) ProtoMessage() {}
 
 func (x *LoadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[20]
+	mi := &file_violin_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1219,7 +1548,7 @@ func (x *LoadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadRequest.ProtoReflect.Descriptor instead.
 func (*LoadRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *LoadRequest) GetRun() string {
@@ -1251,7 +1580,7 @@ type LoadResponse struct {
 
 func (x *LoadResponse) Reset() {
 	*x = LoadResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[21]
+	mi := &file_violin_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1263,7 +1592,7 @@ func (x *LoadResponse) String() string {
 func (*LoadResponse) ProtoMessage() {}
 
 func (x *LoadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[21]
+	mi := &file_violin_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1276,7 +1605,7 @@ func (x *LoadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadResponse.ProtoReflect.Descriptor instead.
 func (*LoadResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 type RunNodeRequest struct {
@@ -1290,7 +1619,7 @@ type RunNodeRequest struct {
 
 func (x *RunNodeRequest) Reset() {
 	*x = RunNodeRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[22]
+	mi := &file_violin_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1302,7 +1631,7 @@ func (x *RunNodeRequest) String() string {
 func (*RunNodeRequest) ProtoMessage() {}
 
 func (x *RunNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[22]
+	mi := &file_violin_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1315,7 +1644,7 @@ func (x *RunNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunNodeRequest.ProtoReflect.Descriptor instead.
 func (*RunNodeRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RunNodeRequest) GetRun() string {
@@ -1351,7 +1680,7 @@ type ChannelFrame struct {
 
 func (x *ChannelFrame) Reset() {
 	*x = ChannelFrame{}
-	mi := &file_violin_v1_agent_proto_msgTypes[23]
+	mi := &file_violin_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1363,7 +1692,7 @@ func (x *ChannelFrame) String() string {
 func (*ChannelFrame) ProtoMessage() {}
 
 func (x *ChannelFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[23]
+	mi := &file_violin_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1376,7 +1705,7 @@ func (x *ChannelFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChannelFrame.ProtoReflect.Descriptor instead.
 func (*ChannelFrame) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ChannelFrame) GetInterface() uint32 {
@@ -1416,7 +1745,7 @@ type RunNodeResponse struct {
 
 func (x *RunNodeResponse) Reset() {
 	*x = RunNodeResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[24]
+	mi := &file_violin_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1428,7 +1757,7 @@ func (x *RunNodeResponse) String() string {
 func (*RunNodeResponse) ProtoMessage() {}
 
 func (x *RunNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[24]
+	mi := &file_violin_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1441,7 +1770,7 @@ func (x *RunNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunNodeResponse.ProtoReflect.Descriptor instead.
 func (*RunNodeResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *RunNodeResponse) GetBegan() *timestamppb.Timestamp {
@@ -1461,7 +1790,7 @@ type ContinueNodeRequest struct {
 
 func (x *ContinueNodeRequest) Reset() {
 	*x = ContinueNodeRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[25]
+	mi := &file_violin_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1473,7 +1802,7 @@ func (x *ContinueNodeRequest) String() string {
 func (*ContinueNodeRequest) ProtoMessage() {}
 
 func (x *ContinueNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[25]
+	mi := &file_violin_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1486,7 +1815,7 @@ func (x *ContinueNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContinueNodeRequest.ProtoReflect.Descriptor instead.
 func (*ContinueNodeRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ContinueNodeRequest) GetRun() string {
@@ -1511,7 +1840,7 @@ type ContinueNodeResponse struct {
 
 func (x *ContinueNodeResponse) Reset() {
 	*x = ContinueNodeResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[26]
+	mi := &file_violin_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1523,7 +1852,7 @@ func (x *ContinueNodeResponse) String() string {
 func (*ContinueNodeResponse) ProtoMessage() {}
 
 func (x *ContinueNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[26]
+	mi := &file_violin_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1536,7 +1865,7 @@ func (x *ContinueNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContinueNodeResponse.ProtoReflect.Descriptor instead.
 func (*ContinueNodeResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 type SetClockRequest struct {
@@ -1549,7 +1878,7 @@ type SetClockRequest struct {
 
 func (x *SetClockRequest) Reset() {
 	*x = SetClockRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[27]
+	mi := &file_violin_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1561,7 +1890,7 @@ func (x *SetClockRequest) String() string {
 func (*SetClockRequest) ProtoMessage() {}
 
 func (x *SetClockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[27]
+	mi := &file_violin_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1574,7 +1903,7 @@ func (x *SetClockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetClockRequest.ProtoReflect.Descriptor instead.
 func (*SetClockRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *SetClockRequest) GetRun() string {
@@ -1599,7 +1928,7 @@ type SetClockResponse struct {
 
 func (x *SetClockResponse) Reset() {
 	*x = SetClockResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[28]
+	mi := &file_violin_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1611,7 +1940,7 @@ func (x *SetClockResponse) String() string {
 func (*SetClockResponse) ProtoMessage() {}
 
 func (x *SetClockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[28]
+	mi := &file_violin_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1624,7 +1953,7 @@ func (x *SetClockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetClockResponse.ProtoReflect.Descriptor instead.
 func (*SetClockResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 type NodeStatusRequest struct {
@@ -1637,7 +1966,7 @@ type NodeStatusRequest struct {
 
 func (x *NodeStatusRequest) Reset() {
 	*x = NodeStatusRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[29]
+	mi := &file_violin_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1649,7 +1978,7 @@ func (x *NodeStatusRequest) String() string {
 func (*NodeStatusRequest) ProtoMessage() {}
 
 func (x *NodeStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[29]
+	mi := &file_violin_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1662,7 +1991,7 @@ func (x *NodeStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatusRequest.ProtoReflect.Descriptor instead.
 func (*NodeStatusRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *NodeStatusRequest) GetRun() string {
@@ -1692,7 +2021,7 @@ type NodeStatusResponse struct {
 
 func (x *NodeStatusResponse) Reset() {
 	*x = NodeStatusResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[30]
+	mi := &file_violin_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1704,7 +2033,7 @@ func (x *NodeStatusResponse) String() string {
 func (*NodeStatusResponse) ProtoMessage() {}
 
 func (x *NodeStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[30]
+	mi := &file_violin_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1717,7 +2046,7 @@ func (x *NodeStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatusResponse.ProtoReflect.Descriptor instead.
 func (*NodeStatusResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *NodeStatusResponse) GetEpoch() uint32 {
@@ -1767,7 +2096,7 @@ type ExecNodeRequest struct {
 
 func (x *ExecNodeRequest) Reset() {
 	*x = ExecNodeRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[31]
+	mi := &file_violin_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1779,7 +2108,7 @@ func (x *ExecNodeRequest) String() string {
 func (*ExecNodeRequest) ProtoMessage() {}
 
 func (x *ExecNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[31]
+	mi := &file_violin_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1792,7 +2121,7 @@ func (x *ExecNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecNodeRequest.ProtoReflect.Descriptor instead.
 func (*ExecNodeRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ExecNodeRequest) GetRun() string {
@@ -1834,7 +2163,7 @@ type ExecNodeResponse struct {
 
 func (x *ExecNodeResponse) Reset() {
 	*x = ExecNodeResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[32]
+	mi := &file_violin_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1846,7 +2175,7 @@ func (x *ExecNodeResponse) String() string {
 func (*ExecNodeResponse) ProtoMessage() {}
 
 func (x *ExecNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[32]
+	mi := &file_violin_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1859,7 +2188,7 @@ func (x *ExecNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecNodeResponse.ProtoReflect.Descriptor instead.
 func (*ExecNodeResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ExecNodeResponse) GetExitCode() int32 {
@@ -1894,7 +2223,7 @@ type JoinConsoleRequest struct {
 
 func (x *JoinConsoleRequest) Reset() {
 	*x = JoinConsoleRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[33]
+	mi := &file_violin_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1906,7 +2235,7 @@ func (x *JoinConsoleRequest) String() string {
 func (*JoinConsoleRequest) ProtoMessage() {}
 
 func (x *JoinConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[33]
+	mi := &file_violin_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1919,7 +2248,7 @@ func (x *JoinConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinConsoleRequest.ProtoReflect.Descriptor instead.
 func (*JoinConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *JoinConsoleRequest) GetRun() string {
@@ -1952,7 +2281,7 @@ type JoinConsoleResponse struct {
 
 func (x *JoinConsoleResponse) Reset() {
 	*x = JoinConsoleResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[34]
+	mi := &file_violin_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1964,7 +2293,7 @@ func (x *JoinConsoleResponse) String() string {
 func (*JoinConsoleResponse) ProtoMessage() {}
 
 func (x *JoinConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[34]
+	mi := &file_violin_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1977,7 +2306,7 @@ func (x *JoinConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinConsoleResponse.ProtoReflect.Descriptor instead.
 func (*JoinConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *JoinConsoleResponse) GetData() []byte {
@@ -1997,7 +2326,7 @@ type AwaitGoneRequest struct {
 
 func (x *AwaitGoneRequest) Reset() {
 	*x = AwaitGoneRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[35]
+	mi := &file_violin_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2009,7 +2338,7 @@ func (x *AwaitGoneRequest) String() string {
 func (*AwaitGoneRequest) ProtoMessage() {}
 
 func (x *AwaitGoneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[35]
+	mi := &file_violin_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2022,7 +2351,7 @@ func (x *AwaitGoneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitGoneRequest.ProtoReflect.Descriptor instead.
 func (*AwaitGoneRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *AwaitGoneRequest) GetRun() string {
@@ -2047,7 +2376,7 @@ type AwaitGoneResponse struct {
 
 func (x *AwaitGoneResponse) Reset() {
 	*x = AwaitGoneResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[36]
+	mi := &file_violin_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2059,7 +2388,7 @@ func (x *AwaitGoneResponse) String() string {
 func (*AwaitGoneResponse) ProtoMessage() {}
 
 func (x *AwaitGoneResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[36]
+	mi := &file_violin_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2072,7 +2401,7 @@ func (x *AwaitGoneResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AwaitGoneResponse.ProtoReflect.Descriptor instead.
 func (*AwaitGoneResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 type MarkOutputRequest struct {
@@ -2084,7 +2413,7 @@ type MarkOutputRequest struct {
 
 func (x *MarkOutputRequest) Reset() {
 	*x = MarkOutputRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[37]
+	mi := &file_violin_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2096,7 +2425,7 @@ func (x *MarkOutputRequest) String() string {
 func (*MarkOutputRequest) ProtoMessage() {}
 
 func (x *MarkOutputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[37]
+	mi := &file_violin_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2109,7 +2438,7 @@ func (x *MarkOutputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkOutputRequest.ProtoReflect.Descriptor instead.
 func (*MarkOutputRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *MarkOutputRequest) GetRun() string {
@@ -2128,7 +2457,7 @@ type MarkOutputResponse struct {
 
 func (x *MarkOutputResponse) Reset() {
 	*x = MarkOutputResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[38]
+	mi := &file_violin_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2140,7 +2469,7 @@ func (x *MarkOutputResponse) String() string {
 func (*MarkOutputResponse) ProtoMessage() {}
 
 func (x *MarkOutputResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[38]
+	mi := &file_violin_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2153,7 +2482,7 @@ func (x *MarkOutputResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MarkOutputResponse.ProtoReflect.Descriptor instead.
 func (*MarkOutputResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *MarkOutputResponse) GetMarks() []uint64 {
@@ -2173,7 +2502,7 @@ type ReleaseOutputRequest struct {
 
 func (x *ReleaseOutputRequest) Reset() {
 	*x = ReleaseOutputRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[39]
+	mi := &file_violin_v1_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2185,7 +2514,7 @@ func (x *ReleaseOutputRequest) String() string {
 func (*ReleaseOutputRequest) ProtoMessage() {}
 
 func (x *ReleaseOutputRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[39]
+	mi := &file_violin_v1_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2198,7 +2527,7 @@ func (x *ReleaseOutputRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseOutputRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseOutputRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ReleaseOutputRequest) GetRun() string {
@@ -2223,7 +2552,7 @@ type ReleaseOutputResponse struct {
 
 func (x *ReleaseOutputResponse) Reset() {
 	*x = ReleaseOutputResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[40]
+	mi := &file_violin_v1_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2235,7 +2564,7 @@ func (x *ReleaseOutputResponse) String() string {
 func (*ReleaseOutputResponse) ProtoMessage() {}
 
 func (x *ReleaseOutputResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[40]
+	mi := &file_violin_v1_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2248,7 +2577,7 @@ func (x *ReleaseOutputResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseOutputResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseOutputResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{46}
 }
 
 type NowRequest struct {
@@ -2259,7 +2588,7 @@ type NowRequest struct {
 
 func (x *NowRequest) Reset() {
 	*x = NowRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[41]
+	mi := &file_violin_v1_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2271,7 +2600,7 @@ func (x *NowRequest) String() string {
 func (*NowRequest) ProtoMessage() {}
 
 func (x *NowRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[41]
+	mi := &file_violin_v1_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2284,7 +2613,7 @@ func (x *NowRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NowRequest.ProtoReflect.Descriptor instead.
 func (*NowRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{41}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{47}
 }
 
 type NowResponse struct {
@@ -2296,7 +2625,7 @@ type NowResponse struct {
 
 func (x *NowResponse) Reset() {
 	*x = NowResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[42]
+	mi := &file_violin_v1_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2308,7 +2637,7 @@ func (x *NowResponse) String() string {
 func (*NowResponse) ProtoMessage() {}
 
 func (x *NowResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[42]
+	mi := &file_violin_v1_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2321,7 +2650,7 @@ func (x *NowResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NowResponse.ProtoReflect.Descriptor instead.
 func (*NowResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{42}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *NowResponse) GetNow() *timestamppb.Timestamp {
@@ -2351,7 +2680,7 @@ type CutRequest struct {
 
 func (x *CutRequest) Reset() {
 	*x = CutRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[43]
+	mi := &file_violin_v1_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2363,7 +2692,7 @@ func (x *CutRequest) String() string {
 func (*CutRequest) ProtoMessage() {}
 
 func (x *CutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[43]
+	mi := &file_violin_v1_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2376,7 +2705,7 @@ func (x *CutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CutRequest.ProtoReflect.Descriptor instead.
 func (*CutRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{43}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *CutRequest) GetRun() string {
@@ -2511,7 +2840,7 @@ type PrepareOrder struct {
 
 func (x *PrepareOrder) Reset() {
 	*x = PrepareOrder{}
-	mi := &file_violin_v1_agent_proto_msgTypes[44]
+	mi := &file_violin_v1_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2523,7 +2852,7 @@ func (x *PrepareOrder) String() string {
 func (*PrepareOrder) ProtoMessage() {}
 
 func (x *PrepareOrder) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[44]
+	mi := &file_violin_v1_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2536,7 +2865,7 @@ func (x *PrepareOrder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareOrder.ProtoReflect.Descriptor instead.
 func (*PrepareOrder) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{44}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *PrepareOrder) GetFrom() uint32 {
@@ -2613,7 +2942,7 @@ type CutOrder struct {
 
 func (x *CutOrder) Reset() {
 	*x = CutOrder{}
-	mi := &file_violin_v1_agent_proto_msgTypes[45]
+	mi := &file_violin_v1_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2625,7 +2954,7 @@ func (x *CutOrder) String() string {
 func (*CutOrder) ProtoMessage() {}
 
 func (x *CutOrder) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[45]
+	mi := &file_violin_v1_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2638,7 +2967,7 @@ func (x *CutOrder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CutOrder.ProtoReflect.Descriptor instead.
 func (*CutOrder) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{45}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *CutOrder) GetNodes() []string {
@@ -2672,7 +3001,7 @@ type PollOrder struct {
 
 func (x *PollOrder) Reset() {
 	*x = PollOrder{}
-	mi := &file_violin_v1_agent_proto_msgTypes[46]
+	mi := &file_violin_v1_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2684,7 +3013,7 @@ func (x *PollOrder) String() string {
 func (*PollOrder) ProtoMessage() {}
 
 func (x *PollOrder) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[46]
+	mi := &file_violin_v1_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2697,7 +3026,7 @@ func (x *PollOrder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PollOrder.ProtoReflect.Descriptor instead.
 func (*PollOrder) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{46}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *PollOrder) GetRound() int64 {
@@ -2722,7 +3051,7 @@ type CollectOrder struct {
 
 func (x *CollectOrder) Reset() {
 	*x = CollectOrder{}
-	mi := &file_violin_v1_agent_proto_msgTypes[47]
+	mi := &file_violin_v1_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2734,7 +3063,7 @@ func (x *CollectOrder) String() string {
 func (*CollectOrder) ProtoMessage() {}
 
 func (x *CollectOrder) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[47]
+	mi := &file_violin_v1_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2747,7 +3076,7 @@ func (x *CollectOrder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectOrder.ProtoReflect.Descriptor instead.
 func (*CollectOrder) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{47}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{53}
 }
 
 type CommitOrder struct {
@@ -2758,7 +3087,7 @@ type CommitOrder struct {
 
 func (x *CommitOrder) Reset() {
 	*x = CommitOrder{}
-	mi := &file_violin_v1_agent_proto_msgTypes[48]
+	mi := &file_violin_v1_agent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2770,7 +3099,7 @@ func (x *CommitOrder) String() string {
 func (*CommitOrder) ProtoMessage() {}
 
 func (x *CommitOrder) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[48]
+	mi := &file_violin_v1_agent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2783,7 +3112,7 @@ func (x *CommitOrder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitOrder.ProtoReflect.Descriptor instead.
 func (*CommitOrder) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{48}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{54}
 }
 
 type AbortOrder struct {
@@ -2795,7 +3124,7 @@ type AbortOrder struct {
 
 func (x *AbortOrder) Reset() {
 	*x = AbortOrder{}
-	mi := &file_violin_v1_agent_proto_msgTypes[49]
+	mi := &file_violin_v1_agent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2807,7 +3136,7 @@ func (x *AbortOrder) String() string {
 func (*AbortOrder) ProtoMessage() {}
 
 func (x *AbortOrder) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[49]
+	mi := &file_violin_v1_agent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2820,7 +3149,7 @@ func (x *AbortOrder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortOrder.ProtoReflect.Descriptor instead.
 func (*AbortOrder) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{49}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *AbortOrder) GetTo() uint32 {
@@ -2851,7 +3180,7 @@ type CutResponse struct {
 
 func (x *CutResponse) Reset() {
 	*x = CutResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[50]
+	mi := &file_violin_v1_agent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2863,7 +3192,7 @@ func (x *CutResponse) String() string {
 func (*CutResponse) ProtoMessage() {}
 
 func (x *CutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[50]
+	mi := &file_violin_v1_agent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2876,7 +3205,7 @@ func (x *CutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CutResponse.ProtoReflect.Descriptor instead.
 func (*CutResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{50}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *CutResponse) GetCut() string {
@@ -3025,7 +3354,7 @@ type PreparedEvent struct {
 
 func (x *PreparedEvent) Reset() {
 	*x = PreparedEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[51]
+	mi := &file_violin_v1_agent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3037,7 +3366,7 @@ func (x *PreparedEvent) String() string {
 func (*PreparedEvent) ProtoMessage() {}
 
 func (x *PreparedEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[51]
+	mi := &file_violin_v1_agent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3050,7 +3379,7 @@ func (x *PreparedEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreparedEvent.ProtoReflect.Descriptor instead.
 func (*PreparedEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{51}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{57}
 }
 
 type NodeEvent struct {
@@ -3062,7 +3391,7 @@ type NodeEvent struct {
 
 func (x *NodeEvent) Reset() {
 	*x = NodeEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[52]
+	mi := &file_violin_v1_agent_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3074,7 +3403,7 @@ func (x *NodeEvent) String() string {
 func (*NodeEvent) ProtoMessage() {}
 
 func (x *NodeEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[52]
+	mi := &file_violin_v1_agent_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3087,7 +3416,7 @@ func (x *NodeEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeEvent.ProtoReflect.Descriptor instead.
 func (*NodeEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{52}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *NodeEvent) GetNode() string {
@@ -3107,7 +3436,7 @@ type CountersEvent struct {
 
 func (x *CountersEvent) Reset() {
 	*x = CountersEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[53]
+	mi := &file_violin_v1_agent_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3119,7 +3448,7 @@ func (x *CountersEvent) String() string {
 func (*CountersEvent) ProtoMessage() {}
 
 func (x *CountersEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[53]
+	mi := &file_violin_v1_agent_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3132,7 +3461,7 @@ func (x *CountersEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CountersEvent.ProtoReflect.Descriptor instead.
 func (*CountersEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{53}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *CountersEvent) GetRound() int64 {
@@ -3162,7 +3491,7 @@ type ChannelCount struct {
 
 func (x *ChannelCount) Reset() {
 	*x = ChannelCount{}
-	mi := &file_violin_v1_agent_proto_msgTypes[54]
+	mi := &file_violin_v1_agent_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3174,7 +3503,7 @@ func (x *ChannelCount) String() string {
 func (*ChannelCount) ProtoMessage() {}
 
 func (x *ChannelCount) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[54]
+	mi := &file_violin_v1_agent_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3187,7 +3516,7 @@ func (x *ChannelCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChannelCount.ProtoReflect.Descriptor instead.
 func (*ChannelCount) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{54}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ChannelCount) GetFrom() string {
@@ -3233,7 +3562,7 @@ type CollectedEvent struct {
 
 func (x *CollectedEvent) Reset() {
 	*x = CollectedEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[55]
+	mi := &file_violin_v1_agent_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3245,7 +3574,7 @@ func (x *CollectedEvent) String() string {
 func (*CollectedEvent) ProtoMessage() {}
 
 func (x *CollectedEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[55]
+	mi := &file_violin_v1_agent_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3258,7 +3587,7 @@ func (x *CollectedEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectedEvent.ProtoReflect.Descriptor instead.
 func (*CollectedEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{55}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{61}
 }
 
 type CommittedEvent struct {
@@ -3269,7 +3598,7 @@ type CommittedEvent struct {
 
 func (x *CommittedEvent) Reset() {
 	*x = CommittedEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[56]
+	mi := &file_violin_v1_agent_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3281,7 +3610,7 @@ func (x *CommittedEvent) String() string {
 func (*CommittedEvent) ProtoMessage() {}
 
 func (x *CommittedEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[56]
+	mi := &file_violin_v1_agent_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3294,7 +3623,7 @@ func (x *CommittedEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommittedEvent.ProtoReflect.Descriptor instead.
 func (*CommittedEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{56}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{62}
 }
 
 type AbortedEvent struct {
@@ -3305,7 +3634,7 @@ type AbortedEvent struct {
 
 func (x *AbortedEvent) Reset() {
 	*x = AbortedEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[57]
+	mi := &file_violin_v1_agent_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3317,7 +3646,7 @@ func (x *AbortedEvent) String() string {
 func (*AbortedEvent) ProtoMessage() {}
 
 func (x *AbortedEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[57]
+	mi := &file_violin_v1_agent_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3330,7 +3659,7 @@ func (x *AbortedEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortedEvent.ProtoReflect.Descriptor instead.
 func (*AbortedEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{57}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{63}
 }
 
 type FailedEvent struct {
@@ -3343,7 +3672,7 @@ type FailedEvent struct {
 
 func (x *FailedEvent) Reset() {
 	*x = FailedEvent{}
-	mi := &file_violin_v1_agent_proto_msgTypes[58]
+	mi := &file_violin_v1_agent_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3355,7 +3684,7 @@ func (x *FailedEvent) String() string {
 func (*FailedEvent) ProtoMessage() {}
 
 func (x *FailedEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[58]
+	mi := &file_violin_v1_agent_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3368,7 +3697,7 @@ func (x *FailedEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FailedEvent.ProtoReflect.Descriptor instead.
 func (*FailedEvent) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{58}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *FailedEvent) GetNode() string {
@@ -3395,7 +3724,7 @@ type ResultsRequest struct {
 
 func (x *ResultsRequest) Reset() {
 	*x = ResultsRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[59]
+	mi := &file_violin_v1_agent_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3407,7 +3736,7 @@ func (x *ResultsRequest) String() string {
 func (*ResultsRequest) ProtoMessage() {}
 
 func (x *ResultsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[59]
+	mi := &file_violin_v1_agent_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3420,7 +3749,7 @@ func (x *ResultsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResultsRequest.ProtoReflect.Descriptor instead.
 func (*ResultsRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{59}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *ResultsRequest) GetRun() string {
@@ -3451,7 +3780,7 @@ type ResultsResponse struct {
 
 func (x *ResultsResponse) Reset() {
 	*x = ResultsResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[60]
+	mi := &file_violin_v1_agent_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3463,7 +3792,7 @@ func (x *ResultsResponse) String() string {
 func (*ResultsResponse) ProtoMessage() {}
 
 func (x *ResultsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[60]
+	mi := &file_violin_v1_agent_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3476,7 +3805,7 @@ func (x *ResultsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResultsResponse.ProtoReflect.Descriptor instead.
 func (*ResultsResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{60}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ResultsResponse) GetPart() isResultsResponse_Part {
@@ -3559,7 +3888,7 @@ type NodeResult struct {
 
 func (x *NodeResult) Reset() {
 	*x = NodeResult{}
-	mi := &file_violin_v1_agent_proto_msgTypes[61]
+	mi := &file_violin_v1_agent_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3571,7 +3900,7 @@ func (x *NodeResult) String() string {
 func (*NodeResult) ProtoMessage() {}
 
 func (x *NodeResult) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[61]
+	mi := &file_violin_v1_agent_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3584,7 +3913,7 @@ func (x *NodeResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeResult.ProtoReflect.Descriptor instead.
 func (*NodeResult) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{61}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *NodeResult) GetNode() string {
@@ -3711,7 +4040,7 @@ type RecordedFrame struct {
 
 func (x *RecordedFrame) Reset() {
 	*x = RecordedFrame{}
-	mi := &file_violin_v1_agent_proto_msgTypes[62]
+	mi := &file_violin_v1_agent_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3723,7 +4052,7 @@ func (x *RecordedFrame) String() string {
 func (*RecordedFrame) ProtoMessage() {}
 
 func (x *RecordedFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[62]
+	mi := &file_violin_v1_agent_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3736,7 +4065,7 @@ func (x *RecordedFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecordedFrame.ProtoReflect.Descriptor instead.
 func (*RecordedFrame) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{62}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *RecordedFrame) GetInterface() uint32 {
@@ -3779,7 +4108,7 @@ type HostResult struct {
 
 func (x *HostResult) Reset() {
 	*x = HostResult{}
-	mi := &file_violin_v1_agent_proto_msgTypes[63]
+	mi := &file_violin_v1_agent_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3791,7 +4120,7 @@ func (x *HostResult) String() string {
 func (*HostResult) ProtoMessage() {}
 
 func (x *HostResult) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[63]
+	mi := &file_violin_v1_agent_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3804,7 +4133,7 @@ func (x *HostResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostResult.ProtoReflect.Descriptor instead.
 func (*HostResult) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{63}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *HostResult) GetHanded() uint64 {
@@ -3845,7 +4174,7 @@ type HasRequest struct {
 
 func (x *HasRequest) Reset() {
 	*x = HasRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[64]
+	mi := &file_violin_v1_agent_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3857,7 +4186,7 @@ func (x *HasRequest) String() string {
 func (*HasRequest) ProtoMessage() {}
 
 func (x *HasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[64]
+	mi := &file_violin_v1_agent_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3870,7 +4199,7 @@ func (x *HasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HasRequest.ProtoReflect.Descriptor instead.
 func (*HasRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{64}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *HasRequest) GetSession() string {
@@ -3896,7 +4225,7 @@ type HasResponse struct {
 
 func (x *HasResponse) Reset() {
 	*x = HasResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[65]
+	mi := &file_violin_v1_agent_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3908,7 +4237,7 @@ func (x *HasResponse) String() string {
 func (*HasResponse) ProtoMessage() {}
 
 func (x *HasResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[65]
+	mi := &file_violin_v1_agent_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3921,7 +4250,7 @@ func (x *HasResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HasResponse.ProtoReflect.Descriptor instead.
 func (*HasResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{65}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *HasResponse) GetKnown() []bool {
@@ -3942,7 +4271,7 @@ type PutPagesRequest struct {
 
 func (x *PutPagesRequest) Reset() {
 	*x = PutPagesRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[66]
+	mi := &file_violin_v1_agent_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3954,7 +4283,7 @@ func (x *PutPagesRequest) String() string {
 func (*PutPagesRequest) ProtoMessage() {}
 
 func (x *PutPagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[66]
+	mi := &file_violin_v1_agent_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3967,7 +4296,7 @@ func (x *PutPagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutPagesRequest.ProtoReflect.Descriptor instead.
 func (*PutPagesRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{66}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *PutPagesRequest) GetSession() string {
@@ -3999,7 +4328,7 @@ type PutPagesResponse struct {
 
 func (x *PutPagesResponse) Reset() {
 	*x = PutPagesResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[67]
+	mi := &file_violin_v1_agent_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4011,7 +4340,7 @@ func (x *PutPagesResponse) String() string {
 func (*PutPagesResponse) ProtoMessage() {}
 
 func (x *PutPagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[67]
+	mi := &file_violin_v1_agent_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4024,7 +4353,7 @@ func (x *PutPagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutPagesResponse.ProtoReflect.Descriptor instead.
 func (*PutPagesResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{67}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{73}
 }
 
 type PutTableRequest struct {
@@ -4040,7 +4369,7 @@ type PutTableRequest struct {
 
 func (x *PutTableRequest) Reset() {
 	*x = PutTableRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[68]
+	mi := &file_violin_v1_agent_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4052,7 +4381,7 @@ func (x *PutTableRequest) String() string {
 func (*PutTableRequest) ProtoMessage() {}
 
 func (x *PutTableRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[68]
+	mi := &file_violin_v1_agent_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4065,7 +4394,7 @@ func (x *PutTableRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutTableRequest.ProtoReflect.Descriptor instead.
 func (*PutTableRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{68}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *PutTableRequest) GetSession() string {
@@ -4113,7 +4442,7 @@ type MemoryRegion struct {
 
 func (x *MemoryRegion) Reset() {
 	*x = MemoryRegion{}
-	mi := &file_violin_v1_agent_proto_msgTypes[69]
+	mi := &file_violin_v1_agent_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4125,7 +4454,7 @@ func (x *MemoryRegion) String() string {
 func (*MemoryRegion) ProtoMessage() {}
 
 func (x *MemoryRegion) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[69]
+	mi := &file_violin_v1_agent_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4138,7 +4467,7 @@ func (x *MemoryRegion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemoryRegion.ProtoReflect.Descriptor instead.
 func (*MemoryRegion) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{69}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *MemoryRegion) GetId() string {
@@ -4166,7 +4495,7 @@ type PutTableResponse struct {
 
 func (x *PutTableResponse) Reset() {
 	*x = PutTableResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[70]
+	mi := &file_violin_v1_agent_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4178,7 +4507,7 @@ func (x *PutTableResponse) String() string {
 func (*PutTableResponse) ProtoMessage() {}
 
 func (x *PutTableResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[70]
+	mi := &file_violin_v1_agent_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4191,7 +4520,7 @@ func (x *PutTableResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutTableResponse.ProtoReflect.Descriptor instead.
 func (*PutTableResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{70}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *PutTableResponse) GetTable() *Blob {
@@ -4225,7 +4554,7 @@ type PutBlobRequest struct {
 
 func (x *PutBlobRequest) Reset() {
 	*x = PutBlobRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[71]
+	mi := &file_violin_v1_agent_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4237,7 +4566,7 @@ func (x *PutBlobRequest) String() string {
 func (*PutBlobRequest) ProtoMessage() {}
 
 func (x *PutBlobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[71]
+	mi := &file_violin_v1_agent_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4250,7 +4579,7 @@ func (x *PutBlobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutBlobRequest.ProtoReflect.Descriptor instead.
 func (*PutBlobRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{71}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *PutBlobRequest) GetSession() string {
@@ -4276,7 +4605,7 @@ type PutBlobResponse struct {
 
 func (x *PutBlobResponse) Reset() {
 	*x = PutBlobResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[72]
+	mi := &file_violin_v1_agent_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4288,7 +4617,7 @@ func (x *PutBlobResponse) String() string {
 func (*PutBlobResponse) ProtoMessage() {}
 
 func (x *PutBlobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[72]
+	mi := &file_violin_v1_agent_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4301,7 +4630,7 @@ func (x *PutBlobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutBlobResponse.ProtoReflect.Descriptor instead.
 func (*PutBlobResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{72}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *PutBlobResponse) GetBlob() *Blob {
@@ -4323,7 +4652,7 @@ type ReadConsoleLogRequest struct {
 
 func (x *ReadConsoleLogRequest) Reset() {
 	*x = ReadConsoleLogRequest{}
-	mi := &file_violin_v1_agent_proto_msgTypes[73]
+	mi := &file_violin_v1_agent_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4335,7 +4664,7 @@ func (x *ReadConsoleLogRequest) String() string {
 func (*ReadConsoleLogRequest) ProtoMessage() {}
 
 func (x *ReadConsoleLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[73]
+	mi := &file_violin_v1_agent_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4348,7 +4677,7 @@ func (x *ReadConsoleLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadConsoleLogRequest.ProtoReflect.Descriptor instead.
 func (*ReadConsoleLogRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{73}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *ReadConsoleLogRequest) GetRun() string {
@@ -4388,7 +4717,7 @@ type ReadConsoleLogResponse struct {
 
 func (x *ReadConsoleLogResponse) Reset() {
 	*x = ReadConsoleLogResponse{}
-	mi := &file_violin_v1_agent_proto_msgTypes[74]
+	mi := &file_violin_v1_agent_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4400,7 +4729,7 @@ func (x *ReadConsoleLogResponse) String() string {
 func (*ReadConsoleLogResponse) ProtoMessage() {}
 
 func (x *ReadConsoleLogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_agent_proto_msgTypes[74]
+	mi := &file_violin_v1_agent_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4413,7 +4742,7 @@ func (x *ReadConsoleLogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadConsoleLogResponse.ProtoReflect.Descriptor instead.
 func (*ReadConsoleLogResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_agent_proto_rawDescGZIP(), []int{74}
+	return file_violin_v1_agent_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *ReadConsoleLogResponse) GetData() []byte {
@@ -4473,15 +4802,35 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"\x03mac\x18\x02 \x01(\fR\x03mac\x12\x12\n" +
 	"\x04peer\x18\x03 \x01(\rR\x04peer\x12\x18\n" +
 	"\aoutside\x18\x04 \x01(\bR\aoutside\"\x14\n" +
-	"\x12SetRemotesResponse\"\x91\x01\n" +
+	"\x12SetRemotesResponse\"\xe0\x01\n" +
 	"\x11AddGatewayRequest\x12\x10\n" +
 	"\x03run\x18\x01 \x01(\tR\x03run\x12\x18\n" +
 	"\anetwork\x18\x02 \x01(\rR\anetwork\x12\x18\n" +
 	"\aaddress\x18\x03 \x01(\tR\aaddress\x12\x10\n" +
 	"\x03mac\x18\x04 \x01(\fR\x03mac\x12\x10\n" +
 	"\x03mtu\x18\x05 \x01(\rR\x03mtu\x12\x12\n" +
-	"\x04hold\x18\x06 \x01(\bR\x04hold\"\x14\n" +
-	"\x12AddGatewayResponse\"\xb5\x03\n" +
+	"\x04hold\x18\x06 \x01(\bR\x04hold\x12\x16\n" +
+	"\x06closed\x18\a \x01(\bR\x06closed\x125\n" +
+	"\bforwards\x18\b \x03(\v2\x19.violin.v1.GatewayForwardR\bforwards\"\x14\n" +
+	"\x12AddGatewayResponse\"j\n" +
+	"\x0eGatewayForward\x12\x1a\n" +
+	"\bprotocol\x18\x01 \x01(\tR\bprotocol\x12\x16\n" +
+	"\x06listen\x18\x02 \x01(\tR\x06listen\x12\x14\n" +
+	"\x05yield\x18\x03 \x01(\bR\x05yield\x12\x0e\n" +
+	"\x02to\x18\x04 \x01(\tR\x02to\"'\n" +
+	"\x13ListForwardsRequest\x12\x10\n" +
+	"\x03run\x18\x01 \x01(\tR\x03run\"O\n" +
+	"\x14ListForwardsResponse\x127\n" +
+	"\bforwards\x18\x01 \x03(\v2\x1b.violin.v1.ListeningForwardR\bforwards\"\x8b\x01\n" +
+	"\x10ListeningForward\x12\x18\n" +
+	"\anetwork\x18\x01 \x01(\rR\anetwork\x123\n" +
+	"\aforward\x18\x02 \x01(\v2\x19.violin.v1.GatewayForwardR\aforward\x12\x0e\n" +
+	"\x02at\x18\x03 \x01(\tR\x02at\x12\x18\n" +
+	"\aproblem\x18\x04 \x01(\tR\aproblem\"M\n" +
+	"\x14ProbeForwardsRequest\x125\n" +
+	"\bforwards\x18\x01 \x03(\v2\x19.violin.v1.GatewayForwardR\bforwards\"3\n" +
+	"\x15ProbeForwardsResponse\x12\x1a\n" +
+	"\bproblems\x18\x01 \x03(\tR\bproblems\"\xb5\x03\n" +
 	"\x0eAddNodeRequest\x12\x10\n" +
 	"\x03run\x18\x01 \x01(\tR\x03run\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x14\n" +
@@ -4722,7 +5071,7 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"\vJoinService\x12=\n" +
 	"\x06Enroll\x12\x18.violin.v1.EnrollRequest\x1a\x19.violin.v1.EnrollResponse2X\n" +
 	"\x0eRenewalService\x12F\n" +
-	"\tRenewHost\x12\x1b.violin.v1.RenewHostRequest\x1a\x1c.violin.v1.RenewHostResponse2\xc8\v\n" +
+	"\tRenewHost\x12\x1b.violin.v1.RenewHostRequest\x1a\x1c.violin.v1.RenewHostResponse2\xed\f\n" +
 	"\fAgentService\x12C\n" +
 	"\bDescribe\x12\x1a.violin.v1.DescribeRequest\x1a\x1b.violin.v1.DescribeResponse\x12:\n" +
 	"\x05Begin\x12\x17.violin.v1.BeginRequest\x1a\x18.violin.v1.BeginResponse\x124\n" +
@@ -4746,7 +5095,9 @@ const file_violin_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"MarkOutput\x12\x1c.violin.v1.MarkOutputRequest\x1a\x1d.violin.v1.MarkOutputResponse\x12R\n" +
 	"\rReleaseOutput\x12\x1f.violin.v1.ReleaseOutputRequest\x1a .violin.v1.ReleaseOutputResponse\x124\n" +
-	"\x03Now\x12\x15.violin.v1.NowRequest\x1a\x16.violin.v1.NowResponse\x128\n" +
+	"\x03Now\x12\x15.violin.v1.NowRequest\x1a\x16.violin.v1.NowResponse\x12O\n" +
+	"\fListForwards\x12\x1e.violin.v1.ListForwardsRequest\x1a\x1f.violin.v1.ListForwardsResponse\x12R\n" +
+	"\rProbeForwards\x12\x1f.violin.v1.ProbeForwardsRequest\x1a .violin.v1.ProbeForwardsResponse\x128\n" +
 	"\x03Cut\x12\x15.violin.v1.CutRequest\x1a\x16.violin.v1.CutResponse(\x010\x01\x12B\n" +
 	"\aResults\x12\x19.violin.v1.ResultsRequest\x1a\x1a.violin.v1.ResultsResponse0\x012\xdb\x02\n" +
 	"\rIngestService\x124\n" +
@@ -4768,7 +5119,7 @@ func file_violin_v1_agent_proto_rawDescGZIP() []byte {
 	return file_violin_v1_agent_proto_rawDescData
 }
 
-var file_violin_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 77)
+var file_violin_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 83)
 var file_violin_v1_agent_proto_goTypes = []any{
 	(*EnrollRequest)(nil),          // 0: violin.v1.EnrollRequest
 	(*EnrollResponse)(nil),         // 1: violin.v1.EnrollResponse
@@ -4787,176 +5138,190 @@ var file_violin_v1_agent_proto_goTypes = []any{
 	(*SetRemotesResponse)(nil),     // 14: violin.v1.SetRemotesResponse
 	(*AddGatewayRequest)(nil),      // 15: violin.v1.AddGatewayRequest
 	(*AddGatewayResponse)(nil),     // 16: violin.v1.AddGatewayResponse
-	(*AddNodeRequest)(nil),         // 17: violin.v1.AddNodeRequest
-	(*NodePort)(nil),               // 18: violin.v1.NodePort
-	(*AddNodeResponse)(nil),        // 19: violin.v1.AddNodeResponse
-	(*LoadRequest)(nil),            // 20: violin.v1.LoadRequest
-	(*LoadResponse)(nil),           // 21: violin.v1.LoadResponse
-	(*RunNodeRequest)(nil),         // 22: violin.v1.RunNodeRequest
-	(*ChannelFrame)(nil),           // 23: violin.v1.ChannelFrame
-	(*RunNodeResponse)(nil),        // 24: violin.v1.RunNodeResponse
-	(*ContinueNodeRequest)(nil),    // 25: violin.v1.ContinueNodeRequest
-	(*ContinueNodeResponse)(nil),   // 26: violin.v1.ContinueNodeResponse
-	(*SetClockRequest)(nil),        // 27: violin.v1.SetClockRequest
-	(*SetClockResponse)(nil),       // 28: violin.v1.SetClockResponse
-	(*NodeStatusRequest)(nil),      // 29: violin.v1.NodeStatusRequest
-	(*NodeStatusResponse)(nil),     // 30: violin.v1.NodeStatusResponse
-	(*ExecNodeRequest)(nil),        // 31: violin.v1.ExecNodeRequest
-	(*ExecNodeResponse)(nil),       // 32: violin.v1.ExecNodeResponse
-	(*JoinConsoleRequest)(nil),     // 33: violin.v1.JoinConsoleRequest
-	(*JoinConsoleResponse)(nil),    // 34: violin.v1.JoinConsoleResponse
-	(*AwaitGoneRequest)(nil),       // 35: violin.v1.AwaitGoneRequest
-	(*AwaitGoneResponse)(nil),      // 36: violin.v1.AwaitGoneResponse
-	(*MarkOutputRequest)(nil),      // 37: violin.v1.MarkOutputRequest
-	(*MarkOutputResponse)(nil),     // 38: violin.v1.MarkOutputResponse
-	(*ReleaseOutputRequest)(nil),   // 39: violin.v1.ReleaseOutputRequest
-	(*ReleaseOutputResponse)(nil),  // 40: violin.v1.ReleaseOutputResponse
-	(*NowRequest)(nil),             // 41: violin.v1.NowRequest
-	(*NowResponse)(nil),            // 42: violin.v1.NowResponse
-	(*CutRequest)(nil),             // 43: violin.v1.CutRequest
-	(*PrepareOrder)(nil),           // 44: violin.v1.PrepareOrder
-	(*CutOrder)(nil),               // 45: violin.v1.CutOrder
-	(*PollOrder)(nil),              // 46: violin.v1.PollOrder
-	(*CollectOrder)(nil),           // 47: violin.v1.CollectOrder
-	(*CommitOrder)(nil),            // 48: violin.v1.CommitOrder
-	(*AbortOrder)(nil),             // 49: violin.v1.AbortOrder
-	(*CutResponse)(nil),            // 50: violin.v1.CutResponse
-	(*PreparedEvent)(nil),          // 51: violin.v1.PreparedEvent
-	(*NodeEvent)(nil),              // 52: violin.v1.NodeEvent
-	(*CountersEvent)(nil),          // 53: violin.v1.CountersEvent
-	(*ChannelCount)(nil),           // 54: violin.v1.ChannelCount
-	(*CollectedEvent)(nil),         // 55: violin.v1.CollectedEvent
-	(*CommittedEvent)(nil),         // 56: violin.v1.CommittedEvent
-	(*AbortedEvent)(nil),           // 57: violin.v1.AbortedEvent
-	(*FailedEvent)(nil),            // 58: violin.v1.FailedEvent
-	(*ResultsRequest)(nil),         // 59: violin.v1.ResultsRequest
-	(*ResultsResponse)(nil),        // 60: violin.v1.ResultsResponse
-	(*NodeResult)(nil),             // 61: violin.v1.NodeResult
-	(*RecordedFrame)(nil),          // 62: violin.v1.RecordedFrame
-	(*HostResult)(nil),             // 63: violin.v1.HostResult
-	(*HasRequest)(nil),             // 64: violin.v1.HasRequest
-	(*HasResponse)(nil),            // 65: violin.v1.HasResponse
-	(*PutPagesRequest)(nil),        // 66: violin.v1.PutPagesRequest
-	(*PutPagesResponse)(nil),       // 67: violin.v1.PutPagesResponse
-	(*PutTableRequest)(nil),        // 68: violin.v1.PutTableRequest
-	(*MemoryRegion)(nil),           // 69: violin.v1.MemoryRegion
-	(*PutTableResponse)(nil),       // 70: violin.v1.PutTableResponse
-	(*PutBlobRequest)(nil),         // 71: violin.v1.PutBlobRequest
-	(*PutBlobResponse)(nil),        // 72: violin.v1.PutBlobResponse
-	(*ReadConsoleLogRequest)(nil),  // 73: violin.v1.ReadConsoleLogRequest
-	(*ReadConsoleLogResponse)(nil), // 74: violin.v1.ReadConsoleLogResponse
-	nil,                            // 75: violin.v1.PrepareOrder.NetworksEntry
-	nil,                            // 76: violin.v1.HostResult.ReadsEntry
-	(*NodeFile)(nil),               // 77: violin.v1.NodeFile
-	(*DiskSpec)(nil),               // 78: violin.v1.DiskSpec
-	(*durationpb.Duration)(nil),    // 79: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),  // 80: google.protobuf.Timestamp
-	(*Blob)(nil),                   // 81: violin.v1.Blob
-	(*DiskResult)(nil),             // 82: violin.v1.DiskResult
-	(*PutDiskRequest)(nil),         // 83: violin.v1.PutDiskRequest
-	(*PutDiskResponse)(nil),        // 84: violin.v1.PutDiskResponse
+	(*GatewayForward)(nil),         // 17: violin.v1.GatewayForward
+	(*ListForwardsRequest)(nil),    // 18: violin.v1.ListForwardsRequest
+	(*ListForwardsResponse)(nil),   // 19: violin.v1.ListForwardsResponse
+	(*ListeningForward)(nil),       // 20: violin.v1.ListeningForward
+	(*ProbeForwardsRequest)(nil),   // 21: violin.v1.ProbeForwardsRequest
+	(*ProbeForwardsResponse)(nil),  // 22: violin.v1.ProbeForwardsResponse
+	(*AddNodeRequest)(nil),         // 23: violin.v1.AddNodeRequest
+	(*NodePort)(nil),               // 24: violin.v1.NodePort
+	(*AddNodeResponse)(nil),        // 25: violin.v1.AddNodeResponse
+	(*LoadRequest)(nil),            // 26: violin.v1.LoadRequest
+	(*LoadResponse)(nil),           // 27: violin.v1.LoadResponse
+	(*RunNodeRequest)(nil),         // 28: violin.v1.RunNodeRequest
+	(*ChannelFrame)(nil),           // 29: violin.v1.ChannelFrame
+	(*RunNodeResponse)(nil),        // 30: violin.v1.RunNodeResponse
+	(*ContinueNodeRequest)(nil),    // 31: violin.v1.ContinueNodeRequest
+	(*ContinueNodeResponse)(nil),   // 32: violin.v1.ContinueNodeResponse
+	(*SetClockRequest)(nil),        // 33: violin.v1.SetClockRequest
+	(*SetClockResponse)(nil),       // 34: violin.v1.SetClockResponse
+	(*NodeStatusRequest)(nil),      // 35: violin.v1.NodeStatusRequest
+	(*NodeStatusResponse)(nil),     // 36: violin.v1.NodeStatusResponse
+	(*ExecNodeRequest)(nil),        // 37: violin.v1.ExecNodeRequest
+	(*ExecNodeResponse)(nil),       // 38: violin.v1.ExecNodeResponse
+	(*JoinConsoleRequest)(nil),     // 39: violin.v1.JoinConsoleRequest
+	(*JoinConsoleResponse)(nil),    // 40: violin.v1.JoinConsoleResponse
+	(*AwaitGoneRequest)(nil),       // 41: violin.v1.AwaitGoneRequest
+	(*AwaitGoneResponse)(nil),      // 42: violin.v1.AwaitGoneResponse
+	(*MarkOutputRequest)(nil),      // 43: violin.v1.MarkOutputRequest
+	(*MarkOutputResponse)(nil),     // 44: violin.v1.MarkOutputResponse
+	(*ReleaseOutputRequest)(nil),   // 45: violin.v1.ReleaseOutputRequest
+	(*ReleaseOutputResponse)(nil),  // 46: violin.v1.ReleaseOutputResponse
+	(*NowRequest)(nil),             // 47: violin.v1.NowRequest
+	(*NowResponse)(nil),            // 48: violin.v1.NowResponse
+	(*CutRequest)(nil),             // 49: violin.v1.CutRequest
+	(*PrepareOrder)(nil),           // 50: violin.v1.PrepareOrder
+	(*CutOrder)(nil),               // 51: violin.v1.CutOrder
+	(*PollOrder)(nil),              // 52: violin.v1.PollOrder
+	(*CollectOrder)(nil),           // 53: violin.v1.CollectOrder
+	(*CommitOrder)(nil),            // 54: violin.v1.CommitOrder
+	(*AbortOrder)(nil),             // 55: violin.v1.AbortOrder
+	(*CutResponse)(nil),            // 56: violin.v1.CutResponse
+	(*PreparedEvent)(nil),          // 57: violin.v1.PreparedEvent
+	(*NodeEvent)(nil),              // 58: violin.v1.NodeEvent
+	(*CountersEvent)(nil),          // 59: violin.v1.CountersEvent
+	(*ChannelCount)(nil),           // 60: violin.v1.ChannelCount
+	(*CollectedEvent)(nil),         // 61: violin.v1.CollectedEvent
+	(*CommittedEvent)(nil),         // 62: violin.v1.CommittedEvent
+	(*AbortedEvent)(nil),           // 63: violin.v1.AbortedEvent
+	(*FailedEvent)(nil),            // 64: violin.v1.FailedEvent
+	(*ResultsRequest)(nil),         // 65: violin.v1.ResultsRequest
+	(*ResultsResponse)(nil),        // 66: violin.v1.ResultsResponse
+	(*NodeResult)(nil),             // 67: violin.v1.NodeResult
+	(*RecordedFrame)(nil),          // 68: violin.v1.RecordedFrame
+	(*HostResult)(nil),             // 69: violin.v1.HostResult
+	(*HasRequest)(nil),             // 70: violin.v1.HasRequest
+	(*HasResponse)(nil),            // 71: violin.v1.HasResponse
+	(*PutPagesRequest)(nil),        // 72: violin.v1.PutPagesRequest
+	(*PutPagesResponse)(nil),       // 73: violin.v1.PutPagesResponse
+	(*PutTableRequest)(nil),        // 74: violin.v1.PutTableRequest
+	(*MemoryRegion)(nil),           // 75: violin.v1.MemoryRegion
+	(*PutTableResponse)(nil),       // 76: violin.v1.PutTableResponse
+	(*PutBlobRequest)(nil),         // 77: violin.v1.PutBlobRequest
+	(*PutBlobResponse)(nil),        // 78: violin.v1.PutBlobResponse
+	(*ReadConsoleLogRequest)(nil),  // 79: violin.v1.ReadConsoleLogRequest
+	(*ReadConsoleLogResponse)(nil), // 80: violin.v1.ReadConsoleLogResponse
+	nil,                            // 81: violin.v1.PrepareOrder.NetworksEntry
+	nil,                            // 82: violin.v1.HostResult.ReadsEntry
+	(*NodeFile)(nil),               // 83: violin.v1.NodeFile
+	(*DiskSpec)(nil),               // 84: violin.v1.DiskSpec
+	(*durationpb.Duration)(nil),    // 85: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),  // 86: google.protobuf.Timestamp
+	(*Blob)(nil),                   // 87: violin.v1.Blob
+	(*DiskResult)(nil),             // 88: violin.v1.DiskResult
+	(*PutDiskRequest)(nil),         // 89: violin.v1.PutDiskRequest
+	(*PutDiskResponse)(nil),        // 90: violin.v1.PutDiskResponse
 }
 var file_violin_v1_agent_proto_depIdxs = []int32{
 	13, // 0: violin.v1.SetRemotesRequest.remotes:type_name -> violin.v1.Remote
-	77, // 1: violin.v1.AddNodeRequest.files:type_name -> violin.v1.NodeFile
-	18, // 2: violin.v1.AddNodeRequest.ports:type_name -> violin.v1.NodePort
-	78, // 3: violin.v1.AddNodeRequest.disks:type_name -> violin.v1.DiskSpec
-	23, // 4: violin.v1.RunNodeRequest.frames:type_name -> violin.v1.ChannelFrame
-	79, // 5: violin.v1.ChannelFrame.at:type_name -> google.protobuf.Duration
-	80, // 6: violin.v1.RunNodeResponse.began:type_name -> google.protobuf.Timestamp
-	80, // 7: violin.v1.NowResponse.now:type_name -> google.protobuf.Timestamp
-	44, // 8: violin.v1.CutRequest.prepare:type_name -> violin.v1.PrepareOrder
-	45, // 9: violin.v1.CutRequest.nodes:type_name -> violin.v1.CutOrder
-	46, // 10: violin.v1.CutRequest.poll:type_name -> violin.v1.PollOrder
-	47, // 11: violin.v1.CutRequest.collect:type_name -> violin.v1.CollectOrder
-	48, // 12: violin.v1.CutRequest.commit:type_name -> violin.v1.CommitOrder
-	49, // 13: violin.v1.CutRequest.abort:type_name -> violin.v1.AbortOrder
-	75, // 14: violin.v1.PrepareOrder.networks:type_name -> violin.v1.PrepareOrder.NetworksEntry
-	80, // 15: violin.v1.CutOrder.at:type_name -> google.protobuf.Timestamp
-	51, // 16: violin.v1.CutResponse.prepared:type_name -> violin.v1.PreparedEvent
-	52, // 17: violin.v1.CutResponse.node_cut:type_name -> violin.v1.NodeEvent
-	52, // 18: violin.v1.CutResponse.stored:type_name -> violin.v1.NodeEvent
-	53, // 19: violin.v1.CutResponse.counters:type_name -> violin.v1.CountersEvent
-	55, // 20: violin.v1.CutResponse.collected:type_name -> violin.v1.CollectedEvent
-	56, // 21: violin.v1.CutResponse.committed:type_name -> violin.v1.CommittedEvent
-	57, // 22: violin.v1.CutResponse.aborted:type_name -> violin.v1.AbortedEvent
-	58, // 23: violin.v1.CutResponse.failed:type_name -> violin.v1.FailedEvent
-	54, // 24: violin.v1.CountersEvent.counts:type_name -> violin.v1.ChannelCount
-	61, // 25: violin.v1.ResultsResponse.node:type_name -> violin.v1.NodeResult
-	62, // 26: violin.v1.ResultsResponse.frame:type_name -> violin.v1.RecordedFrame
-	63, // 27: violin.v1.ResultsResponse.host:type_name -> violin.v1.HostResult
-	80, // 28: violin.v1.NodeResult.cut_at:type_name -> google.protobuf.Timestamp
-	79, // 29: violin.v1.NodeResult.pause:type_name -> google.protobuf.Duration
-	81, // 30: violin.v1.NodeResult.device:type_name -> violin.v1.Blob
-	81, // 31: violin.v1.NodeResult.memory:type_name -> violin.v1.Blob
-	18, // 32: violin.v1.NodeResult.ports:type_name -> violin.v1.NodePort
-	82, // 33: violin.v1.NodeResult.disks:type_name -> violin.v1.DiskResult
-	80, // 34: violin.v1.RecordedFrame.at:type_name -> google.protobuf.Timestamp
-	76, // 35: violin.v1.HostResult.reads:type_name -> violin.v1.HostResult.ReadsEntry
-	69, // 36: violin.v1.PutTableRequest.regions:type_name -> violin.v1.MemoryRegion
-	81, // 37: violin.v1.PutTableResponse.table:type_name -> violin.v1.Blob
-	81, // 38: violin.v1.PutBlobResponse.blob:type_name -> violin.v1.Blob
-	0,  // 39: violin.v1.JoinService.Enroll:input_type -> violin.v1.EnrollRequest
-	2,  // 40: violin.v1.RenewalService.RenewHost:input_type -> violin.v1.RenewHostRequest
-	4,  // 41: violin.v1.AgentService.Describe:input_type -> violin.v1.DescribeRequest
-	6,  // 42: violin.v1.AgentService.Begin:input_type -> violin.v1.BeginRequest
-	8,  // 43: violin.v1.AgentService.End:input_type -> violin.v1.EndRequest
-	10, // 44: violin.v1.AgentService.AddPeer:input_type -> violin.v1.AddPeerRequest
-	12, // 45: violin.v1.AgentService.SetRemotes:input_type -> violin.v1.SetRemotesRequest
-	15, // 46: violin.v1.AgentService.AddGateway:input_type -> violin.v1.AddGatewayRequest
-	17, // 47: violin.v1.AgentService.AddNode:input_type -> violin.v1.AddNodeRequest
-	20, // 48: violin.v1.AgentService.Load:input_type -> violin.v1.LoadRequest
-	22, // 49: violin.v1.AgentService.RunNode:input_type -> violin.v1.RunNodeRequest
-	25, // 50: violin.v1.AgentService.ContinueNode:input_type -> violin.v1.ContinueNodeRequest
-	27, // 51: violin.v1.AgentService.SetClock:input_type -> violin.v1.SetClockRequest
-	29, // 52: violin.v1.AgentService.NodeStatus:input_type -> violin.v1.NodeStatusRequest
-	31, // 53: violin.v1.AgentService.ExecNode:input_type -> violin.v1.ExecNodeRequest
-	33, // 54: violin.v1.AgentService.JoinConsole:input_type -> violin.v1.JoinConsoleRequest
-	73, // 55: violin.v1.AgentService.ReadConsoleLog:input_type -> violin.v1.ReadConsoleLogRequest
-	35, // 56: violin.v1.AgentService.AwaitGone:input_type -> violin.v1.AwaitGoneRequest
-	37, // 57: violin.v1.AgentService.MarkOutput:input_type -> violin.v1.MarkOutputRequest
-	39, // 58: violin.v1.AgentService.ReleaseOutput:input_type -> violin.v1.ReleaseOutputRequest
-	41, // 59: violin.v1.AgentService.Now:input_type -> violin.v1.NowRequest
-	43, // 60: violin.v1.AgentService.Cut:input_type -> violin.v1.CutRequest
-	59, // 61: violin.v1.AgentService.Results:input_type -> violin.v1.ResultsRequest
-	64, // 62: violin.v1.IngestService.Has:input_type -> violin.v1.HasRequest
-	66, // 63: violin.v1.IngestService.PutPages:input_type -> violin.v1.PutPagesRequest
-	68, // 64: violin.v1.IngestService.PutTable:input_type -> violin.v1.PutTableRequest
-	71, // 65: violin.v1.IngestService.PutBlob:input_type -> violin.v1.PutBlobRequest
-	83, // 66: violin.v1.IngestService.PutDisk:input_type -> violin.v1.PutDiskRequest
-	1,  // 67: violin.v1.JoinService.Enroll:output_type -> violin.v1.EnrollResponse
-	3,  // 68: violin.v1.RenewalService.RenewHost:output_type -> violin.v1.RenewHostResponse
-	5,  // 69: violin.v1.AgentService.Describe:output_type -> violin.v1.DescribeResponse
-	7,  // 70: violin.v1.AgentService.Begin:output_type -> violin.v1.BeginResponse
-	9,  // 71: violin.v1.AgentService.End:output_type -> violin.v1.EndResponse
-	11, // 72: violin.v1.AgentService.AddPeer:output_type -> violin.v1.AddPeerResponse
-	14, // 73: violin.v1.AgentService.SetRemotes:output_type -> violin.v1.SetRemotesResponse
-	16, // 74: violin.v1.AgentService.AddGateway:output_type -> violin.v1.AddGatewayResponse
-	19, // 75: violin.v1.AgentService.AddNode:output_type -> violin.v1.AddNodeResponse
-	21, // 76: violin.v1.AgentService.Load:output_type -> violin.v1.LoadResponse
-	24, // 77: violin.v1.AgentService.RunNode:output_type -> violin.v1.RunNodeResponse
-	26, // 78: violin.v1.AgentService.ContinueNode:output_type -> violin.v1.ContinueNodeResponse
-	28, // 79: violin.v1.AgentService.SetClock:output_type -> violin.v1.SetClockResponse
-	30, // 80: violin.v1.AgentService.NodeStatus:output_type -> violin.v1.NodeStatusResponse
-	32, // 81: violin.v1.AgentService.ExecNode:output_type -> violin.v1.ExecNodeResponse
-	34, // 82: violin.v1.AgentService.JoinConsole:output_type -> violin.v1.JoinConsoleResponse
-	74, // 83: violin.v1.AgentService.ReadConsoleLog:output_type -> violin.v1.ReadConsoleLogResponse
-	36, // 84: violin.v1.AgentService.AwaitGone:output_type -> violin.v1.AwaitGoneResponse
-	38, // 85: violin.v1.AgentService.MarkOutput:output_type -> violin.v1.MarkOutputResponse
-	40, // 86: violin.v1.AgentService.ReleaseOutput:output_type -> violin.v1.ReleaseOutputResponse
-	42, // 87: violin.v1.AgentService.Now:output_type -> violin.v1.NowResponse
-	50, // 88: violin.v1.AgentService.Cut:output_type -> violin.v1.CutResponse
-	60, // 89: violin.v1.AgentService.Results:output_type -> violin.v1.ResultsResponse
-	65, // 90: violin.v1.IngestService.Has:output_type -> violin.v1.HasResponse
-	67, // 91: violin.v1.IngestService.PutPages:output_type -> violin.v1.PutPagesResponse
-	70, // 92: violin.v1.IngestService.PutTable:output_type -> violin.v1.PutTableResponse
-	72, // 93: violin.v1.IngestService.PutBlob:output_type -> violin.v1.PutBlobResponse
-	84, // 94: violin.v1.IngestService.PutDisk:output_type -> violin.v1.PutDiskResponse
-	67, // [67:95] is the sub-list for method output_type
-	39, // [39:67] is the sub-list for method input_type
-	39, // [39:39] is the sub-list for extension type_name
-	39, // [39:39] is the sub-list for extension extendee
-	0,  // [0:39] is the sub-list for field type_name
+	17, // 1: violin.v1.AddGatewayRequest.forwards:type_name -> violin.v1.GatewayForward
+	20, // 2: violin.v1.ListForwardsResponse.forwards:type_name -> violin.v1.ListeningForward
+	17, // 3: violin.v1.ListeningForward.forward:type_name -> violin.v1.GatewayForward
+	17, // 4: violin.v1.ProbeForwardsRequest.forwards:type_name -> violin.v1.GatewayForward
+	83, // 5: violin.v1.AddNodeRequest.files:type_name -> violin.v1.NodeFile
+	24, // 6: violin.v1.AddNodeRequest.ports:type_name -> violin.v1.NodePort
+	84, // 7: violin.v1.AddNodeRequest.disks:type_name -> violin.v1.DiskSpec
+	29, // 8: violin.v1.RunNodeRequest.frames:type_name -> violin.v1.ChannelFrame
+	85, // 9: violin.v1.ChannelFrame.at:type_name -> google.protobuf.Duration
+	86, // 10: violin.v1.RunNodeResponse.began:type_name -> google.protobuf.Timestamp
+	86, // 11: violin.v1.NowResponse.now:type_name -> google.protobuf.Timestamp
+	50, // 12: violin.v1.CutRequest.prepare:type_name -> violin.v1.PrepareOrder
+	51, // 13: violin.v1.CutRequest.nodes:type_name -> violin.v1.CutOrder
+	52, // 14: violin.v1.CutRequest.poll:type_name -> violin.v1.PollOrder
+	53, // 15: violin.v1.CutRequest.collect:type_name -> violin.v1.CollectOrder
+	54, // 16: violin.v1.CutRequest.commit:type_name -> violin.v1.CommitOrder
+	55, // 17: violin.v1.CutRequest.abort:type_name -> violin.v1.AbortOrder
+	81, // 18: violin.v1.PrepareOrder.networks:type_name -> violin.v1.PrepareOrder.NetworksEntry
+	86, // 19: violin.v1.CutOrder.at:type_name -> google.protobuf.Timestamp
+	57, // 20: violin.v1.CutResponse.prepared:type_name -> violin.v1.PreparedEvent
+	58, // 21: violin.v1.CutResponse.node_cut:type_name -> violin.v1.NodeEvent
+	58, // 22: violin.v1.CutResponse.stored:type_name -> violin.v1.NodeEvent
+	59, // 23: violin.v1.CutResponse.counters:type_name -> violin.v1.CountersEvent
+	61, // 24: violin.v1.CutResponse.collected:type_name -> violin.v1.CollectedEvent
+	62, // 25: violin.v1.CutResponse.committed:type_name -> violin.v1.CommittedEvent
+	63, // 26: violin.v1.CutResponse.aborted:type_name -> violin.v1.AbortedEvent
+	64, // 27: violin.v1.CutResponse.failed:type_name -> violin.v1.FailedEvent
+	60, // 28: violin.v1.CountersEvent.counts:type_name -> violin.v1.ChannelCount
+	67, // 29: violin.v1.ResultsResponse.node:type_name -> violin.v1.NodeResult
+	68, // 30: violin.v1.ResultsResponse.frame:type_name -> violin.v1.RecordedFrame
+	69, // 31: violin.v1.ResultsResponse.host:type_name -> violin.v1.HostResult
+	86, // 32: violin.v1.NodeResult.cut_at:type_name -> google.protobuf.Timestamp
+	85, // 33: violin.v1.NodeResult.pause:type_name -> google.protobuf.Duration
+	87, // 34: violin.v1.NodeResult.device:type_name -> violin.v1.Blob
+	87, // 35: violin.v1.NodeResult.memory:type_name -> violin.v1.Blob
+	24, // 36: violin.v1.NodeResult.ports:type_name -> violin.v1.NodePort
+	88, // 37: violin.v1.NodeResult.disks:type_name -> violin.v1.DiskResult
+	86, // 38: violin.v1.RecordedFrame.at:type_name -> google.protobuf.Timestamp
+	82, // 39: violin.v1.HostResult.reads:type_name -> violin.v1.HostResult.ReadsEntry
+	75, // 40: violin.v1.PutTableRequest.regions:type_name -> violin.v1.MemoryRegion
+	87, // 41: violin.v1.PutTableResponse.table:type_name -> violin.v1.Blob
+	87, // 42: violin.v1.PutBlobResponse.blob:type_name -> violin.v1.Blob
+	0,  // 43: violin.v1.JoinService.Enroll:input_type -> violin.v1.EnrollRequest
+	2,  // 44: violin.v1.RenewalService.RenewHost:input_type -> violin.v1.RenewHostRequest
+	4,  // 45: violin.v1.AgentService.Describe:input_type -> violin.v1.DescribeRequest
+	6,  // 46: violin.v1.AgentService.Begin:input_type -> violin.v1.BeginRequest
+	8,  // 47: violin.v1.AgentService.End:input_type -> violin.v1.EndRequest
+	10, // 48: violin.v1.AgentService.AddPeer:input_type -> violin.v1.AddPeerRequest
+	12, // 49: violin.v1.AgentService.SetRemotes:input_type -> violin.v1.SetRemotesRequest
+	15, // 50: violin.v1.AgentService.AddGateway:input_type -> violin.v1.AddGatewayRequest
+	23, // 51: violin.v1.AgentService.AddNode:input_type -> violin.v1.AddNodeRequest
+	26, // 52: violin.v1.AgentService.Load:input_type -> violin.v1.LoadRequest
+	28, // 53: violin.v1.AgentService.RunNode:input_type -> violin.v1.RunNodeRequest
+	31, // 54: violin.v1.AgentService.ContinueNode:input_type -> violin.v1.ContinueNodeRequest
+	33, // 55: violin.v1.AgentService.SetClock:input_type -> violin.v1.SetClockRequest
+	35, // 56: violin.v1.AgentService.NodeStatus:input_type -> violin.v1.NodeStatusRequest
+	37, // 57: violin.v1.AgentService.ExecNode:input_type -> violin.v1.ExecNodeRequest
+	39, // 58: violin.v1.AgentService.JoinConsole:input_type -> violin.v1.JoinConsoleRequest
+	79, // 59: violin.v1.AgentService.ReadConsoleLog:input_type -> violin.v1.ReadConsoleLogRequest
+	41, // 60: violin.v1.AgentService.AwaitGone:input_type -> violin.v1.AwaitGoneRequest
+	43, // 61: violin.v1.AgentService.MarkOutput:input_type -> violin.v1.MarkOutputRequest
+	45, // 62: violin.v1.AgentService.ReleaseOutput:input_type -> violin.v1.ReleaseOutputRequest
+	47, // 63: violin.v1.AgentService.Now:input_type -> violin.v1.NowRequest
+	18, // 64: violin.v1.AgentService.ListForwards:input_type -> violin.v1.ListForwardsRequest
+	21, // 65: violin.v1.AgentService.ProbeForwards:input_type -> violin.v1.ProbeForwardsRequest
+	49, // 66: violin.v1.AgentService.Cut:input_type -> violin.v1.CutRequest
+	65, // 67: violin.v1.AgentService.Results:input_type -> violin.v1.ResultsRequest
+	70, // 68: violin.v1.IngestService.Has:input_type -> violin.v1.HasRequest
+	72, // 69: violin.v1.IngestService.PutPages:input_type -> violin.v1.PutPagesRequest
+	74, // 70: violin.v1.IngestService.PutTable:input_type -> violin.v1.PutTableRequest
+	77, // 71: violin.v1.IngestService.PutBlob:input_type -> violin.v1.PutBlobRequest
+	89, // 72: violin.v1.IngestService.PutDisk:input_type -> violin.v1.PutDiskRequest
+	1,  // 73: violin.v1.JoinService.Enroll:output_type -> violin.v1.EnrollResponse
+	3,  // 74: violin.v1.RenewalService.RenewHost:output_type -> violin.v1.RenewHostResponse
+	5,  // 75: violin.v1.AgentService.Describe:output_type -> violin.v1.DescribeResponse
+	7,  // 76: violin.v1.AgentService.Begin:output_type -> violin.v1.BeginResponse
+	9,  // 77: violin.v1.AgentService.End:output_type -> violin.v1.EndResponse
+	11, // 78: violin.v1.AgentService.AddPeer:output_type -> violin.v1.AddPeerResponse
+	14, // 79: violin.v1.AgentService.SetRemotes:output_type -> violin.v1.SetRemotesResponse
+	16, // 80: violin.v1.AgentService.AddGateway:output_type -> violin.v1.AddGatewayResponse
+	25, // 81: violin.v1.AgentService.AddNode:output_type -> violin.v1.AddNodeResponse
+	27, // 82: violin.v1.AgentService.Load:output_type -> violin.v1.LoadResponse
+	30, // 83: violin.v1.AgentService.RunNode:output_type -> violin.v1.RunNodeResponse
+	32, // 84: violin.v1.AgentService.ContinueNode:output_type -> violin.v1.ContinueNodeResponse
+	34, // 85: violin.v1.AgentService.SetClock:output_type -> violin.v1.SetClockResponse
+	36, // 86: violin.v1.AgentService.NodeStatus:output_type -> violin.v1.NodeStatusResponse
+	38, // 87: violin.v1.AgentService.ExecNode:output_type -> violin.v1.ExecNodeResponse
+	40, // 88: violin.v1.AgentService.JoinConsole:output_type -> violin.v1.JoinConsoleResponse
+	80, // 89: violin.v1.AgentService.ReadConsoleLog:output_type -> violin.v1.ReadConsoleLogResponse
+	42, // 90: violin.v1.AgentService.AwaitGone:output_type -> violin.v1.AwaitGoneResponse
+	44, // 91: violin.v1.AgentService.MarkOutput:output_type -> violin.v1.MarkOutputResponse
+	46, // 92: violin.v1.AgentService.ReleaseOutput:output_type -> violin.v1.ReleaseOutputResponse
+	48, // 93: violin.v1.AgentService.Now:output_type -> violin.v1.NowResponse
+	19, // 94: violin.v1.AgentService.ListForwards:output_type -> violin.v1.ListForwardsResponse
+	22, // 95: violin.v1.AgentService.ProbeForwards:output_type -> violin.v1.ProbeForwardsResponse
+	56, // 96: violin.v1.AgentService.Cut:output_type -> violin.v1.CutResponse
+	66, // 97: violin.v1.AgentService.Results:output_type -> violin.v1.ResultsResponse
+	71, // 98: violin.v1.IngestService.Has:output_type -> violin.v1.HasResponse
+	73, // 99: violin.v1.IngestService.PutPages:output_type -> violin.v1.PutPagesResponse
+	76, // 100: violin.v1.IngestService.PutTable:output_type -> violin.v1.PutTableResponse
+	78, // 101: violin.v1.IngestService.PutBlob:output_type -> violin.v1.PutBlobResponse
+	90, // 102: violin.v1.IngestService.PutDisk:output_type -> violin.v1.PutDiskResponse
+	73, // [73:103] is the sub-list for method output_type
+	43, // [43:73] is the sub-list for method input_type
+	43, // [43:43] is the sub-list for extension type_name
+	43, // [43:43] is the sub-list for extension extendee
+	0,  // [0:43] is the sub-list for field type_name
 }
 
 func init() { file_violin_v1_agent_proto_init() }
@@ -4965,7 +5330,7 @@ func file_violin_v1_agent_proto_init() {
 		return
 	}
 	file_violin_v1_supply_proto_init()
-	file_violin_v1_agent_proto_msgTypes[43].OneofWrappers = []any{
+	file_violin_v1_agent_proto_msgTypes[49].OneofWrappers = []any{
 		(*CutRequest_Prepare)(nil),
 		(*CutRequest_Nodes)(nil),
 		(*CutRequest_Poll)(nil),
@@ -4973,7 +5338,7 @@ func file_violin_v1_agent_proto_init() {
 		(*CutRequest_Commit)(nil),
 		(*CutRequest_Abort)(nil),
 	}
-	file_violin_v1_agent_proto_msgTypes[50].OneofWrappers = []any{
+	file_violin_v1_agent_proto_msgTypes[56].OneofWrappers = []any{
 		(*CutResponse_Prepared)(nil),
 		(*CutResponse_NodeCut)(nil),
 		(*CutResponse_Stored)(nil),
@@ -4983,19 +5348,19 @@ func file_violin_v1_agent_proto_init() {
 		(*CutResponse_Aborted)(nil),
 		(*CutResponse_Failed)(nil),
 	}
-	file_violin_v1_agent_proto_msgTypes[60].OneofWrappers = []any{
+	file_violin_v1_agent_proto_msgTypes[66].OneofWrappers = []any{
 		(*ResultsResponse_Node)(nil),
 		(*ResultsResponse_Frame)(nil),
 		(*ResultsResponse_Host)(nil),
 	}
-	file_violin_v1_agent_proto_msgTypes[73].OneofWrappers = []any{}
+	file_violin_v1_agent_proto_msgTypes[79].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_violin_v1_agent_proto_rawDesc), len(file_violin_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   77,
+			NumMessages:   83,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

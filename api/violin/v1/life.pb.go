@@ -28,6 +28,56 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// Fence is what passes between a fork and the outside. Between it and the original nothing does.
+type Fence int32
+
+const (
+	Fence_FENCE_UNSPECIFIED Fence = 0 // closed for a paused fork, nat for others
+	Fence_FENCE_NAT         Fence = 1 // its networks' gateways are as the original's; FAILED_PRECONDITION if the snapshot's are closed
+	Fence_FENCE_CLOSED      Fence = 2 // its nodes begin nothing with the outside, and of forwards there are those that are chosen
+)
+
+// Enum value maps for Fence.
+var (
+	Fence_name = map[int32]string{
+		0: "FENCE_UNSPECIFIED",
+		1: "FENCE_NAT",
+		2: "FENCE_CLOSED",
+	}
+	Fence_value = map[string]int32{
+		"FENCE_UNSPECIFIED": 0,
+		"FENCE_NAT":         1,
+		"FENCE_CLOSED":      2,
+	}
+)
+
+func (x Fence) Enum() *Fence {
+	p := new(Fence)
+	*p = x
+	return p
+}
+
+func (x Fence) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Fence) Descriptor() protoreflect.EnumDescriptor {
+	return file_violin_v1_life_proto_enumTypes[0].Descriptor()
+}
+
+func (Fence) Type() protoreflect.EnumType {
+	return &file_violin_v1_life_proto_enumTypes[0]
+}
+
+func (x Fence) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Fence.Descriptor instead.
+func (Fence) EnumDescriptor() ([]byte, []int) {
+	return file_violin_v1_life_proto_rawDescGZIP(), []int{0}
+}
+
 type LogRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Slice         string                 `protobuf:"bytes,1,opt,name=slice,proto3" json:"slice,omitempty"`
@@ -558,6 +608,11 @@ type ForkRequest struct {
 	Lazy          *bool                  `protobuf:"varint,40,opt,name=lazy,proto3,oneof" json:"lazy,omitempty"`                                 // as in RestoreRequest
 	Placement     PlacementPolicy        `protobuf:"varint,60,opt,name=placement,proto3,enum=violin.v1.PlacementPolicy" json:"placement,omitempty"`
 	On            map[string]string      `protobuf:"bytes,61,rep,name=on,proto3" json:"on,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // as in RestoreRequest
+	// At its edge. Forwards of the snapshot listen at ports that are free, unless they are chosen here, are not wanted, or
+	// the fence is closed. What is chosen stays with the fork and its snapshots.
+	Fence         Fence          `protobuf:"varint,70,opt,name=fence,proto3,enum=violin.v1.Fence" json:"fence,omitempty"`
+	Forwards      []*NodeForward `protobuf:"bytes,71,rep,name=forwards,proto3" json:"forwards,omitempty"`                        // each in the place of those to the same port of the node, or one more
+	NoForwards    bool           `protobuf:"varint,72,opt,name=no_forwards,json=noForwards,proto3" json:"no_forwards,omitempty"` // but those in forwards
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -655,6 +710,79 @@ func (x *ForkRequest) GetOn() map[string]string {
 	return nil
 }
 
+func (x *ForkRequest) GetFence() Fence {
+	if x != nil {
+		return x.Fence
+	}
+	return Fence_FENCE_UNSPECIFIED
+}
+
+func (x *ForkRequest) GetForwards() []*NodeForward {
+	if x != nil {
+		return x.Forwards
+	}
+	return nil
+}
+
+func (x *ForkRequest) GetNoForwards() bool {
+	if x != nil {
+		return x.NoForwards
+	}
+	return false
+}
+
+type NodeForward struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Forward       string                 `protobuf:"bytes,2,opt,name=forward,proto3" json:"forward,omitempty"` // as in a topology: [ADDRESS:]PORT[?]:NODEPORT[/PROTOCOL]
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodeForward) Reset() {
+	*x = NodeForward{}
+	mi := &file_violin_v1_life_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeForward) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeForward) ProtoMessage() {}
+
+func (x *NodeForward) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_life_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeForward.ProtoReflect.Descriptor instead.
+func (*NodeForward) Descriptor() ([]byte, []int) {
+	return file_violin_v1_life_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *NodeForward) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *NodeForward) GetForward() string {
+	if x != nil {
+		return x.Forward
+	}
+	return ""
+}
+
 type ContinueRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Slice         string                 `protobuf:"bytes,1,opt,name=slice,proto3" json:"slice,omitempty"`
@@ -664,7 +792,7 @@ type ContinueRequest struct {
 
 func (x *ContinueRequest) Reset() {
 	*x = ContinueRequest{}
-	mi := &file_violin_v1_life_proto_msgTypes[9]
+	mi := &file_violin_v1_life_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -676,7 +804,7 @@ func (x *ContinueRequest) String() string {
 func (*ContinueRequest) ProtoMessage() {}
 
 func (x *ContinueRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_life_proto_msgTypes[9]
+	mi := &file_violin_v1_life_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -689,7 +817,7 @@ func (x *ContinueRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContinueRequest.ProtoReflect.Descriptor instead.
 func (*ContinueRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_life_proto_rawDescGZIP(), []int{9}
+	return file_violin_v1_life_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ContinueRequest) GetSlice() string {
@@ -710,7 +838,7 @@ type ContinueResponse struct {
 
 func (x *ContinueResponse) Reset() {
 	*x = ContinueResponse{}
-	mi := &file_violin_v1_life_proto_msgTypes[10]
+	mi := &file_violin_v1_life_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -722,7 +850,7 @@ func (x *ContinueResponse) String() string {
 func (*ContinueResponse) ProtoMessage() {}
 
 func (x *ContinueResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_life_proto_msgTypes[10]
+	mi := &file_violin_v1_life_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -735,7 +863,7 @@ func (x *ContinueResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContinueResponse.ProtoReflect.Descriptor instead.
 func (*ContinueResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_life_proto_rawDescGZIP(), []int{10}
+	return file_violin_v1_life_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ContinueResponse) GetSlice() *Slice {
@@ -775,7 +903,7 @@ type ProtectRequest struct {
 
 func (x *ProtectRequest) Reset() {
 	*x = ProtectRequest{}
-	mi := &file_violin_v1_life_proto_msgTypes[11]
+	mi := &file_violin_v1_life_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -787,7 +915,7 @@ func (x *ProtectRequest) String() string {
 func (*ProtectRequest) ProtoMessage() {}
 
 func (x *ProtectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_life_proto_msgTypes[11]
+	mi := &file_violin_v1_life_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -800,7 +928,7 @@ func (x *ProtectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProtectRequest.ProtoReflect.Descriptor instead.
 func (*ProtectRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_life_proto_rawDescGZIP(), []int{11}
+	return file_violin_v1_life_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ProtectRequest) GetSlice() string {
@@ -868,7 +996,7 @@ type ProtectResponse struct {
 
 func (x *ProtectResponse) Reset() {
 	*x = ProtectResponse{}
-	mi := &file_violin_v1_life_proto_msgTypes[12]
+	mi := &file_violin_v1_life_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -880,7 +1008,7 @@ func (x *ProtectResponse) String() string {
 func (*ProtectResponse) ProtoMessage() {}
 
 func (x *ProtectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_life_proto_msgTypes[12]
+	mi := &file_violin_v1_life_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -893,7 +1021,7 @@ func (x *ProtectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProtectResponse.ProtoReflect.Descriptor instead.
 func (*ProtectResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_life_proto_rawDescGZIP(), []int{12}
+	return file_violin_v1_life_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ProtectResponse) GetProtection() *Protection {
@@ -923,7 +1051,7 @@ type Protection struct {
 
 func (x *Protection) Reset() {
 	*x = Protection{}
-	mi := &file_violin_v1_life_proto_msgTypes[13]
+	mi := &file_violin_v1_life_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -935,7 +1063,7 @@ func (x *Protection) String() string {
 func (*Protection) ProtoMessage() {}
 
 func (x *Protection) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_life_proto_msgTypes[13]
+	mi := &file_violin_v1_life_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -948,7 +1076,7 @@ func (x *Protection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Protection.ProtoReflect.Descriptor instead.
 func (*Protection) Descriptor() ([]byte, []int) {
-	return file_violin_v1_life_proto_rawDescGZIP(), []int{13}
+	return file_violin_v1_life_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Protection) GetSlice() string {
@@ -1044,7 +1172,7 @@ type UnprotectRequest struct {
 
 func (x *UnprotectRequest) Reset() {
 	*x = UnprotectRequest{}
-	mi := &file_violin_v1_life_proto_msgTypes[14]
+	mi := &file_violin_v1_life_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1056,7 +1184,7 @@ func (x *UnprotectRequest) String() string {
 func (*UnprotectRequest) ProtoMessage() {}
 
 func (x *UnprotectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_life_proto_msgTypes[14]
+	mi := &file_violin_v1_life_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1069,7 +1197,7 @@ func (x *UnprotectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnprotectRequest.ProtoReflect.Descriptor instead.
 func (*UnprotectRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_life_proto_rawDescGZIP(), []int{14}
+	return file_violin_v1_life_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *UnprotectRequest) GetSlice() string {
@@ -1087,7 +1215,7 @@ type UnprotectResponse struct {
 
 func (x *UnprotectResponse) Reset() {
 	*x = UnprotectResponse{}
-	mi := &file_violin_v1_life_proto_msgTypes[15]
+	mi := &file_violin_v1_life_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1099,7 +1227,7 @@ func (x *UnprotectResponse) String() string {
 func (*UnprotectResponse) ProtoMessage() {}
 
 func (x *UnprotectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_life_proto_msgTypes[15]
+	mi := &file_violin_v1_life_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1112,7 +1240,7 @@ func (x *UnprotectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnprotectResponse.ProtoReflect.Descriptor instead.
 func (*UnprotectResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_life_proto_rawDescGZIP(), []int{15}
+	return file_violin_v1_life_proto_rawDescGZIP(), []int{16}
 }
 
 type ListProtectionsRequest struct {
@@ -1124,7 +1252,7 @@ type ListProtectionsRequest struct {
 
 func (x *ListProtectionsRequest) Reset() {
 	*x = ListProtectionsRequest{}
-	mi := &file_violin_v1_life_proto_msgTypes[16]
+	mi := &file_violin_v1_life_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1136,7 +1264,7 @@ func (x *ListProtectionsRequest) String() string {
 func (*ListProtectionsRequest) ProtoMessage() {}
 
 func (x *ListProtectionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_life_proto_msgTypes[16]
+	mi := &file_violin_v1_life_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1149,7 +1277,7 @@ func (x *ListProtectionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProtectionsRequest.ProtoReflect.Descriptor instead.
 func (*ListProtectionsRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_life_proto_rawDescGZIP(), []int{16}
+	return file_violin_v1_life_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListProtectionsRequest) GetSlice() string {
@@ -1168,7 +1296,7 @@ type ListProtectionsResponse struct {
 
 func (x *ListProtectionsResponse) Reset() {
 	*x = ListProtectionsResponse{}
-	mi := &file_violin_v1_life_proto_msgTypes[17]
+	mi := &file_violin_v1_life_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1180,7 +1308,7 @@ func (x *ListProtectionsResponse) String() string {
 func (*ListProtectionsResponse) ProtoMessage() {}
 
 func (x *ListProtectionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_life_proto_msgTypes[17]
+	mi := &file_violin_v1_life_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1193,7 +1321,7 @@ func (x *ListProtectionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProtectionsResponse.ProtoReflect.Descriptor instead.
 func (*ListProtectionsResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_life_proto_rawDescGZIP(), []int{17}
+	return file_violin_v1_life_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListProtectionsResponse) GetProtections() []*Protection {
@@ -1215,7 +1343,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_violin_v1_life_proto_msgTypes[18]
+	mi := &file_violin_v1_life_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1227,7 +1355,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_life_proto_msgTypes[18]
+	mi := &file_violin_v1_life_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1240,7 +1368,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_life_proto_rawDescGZIP(), []int{18}
+	return file_violin_v1_life_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *EventsRequest) GetSlice() string {
@@ -1289,7 +1417,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_violin_v1_life_proto_msgTypes[19]
+	mi := &file_violin_v1_life_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1301,7 +1429,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_life_proto_msgTypes[19]
+	mi := &file_violin_v1_life_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1314,7 +1442,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_violin_v1_life_proto_rawDescGZIP(), []int{19}
+	return file_violin_v1_life_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Event) GetNumber() uint64 {
@@ -1433,7 +1561,7 @@ const file_violin_v1_life_proto_rawDesc = "" +
 	"\aOnEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\a\n" +
-	"\x05_lazy\"\x89\x03\n" +
+	"\x05_lazy\"\x86\x04\n" +
 	"\vForkRequest\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\x12\x0e\n" +
 	"\x02as\x18\x02 \x01(\tR\x02as\x12\x16\n" +
@@ -1445,11 +1573,18 @@ const file_violin_v1_life_proto_rawDesc = "" +
 	"\x05clock\x18\x15 \x01(\x0e2\x16.violin.v1.ClockPolicyR\x05clock\x12\x17\n" +
 	"\x04lazy\x18( \x01(\bH\x00R\x04lazy\x88\x01\x01\x128\n" +
 	"\tplacement\x18< \x01(\x0e2\x1a.violin.v1.PlacementPolicyR\tplacement\x12.\n" +
-	"\x02on\x18= \x03(\v2\x1e.violin.v1.ForkRequest.OnEntryR\x02on\x1a5\n" +
+	"\x02on\x18= \x03(\v2\x1e.violin.v1.ForkRequest.OnEntryR\x02on\x12&\n" +
+	"\x05fence\x18F \x01(\x0e2\x10.violin.v1.FenceR\x05fence\x122\n" +
+	"\bforwards\x18G \x03(\v2\x16.violin.v1.NodeForwardR\bforwards\x12\x1f\n" +
+	"\vno_forwards\x18H \x01(\bR\n" +
+	"noForwards\x1a5\n" +
 	"\aOnEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\a\n" +
-	"\x05_lazy\"'\n" +
+	"\x05_lazy\";\n" +
+	"\vNodeForward\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
+	"\aforward\x18\x02 \x01(\tR\aforward\"'\n" +
 	"\x0fContinueRequest\x12\x14\n" +
 	"\x05slice\x18\x01 \x01(\tR\x05slice\"y\n" +
 	"\x10ContinueResponse\x12&\n" +
@@ -1506,7 +1641,11 @@ const file_violin_v1_life_proto_rawDesc = "" +
 	"\bsnapshot\x18\a \x01(\tR\bsnapshot\x12\x12\n" +
 	"\x04text\x18\b \x01(\tR\x04text\x12\x14\n" +
 	"\x05owner\x182 \x01(\tR\x05owner\x12)\n" +
-	"\x05moves\x18< \x03(\v2\x13.violin.v1.NodeMoveR\x05moves2\x81\x01\n" +
+	"\x05moves\x18< \x03(\v2\x13.violin.v1.NodeMoveR\x05moves*?\n" +
+	"\x05Fence\x12\x15\n" +
+	"\x11FENCE_UNSPECIFIED\x10\x00\x12\r\n" +
+	"\tFENCE_NAT\x10\x01\x12\x10\n" +
+	"\fFENCE_CLOSED\x10\x022\x81\x01\n" +
 	"\x0eHistoryService\x129\n" +
 	"\x03Log\x12\x15.violin.v1.LogRequest\x1a\x16.violin.v1.LogResponse\"\x03\x90\x02\x01\x124\n" +
 	"\x03Tag\x12\x15.violin.v1.TagRequest\x1a\x16.violin.v1.TagResponse2\x9b\x02\n" +
@@ -1533,89 +1672,94 @@ func file_violin_v1_life_proto_rawDescGZIP() []byte {
 	return file_violin_v1_life_proto_rawDescData
 }
 
-var file_violin_v1_life_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_violin_v1_life_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_violin_v1_life_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_violin_v1_life_proto_goTypes = []any{
-	(*LogRequest)(nil),              // 0: violin.v1.LogRequest
-	(*LogResponse)(nil),             // 1: violin.v1.LogResponse
-	(*TagRequest)(nil),              // 2: violin.v1.TagRequest
-	(*TagResponse)(nil),             // 3: violin.v1.TagResponse
-	(*SuspendRequest)(nil),          // 4: violin.v1.SuspendRequest
-	(*SuspendResponse)(nil),         // 5: violin.v1.SuspendResponse
-	(*Suspended)(nil),               // 6: violin.v1.Suspended
-	(*ResumeRequest)(nil),           // 7: violin.v1.ResumeRequest
-	(*ForkRequest)(nil),             // 8: violin.v1.ForkRequest
-	(*ContinueRequest)(nil),         // 9: violin.v1.ContinueRequest
-	(*ContinueResponse)(nil),        // 10: violin.v1.ContinueResponse
-	(*ProtectRequest)(nil),          // 11: violin.v1.ProtectRequest
-	(*ProtectResponse)(nil),         // 12: violin.v1.ProtectResponse
-	(*Protection)(nil),              // 13: violin.v1.Protection
-	(*UnprotectRequest)(nil),        // 14: violin.v1.UnprotectRequest
-	(*UnprotectResponse)(nil),       // 15: violin.v1.UnprotectResponse
-	(*ListProtectionsRequest)(nil),  // 16: violin.v1.ListProtectionsRequest
-	(*ListProtectionsResponse)(nil), // 17: violin.v1.ListProtectionsResponse
-	(*EventsRequest)(nil),           // 18: violin.v1.EventsRequest
-	(*Event)(nil),                   // 19: violin.v1.Event
-	nil,                             // 20: violin.v1.ResumeRequest.OnEntry
-	nil,                             // 21: violin.v1.ForkRequest.OnEntry
-	(*Snapshot)(nil),                // 22: violin.v1.Snapshot
-	(*Progress)(nil),                // 23: violin.v1.Progress
-	(ClockPolicy)(0),                // 24: violin.v1.ClockPolicy
-	(PlacementPolicy)(0),            // 25: violin.v1.PlacementPolicy
-	(*Slice)(nil),                   // 26: violin.v1.Slice
-	(*durationpb.Duration)(nil),     // 27: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),   // 28: google.protobuf.Timestamp
-	(*NodeMove)(nil),                // 29: violin.v1.NodeMove
-	(*RestoreResponse)(nil),         // 30: violin.v1.RestoreResponse
+	(Fence)(0),                      // 0: violin.v1.Fence
+	(*LogRequest)(nil),              // 1: violin.v1.LogRequest
+	(*LogResponse)(nil),             // 2: violin.v1.LogResponse
+	(*TagRequest)(nil),              // 3: violin.v1.TagRequest
+	(*TagResponse)(nil),             // 4: violin.v1.TagResponse
+	(*SuspendRequest)(nil),          // 5: violin.v1.SuspendRequest
+	(*SuspendResponse)(nil),         // 6: violin.v1.SuspendResponse
+	(*Suspended)(nil),               // 7: violin.v1.Suspended
+	(*ResumeRequest)(nil),           // 8: violin.v1.ResumeRequest
+	(*ForkRequest)(nil),             // 9: violin.v1.ForkRequest
+	(*NodeForward)(nil),             // 10: violin.v1.NodeForward
+	(*ContinueRequest)(nil),         // 11: violin.v1.ContinueRequest
+	(*ContinueResponse)(nil),        // 12: violin.v1.ContinueResponse
+	(*ProtectRequest)(nil),          // 13: violin.v1.ProtectRequest
+	(*ProtectResponse)(nil),         // 14: violin.v1.ProtectResponse
+	(*Protection)(nil),              // 15: violin.v1.Protection
+	(*UnprotectRequest)(nil),        // 16: violin.v1.UnprotectRequest
+	(*UnprotectResponse)(nil),       // 17: violin.v1.UnprotectResponse
+	(*ListProtectionsRequest)(nil),  // 18: violin.v1.ListProtectionsRequest
+	(*ListProtectionsResponse)(nil), // 19: violin.v1.ListProtectionsResponse
+	(*EventsRequest)(nil),           // 20: violin.v1.EventsRequest
+	(*Event)(nil),                   // 21: violin.v1.Event
+	nil,                             // 22: violin.v1.ResumeRequest.OnEntry
+	nil,                             // 23: violin.v1.ForkRequest.OnEntry
+	(*Snapshot)(nil),                // 24: violin.v1.Snapshot
+	(*Progress)(nil),                // 25: violin.v1.Progress
+	(ClockPolicy)(0),                // 26: violin.v1.ClockPolicy
+	(PlacementPolicy)(0),            // 27: violin.v1.PlacementPolicy
+	(*Slice)(nil),                   // 28: violin.v1.Slice
+	(*durationpb.Duration)(nil),     // 29: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),   // 30: google.protobuf.Timestamp
+	(*NodeMove)(nil),                // 31: violin.v1.NodeMove
+	(*RestoreResponse)(nil),         // 32: violin.v1.RestoreResponse
 }
 var file_violin_v1_life_proto_depIdxs = []int32{
-	22, // 0: violin.v1.LogResponse.snapshots:type_name -> violin.v1.Snapshot
-	22, // 1: violin.v1.TagResponse.snapshot:type_name -> violin.v1.Snapshot
-	23, // 2: violin.v1.SuspendResponse.progress:type_name -> violin.v1.Progress
-	6,  // 3: violin.v1.SuspendResponse.suspended:type_name -> violin.v1.Suspended
-	22, // 4: violin.v1.Suspended.snapshots:type_name -> violin.v1.Snapshot
-	24, // 5: violin.v1.ResumeRequest.clock:type_name -> violin.v1.ClockPolicy
-	25, // 6: violin.v1.ResumeRequest.placement:type_name -> violin.v1.PlacementPolicy
-	20, // 7: violin.v1.ResumeRequest.on:type_name -> violin.v1.ResumeRequest.OnEntry
-	24, // 8: violin.v1.ForkRequest.clock:type_name -> violin.v1.ClockPolicy
-	25, // 9: violin.v1.ForkRequest.placement:type_name -> violin.v1.PlacementPolicy
-	21, // 10: violin.v1.ForkRequest.on:type_name -> violin.v1.ForkRequest.OnEntry
-	26, // 11: violin.v1.ContinueResponse.slice:type_name -> violin.v1.Slice
-	27, // 12: violin.v1.ProtectRequest.every:type_name -> google.protobuf.Duration
-	27, // 13: violin.v1.ProtectRequest.window:type_name -> google.protobuf.Duration
-	27, // 14: violin.v1.ProtectRequest.host_timeout:type_name -> google.protobuf.Duration
-	13, // 15: violin.v1.ProtectResponse.protection:type_name -> violin.v1.Protection
-	27, // 16: violin.v1.Protection.every:type_name -> google.protobuf.Duration
-	27, // 17: violin.v1.Protection.window:type_name -> google.protobuf.Duration
-	28, // 18: violin.v1.Protection.since:type_name -> google.protobuf.Timestamp
-	27, // 19: violin.v1.Protection.host_timeout:type_name -> google.protobuf.Duration
-	13, // 20: violin.v1.ListProtectionsResponse.protections:type_name -> violin.v1.Protection
-	28, // 21: violin.v1.Event.at:type_name -> google.protobuf.Timestamp
-	29, // 22: violin.v1.Event.moves:type_name -> violin.v1.NodeMove
-	0,  // 23: violin.v1.HistoryService.Log:input_type -> violin.v1.LogRequest
-	2,  // 24: violin.v1.HistoryService.Tag:input_type -> violin.v1.TagRequest
-	4,  // 25: violin.v1.LifecycleService.Suspend:input_type -> violin.v1.SuspendRequest
-	7,  // 26: violin.v1.LifecycleService.Resume:input_type -> violin.v1.ResumeRequest
-	8,  // 27: violin.v1.LifecycleService.Fork:input_type -> violin.v1.ForkRequest
-	9,  // 28: violin.v1.LifecycleService.Continue:input_type -> violin.v1.ContinueRequest
-	11, // 29: violin.v1.ProtectionService.Protect:input_type -> violin.v1.ProtectRequest
-	14, // 30: violin.v1.ProtectionService.Unprotect:input_type -> violin.v1.UnprotectRequest
-	16, // 31: violin.v1.ProtectionService.ListProtections:input_type -> violin.v1.ListProtectionsRequest
-	18, // 32: violin.v1.ProtectionService.Events:input_type -> violin.v1.EventsRequest
-	1,  // 33: violin.v1.HistoryService.Log:output_type -> violin.v1.LogResponse
-	3,  // 34: violin.v1.HistoryService.Tag:output_type -> violin.v1.TagResponse
-	5,  // 35: violin.v1.LifecycleService.Suspend:output_type -> violin.v1.SuspendResponse
-	30, // 36: violin.v1.LifecycleService.Resume:output_type -> violin.v1.RestoreResponse
-	30, // 37: violin.v1.LifecycleService.Fork:output_type -> violin.v1.RestoreResponse
-	10, // 38: violin.v1.LifecycleService.Continue:output_type -> violin.v1.ContinueResponse
-	12, // 39: violin.v1.ProtectionService.Protect:output_type -> violin.v1.ProtectResponse
-	15, // 40: violin.v1.ProtectionService.Unprotect:output_type -> violin.v1.UnprotectResponse
-	17, // 41: violin.v1.ProtectionService.ListProtections:output_type -> violin.v1.ListProtectionsResponse
-	19, // 42: violin.v1.ProtectionService.Events:output_type -> violin.v1.Event
-	33, // [33:43] is the sub-list for method output_type
-	23, // [23:33] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	24, // 0: violin.v1.LogResponse.snapshots:type_name -> violin.v1.Snapshot
+	24, // 1: violin.v1.TagResponse.snapshot:type_name -> violin.v1.Snapshot
+	25, // 2: violin.v1.SuspendResponse.progress:type_name -> violin.v1.Progress
+	7,  // 3: violin.v1.SuspendResponse.suspended:type_name -> violin.v1.Suspended
+	24, // 4: violin.v1.Suspended.snapshots:type_name -> violin.v1.Snapshot
+	26, // 5: violin.v1.ResumeRequest.clock:type_name -> violin.v1.ClockPolicy
+	27, // 6: violin.v1.ResumeRequest.placement:type_name -> violin.v1.PlacementPolicy
+	22, // 7: violin.v1.ResumeRequest.on:type_name -> violin.v1.ResumeRequest.OnEntry
+	26, // 8: violin.v1.ForkRequest.clock:type_name -> violin.v1.ClockPolicy
+	27, // 9: violin.v1.ForkRequest.placement:type_name -> violin.v1.PlacementPolicy
+	23, // 10: violin.v1.ForkRequest.on:type_name -> violin.v1.ForkRequest.OnEntry
+	0,  // 11: violin.v1.ForkRequest.fence:type_name -> violin.v1.Fence
+	10, // 12: violin.v1.ForkRequest.forwards:type_name -> violin.v1.NodeForward
+	28, // 13: violin.v1.ContinueResponse.slice:type_name -> violin.v1.Slice
+	29, // 14: violin.v1.ProtectRequest.every:type_name -> google.protobuf.Duration
+	29, // 15: violin.v1.ProtectRequest.window:type_name -> google.protobuf.Duration
+	29, // 16: violin.v1.ProtectRequest.host_timeout:type_name -> google.protobuf.Duration
+	15, // 17: violin.v1.ProtectResponse.protection:type_name -> violin.v1.Protection
+	29, // 18: violin.v1.Protection.every:type_name -> google.protobuf.Duration
+	29, // 19: violin.v1.Protection.window:type_name -> google.protobuf.Duration
+	30, // 20: violin.v1.Protection.since:type_name -> google.protobuf.Timestamp
+	29, // 21: violin.v1.Protection.host_timeout:type_name -> google.protobuf.Duration
+	15, // 22: violin.v1.ListProtectionsResponse.protections:type_name -> violin.v1.Protection
+	30, // 23: violin.v1.Event.at:type_name -> google.protobuf.Timestamp
+	31, // 24: violin.v1.Event.moves:type_name -> violin.v1.NodeMove
+	1,  // 25: violin.v1.HistoryService.Log:input_type -> violin.v1.LogRequest
+	3,  // 26: violin.v1.HistoryService.Tag:input_type -> violin.v1.TagRequest
+	5,  // 27: violin.v1.LifecycleService.Suspend:input_type -> violin.v1.SuspendRequest
+	8,  // 28: violin.v1.LifecycleService.Resume:input_type -> violin.v1.ResumeRequest
+	9,  // 29: violin.v1.LifecycleService.Fork:input_type -> violin.v1.ForkRequest
+	11, // 30: violin.v1.LifecycleService.Continue:input_type -> violin.v1.ContinueRequest
+	13, // 31: violin.v1.ProtectionService.Protect:input_type -> violin.v1.ProtectRequest
+	16, // 32: violin.v1.ProtectionService.Unprotect:input_type -> violin.v1.UnprotectRequest
+	18, // 33: violin.v1.ProtectionService.ListProtections:input_type -> violin.v1.ListProtectionsRequest
+	20, // 34: violin.v1.ProtectionService.Events:input_type -> violin.v1.EventsRequest
+	2,  // 35: violin.v1.HistoryService.Log:output_type -> violin.v1.LogResponse
+	4,  // 36: violin.v1.HistoryService.Tag:output_type -> violin.v1.TagResponse
+	6,  // 37: violin.v1.LifecycleService.Suspend:output_type -> violin.v1.SuspendResponse
+	32, // 38: violin.v1.LifecycleService.Resume:output_type -> violin.v1.RestoreResponse
+	32, // 39: violin.v1.LifecycleService.Fork:output_type -> violin.v1.RestoreResponse
+	12, // 40: violin.v1.LifecycleService.Continue:output_type -> violin.v1.ContinueResponse
+	14, // 41: violin.v1.ProtectionService.Protect:output_type -> violin.v1.ProtectResponse
+	17, // 42: violin.v1.ProtectionService.Unprotect:output_type -> violin.v1.UnprotectResponse
+	19, // 43: violin.v1.ProtectionService.ListProtections:output_type -> violin.v1.ListProtectionsResponse
+	21, // 44: violin.v1.ProtectionService.Events:output_type -> violin.v1.Event
+	35, // [35:45] is the sub-list for method output_type
+	25, // [25:35] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_violin_v1_life_proto_init() }
@@ -1635,13 +1779,14 @@ func file_violin_v1_life_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_violin_v1_life_proto_rawDesc), len(file_violin_v1_life_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   22,
+			NumEnums:      1,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   3,
 		},
 		GoTypes:           file_violin_v1_life_proto_goTypes,
 		DependencyIndexes: file_violin_v1_life_proto_depIdxs,
+		EnumInfos:         file_violin_v1_life_proto_enumTypes,
 		MessageInfos:      file_violin_v1_life_proto_msgTypes,
 	}.Build()
 	File_violin_v1_life_proto = out.File

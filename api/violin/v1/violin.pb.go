@@ -482,6 +482,7 @@ type Node struct {
 	Pid           int64                  `protobuf:"varint,9,opt,name=pid,proto3" json:"pid,omitempty"`       // of the hypervisor process, 0 if none
 	Detail        string                 `protobuf:"bytes,10,opt,name=detail,proto3" json:"detail,omitempty"` // why a dead node died, as far as known
 	Disks         []*NodeDisk            `protobuf:"bytes,20,rep,name=disks,proto3" json:"disks,omitempty"`
+	Forwards      []*Forward             `protobuf:"bytes,60,rep,name=forwards,proto3" json:"forwards,omitempty"` // in the topology's order
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -593,6 +594,13 @@ func (x *Node) GetDisks() []*NodeDisk {
 	return nil
 }
 
+func (x *Node) GetForwards() []*Forward {
+	if x != nil {
+		return x.Forwards
+	}
+	return nil
+}
+
 type NodeDisk struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -653,6 +661,91 @@ func (x *NodeDisk) GetUse() DiskUse {
 	return DiskUse_DISK_USE_UNSPECIFIED
 }
 
+// Forward is a port that leads from outside to one of a node's.
+type Forward struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Protocol      string                 `protobuf:"bytes,1,opt,name=protocol,proto3" json:"protocol,omitempty"` // tcp or udp
+	Listen        string                 `protobuf:"bytes,2,opt,name=listen,proto3" json:"listen,omitempty"`     // ADDRESS:PORT where it listens, or would; port 0 if that is yet to be chosen
+	Port          uint32                 `protobuf:"varint,3,opt,name=port,proto3" json:"port,omitempty"`        // the node's
+	Listening     bool                   `protobuf:"varint,4,opt,name=listening,proto3" json:"listening,omitempty"`
+	Host          string                 `protobuf:"bytes,5,opt,name=host,proto3" json:"host,omitempty"`       // the joined host that it is on; empty: the server's machine
+	Problem       string                 `protobuf:"bytes,6,opt,name=problem,proto3" json:"problem,omitempty"` // why it does not listen, of a slice that runs
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Forward) Reset() {
+	*x = Forward{}
+	mi := &file_violin_v1_violin_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Forward) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Forward) ProtoMessage() {}
+
+func (x *Forward) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_violin_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Forward.ProtoReflect.Descriptor instead.
+func (*Forward) Descriptor() ([]byte, []int) {
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Forward) GetProtocol() string {
+	if x != nil {
+		return x.Protocol
+	}
+	return ""
+}
+
+func (x *Forward) GetListen() string {
+	if x != nil {
+		return x.Listen
+	}
+	return ""
+}
+
+func (x *Forward) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *Forward) GetListening() bool {
+	if x != nil {
+		return x.Listening
+	}
+	return false
+}
+
+func (x *Forward) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *Forward) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
 type Slice struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -671,7 +764,7 @@ type Slice struct {
 
 func (x *Slice) Reset() {
 	*x = Slice{}
-	mi := &file_violin_v1_violin_proto_msgTypes[4]
+	mi := &file_violin_v1_violin_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -683,7 +776,7 @@ func (x *Slice) String() string {
 func (*Slice) ProtoMessage() {}
 
 func (x *Slice) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[4]
+	mi := &file_violin_v1_violin_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -696,7 +789,7 @@ func (x *Slice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Slice.ProtoReflect.Descriptor instead.
 func (*Slice) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{4}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Slice) GetName() string {
@@ -781,7 +874,7 @@ type UpRequest struct {
 
 func (x *UpRequest) Reset() {
 	*x = UpRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[5]
+	mi := &file_violin_v1_violin_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -793,7 +886,7 @@ func (x *UpRequest) String() string {
 func (*UpRequest) ProtoMessage() {}
 
 func (x *UpRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[5]
+	mi := &file_violin_v1_violin_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -806,7 +899,7 @@ func (x *UpRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpRequest.ProtoReflect.Descriptor instead.
 func (*UpRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{5}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *UpRequest) GetFile() string {
@@ -850,7 +943,7 @@ type UpResponse struct {
 
 func (x *UpResponse) Reset() {
 	*x = UpResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[6]
+	mi := &file_violin_v1_violin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -862,7 +955,7 @@ func (x *UpResponse) String() string {
 func (*UpResponse) ProtoMessage() {}
 
 func (x *UpResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[6]
+	mi := &file_violin_v1_violin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -875,7 +968,7 @@ func (x *UpResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpResponse.ProtoReflect.Descriptor instead.
 func (*UpResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{6}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *UpResponse) GetEvent() isUpResponse_Event {
@@ -930,7 +1023,7 @@ type DownRequest struct {
 
 func (x *DownRequest) Reset() {
 	*x = DownRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[7]
+	mi := &file_violin_v1_violin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -942,7 +1035,7 @@ func (x *DownRequest) String() string {
 func (*DownRequest) ProtoMessage() {}
 
 func (x *DownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[7]
+	mi := &file_violin_v1_violin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -955,7 +1048,7 @@ func (x *DownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownRequest.ProtoReflect.Descriptor instead.
 func (*DownRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{7}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *DownRequest) GetSlice() string {
@@ -981,7 +1074,7 @@ type DownResponse struct {
 
 func (x *DownResponse) Reset() {
 	*x = DownResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[8]
+	mi := &file_violin_v1_violin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -993,7 +1086,7 @@ func (x *DownResponse) String() string {
 func (*DownResponse) ProtoMessage() {}
 
 func (x *DownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[8]
+	mi := &file_violin_v1_violin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1006,7 +1099,7 @@ func (x *DownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownResponse.ProtoReflect.Descriptor instead.
 func (*DownResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{8}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *DownResponse) GetSlices() []string {
@@ -1025,7 +1118,7 @@ type ListSlicesRequest struct {
 
 func (x *ListSlicesRequest) Reset() {
 	*x = ListSlicesRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[9]
+	mi := &file_violin_v1_violin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1037,7 +1130,7 @@ func (x *ListSlicesRequest) String() string {
 func (*ListSlicesRequest) ProtoMessage() {}
 
 func (x *ListSlicesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[9]
+	mi := &file_violin_v1_violin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1050,7 +1143,7 @@ func (x *ListSlicesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSlicesRequest.ProtoReflect.Descriptor instead.
 func (*ListSlicesRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{9}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListSlicesRequest) GetSlice() string {
@@ -1069,7 +1162,7 @@ type ListSlicesResponse struct {
 
 func (x *ListSlicesResponse) Reset() {
 	*x = ListSlicesResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[10]
+	mi := &file_violin_v1_violin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1081,7 +1174,7 @@ func (x *ListSlicesResponse) String() string {
 func (*ListSlicesResponse) ProtoMessage() {}
 
 func (x *ListSlicesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[10]
+	mi := &file_violin_v1_violin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1094,7 +1187,7 @@ func (x *ListSlicesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSlicesResponse.ProtoReflect.Descriptor instead.
 func (*ListSlicesResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{10}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ListSlicesResponse) GetSlices() []*Slice {
@@ -1124,7 +1217,7 @@ type SnapshotRequest struct {
 
 func (x *SnapshotRequest) Reset() {
 	*x = SnapshotRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[11]
+	mi := &file_violin_v1_violin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1136,7 +1229,7 @@ func (x *SnapshotRequest) String() string {
 func (*SnapshotRequest) ProtoMessage() {}
 
 func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[11]
+	mi := &file_violin_v1_violin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1149,7 +1242,7 @@ func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{11}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SnapshotRequest) GetSlice() string {
@@ -1221,7 +1314,7 @@ type NodeMove struct {
 
 func (x *NodeMove) Reset() {
 	*x = NodeMove{}
-	mi := &file_violin_v1_violin_proto_msgTypes[12]
+	mi := &file_violin_v1_violin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1233,7 +1326,7 @@ func (x *NodeMove) String() string {
 func (*NodeMove) ProtoMessage() {}
 
 func (x *NodeMove) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[12]
+	mi := &file_violin_v1_violin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1246,7 +1339,7 @@ func (x *NodeMove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeMove.ProtoReflect.Descriptor instead.
 func (*NodeMove) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{12}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *NodeMove) GetNode() string {
@@ -1290,7 +1383,7 @@ type SnapshotResponse struct {
 
 func (x *SnapshotResponse) Reset() {
 	*x = SnapshotResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[13]
+	mi := &file_violin_v1_violin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1302,7 +1395,7 @@ func (x *SnapshotResponse) String() string {
 func (*SnapshotResponse) ProtoMessage() {}
 
 func (x *SnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[13]
+	mi := &file_violin_v1_violin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1315,7 +1408,7 @@ func (x *SnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotResponse.ProtoReflect.Descriptor instead.
 func (*SnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{13}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SnapshotResponse) GetEvent() isSnapshotResponse_Event {
@@ -1379,7 +1472,7 @@ type SnapshotNode struct {
 
 func (x *SnapshotNode) Reset() {
 	*x = SnapshotNode{}
-	mi := &file_violin_v1_violin_proto_msgTypes[14]
+	mi := &file_violin_v1_violin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1391,7 +1484,7 @@ func (x *SnapshotNode) String() string {
 func (*SnapshotNode) ProtoMessage() {}
 
 func (x *SnapshotNode) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[14]
+	mi := &file_violin_v1_violin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1404,7 +1497,7 @@ func (x *SnapshotNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotNode.ProtoReflect.Descriptor instead.
 func (*SnapshotNode) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{14}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SnapshotNode) GetName() string {
@@ -1503,7 +1596,7 @@ type SnapshotDisk struct {
 
 func (x *SnapshotDisk) Reset() {
 	*x = SnapshotDisk{}
-	mi := &file_violin_v1_violin_proto_msgTypes[15]
+	mi := &file_violin_v1_violin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1515,7 +1608,7 @@ func (x *SnapshotDisk) String() string {
 func (*SnapshotDisk) ProtoMessage() {}
 
 func (x *SnapshotDisk) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[15]
+	mi := &file_violin_v1_violin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1528,7 +1621,7 @@ func (x *SnapshotDisk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotDisk.ProtoReflect.Descriptor instead.
 func (*SnapshotDisk) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{15}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SnapshotDisk) GetName() string {
@@ -1587,7 +1680,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_violin_v1_violin_proto_msgTypes[16]
+	mi := &file_violin_v1_violin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1599,7 +1692,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[16]
+	mi := &file_violin_v1_violin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1612,7 +1705,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{16}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Snapshot) GetId() string {
@@ -1764,7 +1857,7 @@ type ListSnapshotsRequest struct {
 
 func (x *ListSnapshotsRequest) Reset() {
 	*x = ListSnapshotsRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[17]
+	mi := &file_violin_v1_violin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1776,7 +1869,7 @@ func (x *ListSnapshotsRequest) String() string {
 func (*ListSnapshotsRequest) ProtoMessage() {}
 
 func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[17]
+	mi := &file_violin_v1_violin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1789,7 +1882,7 @@ func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsRequest.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{17}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListSnapshotsRequest) GetSlice() string {
@@ -1808,7 +1901,7 @@ type ListSnapshotsResponse struct {
 
 func (x *ListSnapshotsResponse) Reset() {
 	*x = ListSnapshotsResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[18]
+	mi := &file_violin_v1_violin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1820,7 +1913,7 @@ func (x *ListSnapshotsResponse) String() string {
 func (*ListSnapshotsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[18]
+	mi := &file_violin_v1_violin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1833,7 +1926,7 @@ func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{18}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
@@ -1862,7 +1955,7 @@ type RestoreRequest struct {
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[19]
+	mi := &file_violin_v1_violin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1874,7 +1967,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[19]
+	mi := &file_violin_v1_violin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1887,7 +1980,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{19}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RestoreRequest) GetSnapshot() string {
@@ -1945,7 +2038,7 @@ type RestoreResponse struct {
 
 func (x *RestoreResponse) Reset() {
 	*x = RestoreResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[20]
+	mi := &file_violin_v1_violin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1957,7 +2050,7 @@ func (x *RestoreResponse) String() string {
 func (*RestoreResponse) ProtoMessage() {}
 
 func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[20]
+	mi := &file_violin_v1_violin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1970,7 +2063,7 @@ func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreResponse.ProtoReflect.Descriptor instead.
 func (*RestoreResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{20}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RestoreResponse) GetEvent() isRestoreResponse_Event {
@@ -2030,7 +2123,7 @@ type Restored struct {
 
 func (x *Restored) Reset() {
 	*x = Restored{}
-	mi := &file_violin_v1_violin_proto_msgTypes[21]
+	mi := &file_violin_v1_violin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2042,7 +2135,7 @@ func (x *Restored) String() string {
 func (*Restored) ProtoMessage() {}
 
 func (x *Restored) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[21]
+	mi := &file_violin_v1_violin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2055,7 +2148,7 @@ func (x *Restored) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Restored.ProtoReflect.Descriptor instead.
 func (*Restored) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{21}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Restored) GetSlice() *Slice {
@@ -2127,7 +2220,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[22]
+	mi := &file_violin_v1_violin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2139,7 +2232,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[22]
+	mi := &file_violin_v1_violin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2152,7 +2245,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{22}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ExecRequest) GetSlice() string {
@@ -2201,7 +2294,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[23]
+	mi := &file_violin_v1_violin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2213,7 +2306,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[23]
+	mi := &file_violin_v1_violin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2226,7 +2319,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{23}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ExecResponse) GetExitCode() int32 {
@@ -2261,7 +2354,7 @@ type ConsoleRequest struct {
 
 func (x *ConsoleRequest) Reset() {
 	*x = ConsoleRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[24]
+	mi := &file_violin_v1_violin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2273,7 +2366,7 @@ func (x *ConsoleRequest) String() string {
 func (*ConsoleRequest) ProtoMessage() {}
 
 func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[24]
+	mi := &file_violin_v1_violin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2286,7 +2379,7 @@ func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleRequest.ProtoReflect.Descriptor instead.
 func (*ConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{24}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ConsoleRequest) GetSlice() string {
@@ -2319,7 +2412,7 @@ type ConsoleResponse struct {
 
 func (x *ConsoleResponse) Reset() {
 	*x = ConsoleResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[25]
+	mi := &file_violin_v1_violin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2331,7 +2424,7 @@ func (x *ConsoleResponse) String() string {
 func (*ConsoleResponse) ProtoMessage() {}
 
 func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[25]
+	mi := &file_violin_v1_violin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2344,7 +2437,7 @@ func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleResponse.ProtoReflect.Descriptor instead.
 func (*ConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{25}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ConsoleResponse) GetData() []byte {
@@ -2366,7 +2459,7 @@ type ConsoleLogRequest struct {
 
 func (x *ConsoleLogRequest) Reset() {
 	*x = ConsoleLogRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[26]
+	mi := &file_violin_v1_violin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2378,7 +2471,7 @@ func (x *ConsoleLogRequest) String() string {
 func (*ConsoleLogRequest) ProtoMessage() {}
 
 func (x *ConsoleLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[26]
+	mi := &file_violin_v1_violin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2391,7 +2484,7 @@ func (x *ConsoleLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleLogRequest.ProtoReflect.Descriptor instead.
 func (*ConsoleLogRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{26}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ConsoleLogRequest) GetSlice() string {
@@ -2431,7 +2524,7 @@ type ConsoleLogResponse struct {
 
 func (x *ConsoleLogResponse) Reset() {
 	*x = ConsoleLogResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[27]
+	mi := &file_violin_v1_violin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2443,7 +2536,7 @@ func (x *ConsoleLogResponse) String() string {
 func (*ConsoleLogResponse) ProtoMessage() {}
 
 func (x *ConsoleLogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[27]
+	mi := &file_violin_v1_violin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2456,7 +2549,7 @@ func (x *ConsoleLogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleLogResponse.ProtoReflect.Descriptor instead.
 func (*ConsoleLogResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{27}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ConsoleLogResponse) GetData() []byte {
@@ -2474,7 +2567,7 @@ type VersionRequest struct {
 
 func (x *VersionRequest) Reset() {
 	*x = VersionRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[28]
+	mi := &file_violin_v1_violin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2486,7 +2579,7 @@ func (x *VersionRequest) String() string {
 func (*VersionRequest) ProtoMessage() {}
 
 func (x *VersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[28]
+	mi := &file_violin_v1_violin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2499,7 +2592,7 @@ func (x *VersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionRequest.ProtoReflect.Descriptor instead.
 func (*VersionRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{28}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{29}
 }
 
 type VersionResponse struct {
@@ -2515,7 +2608,7 @@ type VersionResponse struct {
 
 func (x *VersionResponse) Reset() {
 	*x = VersionResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[29]
+	mi := &file_violin_v1_violin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2527,7 +2620,7 @@ func (x *VersionResponse) String() string {
 func (*VersionResponse) ProtoMessage() {}
 
 func (x *VersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[29]
+	mi := &file_violin_v1_violin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2540,7 +2633,7 @@ func (x *VersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VersionResponse.ProtoReflect.Descriptor instead.
 func (*VersionResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{29}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *VersionResponse) GetVersion() string {
@@ -2589,7 +2682,7 @@ type VerifyRequest struct {
 
 func (x *VerifyRequest) Reset() {
 	*x = VerifyRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[30]
+	mi := &file_violin_v1_violin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2601,7 +2694,7 @@ func (x *VerifyRequest) String() string {
 func (*VerifyRequest) ProtoMessage() {}
 
 func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[30]
+	mi := &file_violin_v1_violin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2614,7 +2707,7 @@ func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyRequest.ProtoReflect.Descriptor instead.
 func (*VerifyRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{30}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *VerifyRequest) GetSnapshot() string {
@@ -2653,7 +2746,7 @@ type VerifyResponse struct {
 
 func (x *VerifyResponse) Reset() {
 	*x = VerifyResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[31]
+	mi := &file_violin_v1_violin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2665,7 +2758,7 @@ func (x *VerifyResponse) String() string {
 func (*VerifyResponse) ProtoMessage() {}
 
 func (x *VerifyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[31]
+	mi := &file_violin_v1_violin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2678,7 +2771,7 @@ func (x *VerifyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyResponse.ProtoReflect.Descriptor instead.
 func (*VerifyResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{31}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *VerifyResponse) GetSnapshot() string {
@@ -2739,7 +2832,7 @@ type FramesRequest struct {
 
 func (x *FramesRequest) Reset() {
 	*x = FramesRequest{}
-	mi := &file_violin_v1_violin_proto_msgTypes[32]
+	mi := &file_violin_v1_violin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2751,7 +2844,7 @@ func (x *FramesRequest) String() string {
 func (*FramesRequest) ProtoMessage() {}
 
 func (x *FramesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[32]
+	mi := &file_violin_v1_violin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2764,7 +2857,7 @@ func (x *FramesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FramesRequest.ProtoReflect.Descriptor instead.
 func (*FramesRequest) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{32}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *FramesRequest) GetSnapshot() string {
@@ -2783,7 +2876,7 @@ type FramesResponse struct {
 
 func (x *FramesResponse) Reset() {
 	*x = FramesResponse{}
-	mi := &file_violin_v1_violin_proto_msgTypes[33]
+	mi := &file_violin_v1_violin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2795,7 +2888,7 @@ func (x *FramesResponse) String() string {
 func (*FramesResponse) ProtoMessage() {}
 
 func (x *FramesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_violin_v1_violin_proto_msgTypes[33]
+	mi := &file_violin_v1_violin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2808,7 +2901,7 @@ func (x *FramesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FramesResponse.ProtoReflect.Descriptor instead.
 func (*FramesResponse) Descriptor() ([]byte, []int) {
-	return file_violin_v1_violin_proto_rawDescGZIP(), []int{33}
+	return file_violin_v1_violin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *FramesResponse) GetData() []byte {
@@ -2830,7 +2923,7 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\tInterface\x12\x18\n" +
 	"\anetwork\x18\x01 \x01(\tR\anetwork\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x10\n" +
-	"\x03mac\x18\x03 \x01(\tR\x03mac\"\xc6\x02\n" +
+	"\x03mac\x18\x03 \x01(\tR\x03mac\"\xf6\x02\n" +
 	"\x04Node\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x12\n" +
@@ -2845,12 +2938,20 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x03pid\x18\t \x01(\x03R\x03pid\x12\x16\n" +
 	"\x06detail\x18\n" +
 	" \x01(\tR\x06detail\x12)\n" +
-	"\x05disks\x18\x14 \x03(\v2\x13.violin.v1.NodeDiskR\x05disks\"c\n" +
+	"\x05disks\x18\x14 \x03(\v2\x13.violin.v1.NodeDiskR\x05disks\x12.\n" +
+	"\bforwards\x18< \x03(\v2\x12.violin.v1.ForwardR\bforwards\"c\n" +
 	"\bNodeDisk\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
 	"size_bytes\x18\x02 \x01(\x04R\tsizeBytes\x12$\n" +
-	"\x03use\x18\x03 \x01(\x0e2\x12.violin.v1.DiskUseR\x03use\"\xa8\x02\n" +
+	"\x03use\x18\x03 \x01(\x0e2\x12.violin.v1.DiskUseR\x03use\"\x9d\x01\n" +
+	"\aForward\x12\x1a\n" +
+	"\bprotocol\x18\x01 \x01(\tR\bprotocol\x12\x16\n" +
+	"\x06listen\x18\x02 \x01(\tR\x06listen\x12\x12\n" +
+	"\x04port\x18\x03 \x01(\rR\x04port\x12\x1c\n" +
+	"\tlistening\x18\x04 \x01(\bR\tlistening\x12\x12\n" +
+	"\x04host\x18\x05 \x01(\tR\x04host\x12\x18\n" +
+	"\aproblem\x18\x06 \x01(\tR\aproblem\"\xa8\x02\n" +
 	"\x05Slice\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x124\n" +
 	"\acreated\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12%\n" +
@@ -3090,7 +3191,7 @@ func file_violin_v1_violin_proto_rawDescGZIP() []byte {
 }
 
 var file_violin_v1_violin_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_violin_v1_violin_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
+var file_violin_v1_violin_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
 var file_violin_v1_violin_proto_goTypes = []any{
 	(NodeState)(0),                // 0: violin.v1.NodeState
 	(DiskUse)(0),                  // 1: violin.v1.DiskUse
@@ -3102,111 +3203,113 @@ var file_violin_v1_violin_proto_goTypes = []any{
 	(*Interface)(nil),             // 7: violin.v1.Interface
 	(*Node)(nil),                  // 8: violin.v1.Node
 	(*NodeDisk)(nil),              // 9: violin.v1.NodeDisk
-	(*Slice)(nil),                 // 10: violin.v1.Slice
-	(*UpRequest)(nil),             // 11: violin.v1.UpRequest
-	(*UpResponse)(nil),            // 12: violin.v1.UpResponse
-	(*DownRequest)(nil),           // 13: violin.v1.DownRequest
-	(*DownResponse)(nil),          // 14: violin.v1.DownResponse
-	(*ListSlicesRequest)(nil),     // 15: violin.v1.ListSlicesRequest
-	(*ListSlicesResponse)(nil),    // 16: violin.v1.ListSlicesResponse
-	(*SnapshotRequest)(nil),       // 17: violin.v1.SnapshotRequest
-	(*NodeMove)(nil),              // 18: violin.v1.NodeMove
-	(*SnapshotResponse)(nil),      // 19: violin.v1.SnapshotResponse
-	(*SnapshotNode)(nil),          // 20: violin.v1.SnapshotNode
-	(*SnapshotDisk)(nil),          // 21: violin.v1.SnapshotDisk
-	(*Snapshot)(nil),              // 22: violin.v1.Snapshot
-	(*ListSnapshotsRequest)(nil),  // 23: violin.v1.ListSnapshotsRequest
-	(*ListSnapshotsResponse)(nil), // 24: violin.v1.ListSnapshotsResponse
-	(*RestoreRequest)(nil),        // 25: violin.v1.RestoreRequest
-	(*RestoreResponse)(nil),       // 26: violin.v1.RestoreResponse
-	(*Restored)(nil),              // 27: violin.v1.Restored
-	(*ExecRequest)(nil),           // 28: violin.v1.ExecRequest
-	(*ExecResponse)(nil),          // 29: violin.v1.ExecResponse
-	(*ConsoleRequest)(nil),        // 30: violin.v1.ConsoleRequest
-	(*ConsoleResponse)(nil),       // 31: violin.v1.ConsoleResponse
-	(*ConsoleLogRequest)(nil),     // 32: violin.v1.ConsoleLogRequest
-	(*ConsoleLogResponse)(nil),    // 33: violin.v1.ConsoleLogResponse
-	(*VersionRequest)(nil),        // 34: violin.v1.VersionRequest
-	(*VersionResponse)(nil),       // 35: violin.v1.VersionResponse
-	(*VerifyRequest)(nil),         // 36: violin.v1.VerifyRequest
-	(*VerifyResponse)(nil),        // 37: violin.v1.VerifyResponse
-	(*FramesRequest)(nil),         // 38: violin.v1.FramesRequest
-	(*FramesResponse)(nil),        // 39: violin.v1.FramesResponse
-	nil,                           // 40: violin.v1.RestoreRequest.OnEntry
-	nil,                           // 41: violin.v1.VersionResponse.FormatsEntry
-	(*timestamppb.Timestamp)(nil), // 42: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 43: google.protobuf.Duration
+	(*Forward)(nil),               // 10: violin.v1.Forward
+	(*Slice)(nil),                 // 11: violin.v1.Slice
+	(*UpRequest)(nil),             // 12: violin.v1.UpRequest
+	(*UpResponse)(nil),            // 13: violin.v1.UpResponse
+	(*DownRequest)(nil),           // 14: violin.v1.DownRequest
+	(*DownResponse)(nil),          // 15: violin.v1.DownResponse
+	(*ListSlicesRequest)(nil),     // 16: violin.v1.ListSlicesRequest
+	(*ListSlicesResponse)(nil),    // 17: violin.v1.ListSlicesResponse
+	(*SnapshotRequest)(nil),       // 18: violin.v1.SnapshotRequest
+	(*NodeMove)(nil),              // 19: violin.v1.NodeMove
+	(*SnapshotResponse)(nil),      // 20: violin.v1.SnapshotResponse
+	(*SnapshotNode)(nil),          // 21: violin.v1.SnapshotNode
+	(*SnapshotDisk)(nil),          // 22: violin.v1.SnapshotDisk
+	(*Snapshot)(nil),              // 23: violin.v1.Snapshot
+	(*ListSnapshotsRequest)(nil),  // 24: violin.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil), // 25: violin.v1.ListSnapshotsResponse
+	(*RestoreRequest)(nil),        // 26: violin.v1.RestoreRequest
+	(*RestoreResponse)(nil),       // 27: violin.v1.RestoreResponse
+	(*Restored)(nil),              // 28: violin.v1.Restored
+	(*ExecRequest)(nil),           // 29: violin.v1.ExecRequest
+	(*ExecResponse)(nil),          // 30: violin.v1.ExecResponse
+	(*ConsoleRequest)(nil),        // 31: violin.v1.ConsoleRequest
+	(*ConsoleResponse)(nil),       // 32: violin.v1.ConsoleResponse
+	(*ConsoleLogRequest)(nil),     // 33: violin.v1.ConsoleLogRequest
+	(*ConsoleLogResponse)(nil),    // 34: violin.v1.ConsoleLogResponse
+	(*VersionRequest)(nil),        // 35: violin.v1.VersionRequest
+	(*VersionResponse)(nil),       // 36: violin.v1.VersionResponse
+	(*VerifyRequest)(nil),         // 37: violin.v1.VerifyRequest
+	(*VerifyResponse)(nil),        // 38: violin.v1.VerifyResponse
+	(*FramesRequest)(nil),         // 39: violin.v1.FramesRequest
+	(*FramesResponse)(nil),        // 40: violin.v1.FramesResponse
+	nil,                           // 41: violin.v1.RestoreRequest.OnEntry
+	nil,                           // 42: violin.v1.VersionResponse.FormatsEntry
+	(*timestamppb.Timestamp)(nil), // 43: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 44: google.protobuf.Duration
 }
 var file_violin_v1_violin_proto_depIdxs = []int32{
 	0,  // 0: violin.v1.Node.state:type_name -> violin.v1.NodeState
 	7,  // 1: violin.v1.Node.interfaces:type_name -> violin.v1.Interface
 	9,  // 2: violin.v1.Node.disks:type_name -> violin.v1.NodeDisk
-	1,  // 3: violin.v1.NodeDisk.use:type_name -> violin.v1.DiskUse
-	42, // 4: violin.v1.Slice.created:type_name -> google.protobuf.Timestamp
-	8,  // 5: violin.v1.Slice.nodes:type_name -> violin.v1.Node
-	6,  // 6: violin.v1.UpResponse.progress:type_name -> violin.v1.Progress
-	10, // 7: violin.v1.UpResponse.slice:type_name -> violin.v1.Slice
-	10, // 8: violin.v1.ListSlicesResponse.slices:type_name -> violin.v1.Slice
-	2,  // 9: violin.v1.SnapshotRequest.mode:type_name -> violin.v1.CaptureMode
-	3,  // 10: violin.v1.SnapshotRequest.newer:type_name -> violin.v1.NewerPolicy
-	42, // 11: violin.v1.SnapshotRequest.at:type_name -> google.protobuf.Timestamp
-	43, // 12: violin.v1.SnapshotRequest.hold_time:type_name -> google.protobuf.Duration
-	4,  // 13: violin.v1.SnapshotRequest.clock:type_name -> violin.v1.ClockPolicy
-	6,  // 14: violin.v1.SnapshotResponse.progress:type_name -> violin.v1.Progress
-	22, // 15: violin.v1.SnapshotResponse.snapshot:type_name -> violin.v1.Snapshot
-	43, // 16: violin.v1.SnapshotNode.pause:type_name -> google.protobuf.Duration
-	42, // 17: violin.v1.SnapshotNode.cut_at:type_name -> google.protobuf.Timestamp
-	43, // 18: violin.v1.SnapshotNode.cut_offset:type_name -> google.protobuf.Duration
-	21, // 19: violin.v1.SnapshotNode.disks:type_name -> violin.v1.SnapshotDisk
-	1,  // 20: violin.v1.SnapshotDisk.use:type_name -> violin.v1.DiskUse
-	42, // 21: violin.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
-	2,  // 22: violin.v1.Snapshot.mode:type_name -> violin.v1.CaptureMode
-	43, // 23: violin.v1.Snapshot.duration:type_name -> google.protobuf.Duration
-	43, // 24: violin.v1.Snapshot.skew:type_name -> google.protobuf.Duration
-	20, // 25: violin.v1.Snapshot.nodes:type_name -> violin.v1.SnapshotNode
-	4,  // 26: violin.v1.Snapshot.clock:type_name -> violin.v1.ClockPolicy
-	22, // 27: violin.v1.ListSnapshotsResponse.snapshots:type_name -> violin.v1.Snapshot
-	4,  // 28: violin.v1.RestoreRequest.clock:type_name -> violin.v1.ClockPolicy
-	5,  // 29: violin.v1.RestoreRequest.placement:type_name -> violin.v1.PlacementPolicy
-	40, // 30: violin.v1.RestoreRequest.on:type_name -> violin.v1.RestoreRequest.OnEntry
-	6,  // 31: violin.v1.RestoreResponse.progress:type_name -> violin.v1.Progress
-	27, // 32: violin.v1.RestoreResponse.restored:type_name -> violin.v1.Restored
-	10, // 33: violin.v1.Restored.slice:type_name -> violin.v1.Slice
-	22, // 34: violin.v1.Restored.snapshot:type_name -> violin.v1.Snapshot
-	43, // 35: violin.v1.Restored.duration:type_name -> google.protobuf.Duration
-	43, // 36: violin.v1.Restored.skew:type_name -> google.protobuf.Duration
-	18, // 37: violin.v1.Restored.moves:type_name -> violin.v1.NodeMove
-	43, // 38: violin.v1.ExecRequest.timeout:type_name -> google.protobuf.Duration
-	41, // 39: violin.v1.VersionResponse.formats:type_name -> violin.v1.VersionResponse.FormatsEntry
-	11, // 40: violin.v1.SliceService.Up:input_type -> violin.v1.UpRequest
-	13, // 41: violin.v1.SliceService.Down:input_type -> violin.v1.DownRequest
-	15, // 42: violin.v1.SliceService.ListSlices:input_type -> violin.v1.ListSlicesRequest
-	17, // 43: violin.v1.SliceService.Snapshot:input_type -> violin.v1.SnapshotRequest
-	23, // 44: violin.v1.SliceService.ListSnapshots:input_type -> violin.v1.ListSnapshotsRequest
-	25, // 45: violin.v1.SliceService.Restore:input_type -> violin.v1.RestoreRequest
-	28, // 46: violin.v1.SliceService.Exec:input_type -> violin.v1.ExecRequest
-	30, // 47: violin.v1.SliceService.Console:input_type -> violin.v1.ConsoleRequest
-	32, // 48: violin.v1.SliceService.ConsoleLog:input_type -> violin.v1.ConsoleLogRequest
-	34, // 49: violin.v1.SliceService.Version:input_type -> violin.v1.VersionRequest
-	36, // 50: violin.v1.SliceService.Verify:input_type -> violin.v1.VerifyRequest
-	38, // 51: violin.v1.SliceService.Frames:input_type -> violin.v1.FramesRequest
-	12, // 52: violin.v1.SliceService.Up:output_type -> violin.v1.UpResponse
-	14, // 53: violin.v1.SliceService.Down:output_type -> violin.v1.DownResponse
-	16, // 54: violin.v1.SliceService.ListSlices:output_type -> violin.v1.ListSlicesResponse
-	19, // 55: violin.v1.SliceService.Snapshot:output_type -> violin.v1.SnapshotResponse
-	24, // 56: violin.v1.SliceService.ListSnapshots:output_type -> violin.v1.ListSnapshotsResponse
-	26, // 57: violin.v1.SliceService.Restore:output_type -> violin.v1.RestoreResponse
-	29, // 58: violin.v1.SliceService.Exec:output_type -> violin.v1.ExecResponse
-	31, // 59: violin.v1.SliceService.Console:output_type -> violin.v1.ConsoleResponse
-	33, // 60: violin.v1.SliceService.ConsoleLog:output_type -> violin.v1.ConsoleLogResponse
-	35, // 61: violin.v1.SliceService.Version:output_type -> violin.v1.VersionResponse
-	37, // 62: violin.v1.SliceService.Verify:output_type -> violin.v1.VerifyResponse
-	39, // 63: violin.v1.SliceService.Frames:output_type -> violin.v1.FramesResponse
-	52, // [52:64] is the sub-list for method output_type
-	40, // [40:52] is the sub-list for method input_type
-	40, // [40:40] is the sub-list for extension type_name
-	40, // [40:40] is the sub-list for extension extendee
-	0,  // [0:40] is the sub-list for field type_name
+	10, // 3: violin.v1.Node.forwards:type_name -> violin.v1.Forward
+	1,  // 4: violin.v1.NodeDisk.use:type_name -> violin.v1.DiskUse
+	43, // 5: violin.v1.Slice.created:type_name -> google.protobuf.Timestamp
+	8,  // 6: violin.v1.Slice.nodes:type_name -> violin.v1.Node
+	6,  // 7: violin.v1.UpResponse.progress:type_name -> violin.v1.Progress
+	11, // 8: violin.v1.UpResponse.slice:type_name -> violin.v1.Slice
+	11, // 9: violin.v1.ListSlicesResponse.slices:type_name -> violin.v1.Slice
+	2,  // 10: violin.v1.SnapshotRequest.mode:type_name -> violin.v1.CaptureMode
+	3,  // 11: violin.v1.SnapshotRequest.newer:type_name -> violin.v1.NewerPolicy
+	43, // 12: violin.v1.SnapshotRequest.at:type_name -> google.protobuf.Timestamp
+	44, // 13: violin.v1.SnapshotRequest.hold_time:type_name -> google.protobuf.Duration
+	4,  // 14: violin.v1.SnapshotRequest.clock:type_name -> violin.v1.ClockPolicy
+	6,  // 15: violin.v1.SnapshotResponse.progress:type_name -> violin.v1.Progress
+	23, // 16: violin.v1.SnapshotResponse.snapshot:type_name -> violin.v1.Snapshot
+	44, // 17: violin.v1.SnapshotNode.pause:type_name -> google.protobuf.Duration
+	43, // 18: violin.v1.SnapshotNode.cut_at:type_name -> google.protobuf.Timestamp
+	44, // 19: violin.v1.SnapshotNode.cut_offset:type_name -> google.protobuf.Duration
+	22, // 20: violin.v1.SnapshotNode.disks:type_name -> violin.v1.SnapshotDisk
+	1,  // 21: violin.v1.SnapshotDisk.use:type_name -> violin.v1.DiskUse
+	43, // 22: violin.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	2,  // 23: violin.v1.Snapshot.mode:type_name -> violin.v1.CaptureMode
+	44, // 24: violin.v1.Snapshot.duration:type_name -> google.protobuf.Duration
+	44, // 25: violin.v1.Snapshot.skew:type_name -> google.protobuf.Duration
+	21, // 26: violin.v1.Snapshot.nodes:type_name -> violin.v1.SnapshotNode
+	4,  // 27: violin.v1.Snapshot.clock:type_name -> violin.v1.ClockPolicy
+	23, // 28: violin.v1.ListSnapshotsResponse.snapshots:type_name -> violin.v1.Snapshot
+	4,  // 29: violin.v1.RestoreRequest.clock:type_name -> violin.v1.ClockPolicy
+	5,  // 30: violin.v1.RestoreRequest.placement:type_name -> violin.v1.PlacementPolicy
+	41, // 31: violin.v1.RestoreRequest.on:type_name -> violin.v1.RestoreRequest.OnEntry
+	6,  // 32: violin.v1.RestoreResponse.progress:type_name -> violin.v1.Progress
+	28, // 33: violin.v1.RestoreResponse.restored:type_name -> violin.v1.Restored
+	11, // 34: violin.v1.Restored.slice:type_name -> violin.v1.Slice
+	23, // 35: violin.v1.Restored.snapshot:type_name -> violin.v1.Snapshot
+	44, // 36: violin.v1.Restored.duration:type_name -> google.protobuf.Duration
+	44, // 37: violin.v1.Restored.skew:type_name -> google.protobuf.Duration
+	19, // 38: violin.v1.Restored.moves:type_name -> violin.v1.NodeMove
+	44, // 39: violin.v1.ExecRequest.timeout:type_name -> google.protobuf.Duration
+	42, // 40: violin.v1.VersionResponse.formats:type_name -> violin.v1.VersionResponse.FormatsEntry
+	12, // 41: violin.v1.SliceService.Up:input_type -> violin.v1.UpRequest
+	14, // 42: violin.v1.SliceService.Down:input_type -> violin.v1.DownRequest
+	16, // 43: violin.v1.SliceService.ListSlices:input_type -> violin.v1.ListSlicesRequest
+	18, // 44: violin.v1.SliceService.Snapshot:input_type -> violin.v1.SnapshotRequest
+	24, // 45: violin.v1.SliceService.ListSnapshots:input_type -> violin.v1.ListSnapshotsRequest
+	26, // 46: violin.v1.SliceService.Restore:input_type -> violin.v1.RestoreRequest
+	29, // 47: violin.v1.SliceService.Exec:input_type -> violin.v1.ExecRequest
+	31, // 48: violin.v1.SliceService.Console:input_type -> violin.v1.ConsoleRequest
+	33, // 49: violin.v1.SliceService.ConsoleLog:input_type -> violin.v1.ConsoleLogRequest
+	35, // 50: violin.v1.SliceService.Version:input_type -> violin.v1.VersionRequest
+	37, // 51: violin.v1.SliceService.Verify:input_type -> violin.v1.VerifyRequest
+	39, // 52: violin.v1.SliceService.Frames:input_type -> violin.v1.FramesRequest
+	13, // 53: violin.v1.SliceService.Up:output_type -> violin.v1.UpResponse
+	15, // 54: violin.v1.SliceService.Down:output_type -> violin.v1.DownResponse
+	17, // 55: violin.v1.SliceService.ListSlices:output_type -> violin.v1.ListSlicesResponse
+	20, // 56: violin.v1.SliceService.Snapshot:output_type -> violin.v1.SnapshotResponse
+	25, // 57: violin.v1.SliceService.ListSnapshots:output_type -> violin.v1.ListSnapshotsResponse
+	27, // 58: violin.v1.SliceService.Restore:output_type -> violin.v1.RestoreResponse
+	30, // 59: violin.v1.SliceService.Exec:output_type -> violin.v1.ExecResponse
+	32, // 60: violin.v1.SliceService.Console:output_type -> violin.v1.ConsoleResponse
+	34, // 61: violin.v1.SliceService.ConsoleLog:output_type -> violin.v1.ConsoleLogResponse
+	36, // 62: violin.v1.SliceService.Version:output_type -> violin.v1.VersionResponse
+	38, // 63: violin.v1.SliceService.Verify:output_type -> violin.v1.VerifyResponse
+	40, // 64: violin.v1.SliceService.Frames:output_type -> violin.v1.FramesResponse
+	53, // [53:65] is the sub-list for method output_type
+	41, // [41:53] is the sub-list for method input_type
+	41, // [41:41] is the sub-list for extension type_name
+	41, // [41:41] is the sub-list for extension extendee
+	0,  // [0:41] is the sub-list for field type_name
 }
 
 func init() { file_violin_v1_violin_proto_init() }
@@ -3214,27 +3317,27 @@ func file_violin_v1_violin_proto_init() {
 	if File_violin_v1_violin_proto != nil {
 		return
 	}
-	file_violin_v1_violin_proto_msgTypes[6].OneofWrappers = []any{
+	file_violin_v1_violin_proto_msgTypes[7].OneofWrappers = []any{
 		(*UpResponse_Progress)(nil),
 		(*UpResponse_Slice)(nil),
 	}
-	file_violin_v1_violin_proto_msgTypes[13].OneofWrappers = []any{
+	file_violin_v1_violin_proto_msgTypes[14].OneofWrappers = []any{
 		(*SnapshotResponse_Progress)(nil),
 		(*SnapshotResponse_Snapshot)(nil),
 	}
-	file_violin_v1_violin_proto_msgTypes[19].OneofWrappers = []any{}
-	file_violin_v1_violin_proto_msgTypes[20].OneofWrappers = []any{
+	file_violin_v1_violin_proto_msgTypes[20].OneofWrappers = []any{}
+	file_violin_v1_violin_proto_msgTypes[21].OneofWrappers = []any{
 		(*RestoreResponse_Progress)(nil),
 		(*RestoreResponse_Restored)(nil),
 	}
-	file_violin_v1_violin_proto_msgTypes[26].OneofWrappers = []any{}
+	file_violin_v1_violin_proto_msgTypes[27].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_violin_v1_violin_proto_rawDesc), len(file_violin_v1_violin_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   36,
+			NumMessages:   37,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

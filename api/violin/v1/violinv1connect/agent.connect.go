@@ -94,6 +94,12 @@ const (
 	AgentServiceReleaseOutputProcedure = "/violin.v1.AgentService/ReleaseOutput"
 	// AgentServiceNowProcedure is the fully-qualified name of the AgentService's Now RPC.
 	AgentServiceNowProcedure = "/violin.v1.AgentService/Now"
+	// AgentServiceListForwardsProcedure is the fully-qualified name of the AgentService's ListForwards
+	// RPC.
+	AgentServiceListForwardsProcedure = "/violin.v1.AgentService/ListForwards"
+	// AgentServiceProbeForwardsProcedure is the fully-qualified name of the AgentService's
+	// ProbeForwards RPC.
+	AgentServiceProbeForwardsProcedure = "/violin.v1.AgentService/ProbeForwards"
 	// AgentServiceCutProcedure is the fully-qualified name of the AgentService's Cut RPC.
 	AgentServiceCutProcedure = "/violin.v1.AgentService/Cut"
 	// AgentServiceResultsProcedure is the fully-qualified name of the AgentService's Results RPC.
@@ -287,6 +293,10 @@ type AgentServiceClient interface {
 	MarkOutput(context.Context, *v1.MarkOutputRequest) (*v1.MarkOutputResponse, error)
 	ReleaseOutput(context.Context, *v1.ReleaseOutputRequest) (*v1.ReleaseOutputResponse, error)
 	Now(context.Context, *v1.NowRequest) (*v1.NowResponse, error)
+	// ListForwards tells how the run's forwards are: by gateway in the order that they were added, and then in that of AddGateway.
+	ListForwards(context.Context, *v1.ListForwardsRequest) (*v1.ListForwardsResponse, error)
+	// ProbeForwards tells which forwards could not listen now. It is about no run.
+	ProbeForwards(context.Context, *v1.ProbeForwardsRequest) (*v1.ProbeForwardsResponse, error)
 	// Cut carries the coordinator's orders of one slice, and what comes of them. Orders are taken in the order of
 	// the stream. If it breaks, another one goes on with the same cut; if none does in time, the agent gives the cut up.
 	Cut(context.Context) (*connect.BidiStreamForClientSimple[v1.CutRequest, v1.CutResponse], error)
@@ -419,6 +429,18 @@ func NewAgentServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(agentServiceMethods.ByName("Now")),
 			connect.WithClientOptions(opts...),
 		),
+		listForwards: connect.NewClient[v1.ListForwardsRequest, v1.ListForwardsResponse](
+			httpClient,
+			baseURL+AgentServiceListForwardsProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("ListForwards")),
+			connect.WithClientOptions(opts...),
+		),
+		probeForwards: connect.NewClient[v1.ProbeForwardsRequest, v1.ProbeForwardsResponse](
+			httpClient,
+			baseURL+AgentServiceProbeForwardsProcedure,
+			connect.WithSchema(agentServiceMethods.ByName("ProbeForwards")),
+			connect.WithClientOptions(opts...),
+		),
 		cut: connect.NewClient[v1.CutRequest, v1.CutResponse](
 			httpClient,
 			baseURL+AgentServiceCutProcedure,
@@ -455,6 +477,8 @@ type agentServiceClient struct {
 	markOutput     *connect.Client[v1.MarkOutputRequest, v1.MarkOutputResponse]
 	releaseOutput  *connect.Client[v1.ReleaseOutputRequest, v1.ReleaseOutputResponse]
 	now            *connect.Client[v1.NowRequest, v1.NowResponse]
+	listForwards   *connect.Client[v1.ListForwardsRequest, v1.ListForwardsResponse]
+	probeForwards  *connect.Client[v1.ProbeForwardsRequest, v1.ProbeForwardsResponse]
 	cut            *connect.Client[v1.CutRequest, v1.CutResponse]
 	results        *connect.Client[v1.ResultsRequest, v1.ResultsResponse]
 }
@@ -618,6 +642,24 @@ func (c *agentServiceClient) Now(ctx context.Context, req *v1.NowRequest) (*v1.N
 	return nil, err
 }
 
+// ListForwards calls violin.v1.AgentService.ListForwards.
+func (c *agentServiceClient) ListForwards(ctx context.Context, req *v1.ListForwardsRequest) (*v1.ListForwardsResponse, error) {
+	response, err := c.listForwards.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// ProbeForwards calls violin.v1.AgentService.ProbeForwards.
+func (c *agentServiceClient) ProbeForwards(ctx context.Context, req *v1.ProbeForwardsRequest) (*v1.ProbeForwardsResponse, error) {
+	response, err := c.probeForwards.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // Cut calls violin.v1.AgentService.Cut.
 func (c *agentServiceClient) Cut(ctx context.Context) (*connect.BidiStreamForClientSimple[v1.CutRequest, v1.CutResponse], error) {
 	return c.cut.CallBidiStreamSimple(ctx)
@@ -653,6 +695,10 @@ type AgentServiceHandler interface {
 	MarkOutput(context.Context, *v1.MarkOutputRequest) (*v1.MarkOutputResponse, error)
 	ReleaseOutput(context.Context, *v1.ReleaseOutputRequest) (*v1.ReleaseOutputResponse, error)
 	Now(context.Context, *v1.NowRequest) (*v1.NowResponse, error)
+	// ListForwards tells how the run's forwards are: by gateway in the order that they were added, and then in that of AddGateway.
+	ListForwards(context.Context, *v1.ListForwardsRequest) (*v1.ListForwardsResponse, error)
+	// ProbeForwards tells which forwards could not listen now. It is about no run.
+	ProbeForwards(context.Context, *v1.ProbeForwardsRequest) (*v1.ProbeForwardsResponse, error)
 	// Cut carries the coordinator's orders of one slice, and what comes of them. Orders are taken in the order of
 	// the stream. If it breaks, another one goes on with the same cut; if none does in time, the agent gives the cut up.
 	Cut(context.Context, *connect.BidiStream[v1.CutRequest, v1.CutResponse]) error
@@ -781,6 +827,18 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(agentServiceMethods.ByName("Now")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentServiceListForwardsHandler := connect.NewUnaryHandlerSimple(
+		AgentServiceListForwardsProcedure,
+		svc.ListForwards,
+		connect.WithSchema(agentServiceMethods.ByName("ListForwards")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentServiceProbeForwardsHandler := connect.NewUnaryHandlerSimple(
+		AgentServiceProbeForwardsProcedure,
+		svc.ProbeForwards,
+		connect.WithSchema(agentServiceMethods.ByName("ProbeForwards")),
+		connect.WithHandlerOptions(opts...),
+	)
 	agentServiceCutHandler := connect.NewBidiStreamHandler(
 		AgentServiceCutProcedure,
 		svc.Cut,
@@ -833,6 +891,10 @@ func NewAgentServiceHandler(svc AgentServiceHandler, opts ...connect.HandlerOpti
 			agentServiceReleaseOutputHandler.ServeHTTP(w, r)
 		case AgentServiceNowProcedure:
 			agentServiceNowHandler.ServeHTTP(w, r)
+		case AgentServiceListForwardsProcedure:
+			agentServiceListForwardsHandler.ServeHTTP(w, r)
+		case AgentServiceProbeForwardsProcedure:
+			agentServiceProbeForwardsHandler.ServeHTTP(w, r)
 		case AgentServiceCutProcedure:
 			agentServiceCutHandler.ServeHTTP(w, r)
 		case AgentServiceResultsProcedure:
@@ -920,6 +982,14 @@ func (UnimplementedAgentServiceHandler) ReleaseOutput(context.Context, *v1.Relea
 
 func (UnimplementedAgentServiceHandler) Now(context.Context, *v1.NowRequest) (*v1.NowResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.AgentService.Now is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) ListForwards(context.Context, *v1.ListForwardsRequest) (*v1.ListForwardsResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.AgentService.ListForwards is not implemented"))
+}
+
+func (UnimplementedAgentServiceHandler) ProbeForwards(context.Context, *v1.ProbeForwardsRequest) (*v1.ProbeForwardsResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.AgentService.ProbeForwards is not implemented"))
 }
 
 func (UnimplementedAgentServiceHandler) Cut(context.Context, *connect.BidiStream[v1.CutRequest, v1.CutResponse]) error {
