@@ -32,6 +32,10 @@ var guest embed.FS
 // basePackages are in every image: what /etc/violin/boot needs.
 var basePackages = []string{"busybox-static", "iproute2", "qemu-guest-agent"}
 
+// systemdPackages are what an image with systemd has besides: what a cloud's image brings a
+// guest up with. busybox is for the initrd.
+var systemdPackages = []string{"systemd-sysv", "systemd-resolved", "udev", "dbus", "kmod", "cloud-init"}
+
 // virtioModules reach the disk, the network and the hypervisor.
 var virtioModules = []string{
 	"virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng", "squashfs", "overlay", "qemu_fw_cfg",
@@ -243,9 +247,13 @@ func (w *builder) packages(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	base := slices.Clone(basePackages)
+	if w.recipe.Init == initSystemd {
+		base = append(base, systemdPackages...)
+	}
 	args := []string{
 		"--quiet", "--variant=minbase", "--mode=root", "--skip=check/empty",
-		"--include=" + strings.Join(append(slices.Clone(basePackages), w.recipe.Packages...), ","),
+		"--include=" + strings.Join(append(base, w.recipe.Packages...), ","),
 		"--aptopt=APT::Install-Recommends \"false\"",
 	}
 	for _, dir := range []string{"doc", "man", "locale", "info"} {
@@ -418,8 +426,57 @@ func moduleFiles(dep, builtin []byte, names []string) ([]string, error) {
 	return slices.Compact(files), nil
 }
 
-// files puts in what makes the root a guest of Violin's, and the recipe's files.
+// files puts in what makes the root a guest, and the recipe's files.
 func (w *builder) files(ctx context.Context) error {
+	begin := w.violinInit
+	if w.recipe.Init == initSystemd {
+		begin = w.systemdInit
+	}
+	root, err := os.OpenRoot(w.root) // a link in the image must not lead out of it
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	if err := begin(ctx, root); err != nil {
+		return err
+	}
+	for _, f := range w.recipe.Files {
+		if err := w.file(root, f); err != nil {
+			return fmt.Errorf("%s: file %s: %w", w.Recipe, f.Path, err)
+		}
+	}
+	return nil
+}
+
+// systemdInit has systemd find the kernel's modules, and a machine of its own at each first
+// boot.
+func (w *builder) systemdInit(ctx context.Context, root *os.Root) error {
+	from := filepath.Join(w.kernel, "lib/modules", w.version)
+	to := filepath.Join(w.root, "usr/lib/modules", w.version)
+	if err := os.CopyFS(to, os.DirFS(from)); err != nil {
+		return err
+	}
+	if err := w.run(ctx, "", nil, "depmod", "-b", w.root, w.version); err != nil {
+		return err
+	}
+	if len(w.recipe.Modules) > 0 {
+		content := strings.Join(w.recipe.Modules, "\n") + "\n"
+		if err := w.file(root, File{Path: "/etc/modules-load.d/violin.conf", Content: &content}); err != nil {
+			return err
+		}
+	}
+	empty := ""
+	if err := w.file(root, File{Path: "/etc/machine-id", Content: &empty}); err != nil {
+		return err
+	}
+	if err := root.Remove("etc/hostname"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return w.run(ctx, "", nil, "chroot", w.root, "systemctl", "enable", "systemd-networkd")
+}
+
+// violinInit has busybox and /etc/violin/boot bring the guest up.
+func (w *builder) violinInit(ctx context.Context, root *os.Root) error {
 	for _, f := range []struct {
 		name, path string
 		mode       fs.FileMode
@@ -442,11 +499,6 @@ func (w *builder) files(ctx context.Context) error {
 			return err
 		}
 	}
-	root, err := os.OpenRoot(w.root) // a link in the image must not lead out of it
-	if err != nil {
-		return err
-	}
-	defer root.Close()
 	for _, l := range []struct{ path, to string }{
 		{"sbin/init", "/bin/busybox"}, {"etc/hosts", "/run/hosts"}, {"etc/resolv.conf", "/run/resolv.conf"}, {"etc/hostname", ""},
 	} {
@@ -457,11 +509,6 @@ func (w *builder) files(ctx context.Context) error {
 			if err := root.Symlink(l.to, l.path); err != nil {
 				return err
 			}
-		}
-	}
-	for _, f := range w.recipe.Files {
-		if err := w.file(root, f); err != nil {
-			return fmt.Errorf("%s: file %s: %w", w.Recipe, f.Path, err)
 		}
 	}
 	return nil
@@ -552,7 +599,7 @@ func (w *builder) install() (_ *Info, err error) {
 		if err != nil {
 			return nil, err
 		}
-		info.Format, info.Disk = diskFormat, &Disk{Format: format, Size: size, Firmware: topology.Firmwares[0], Guest: true}
+		info.Format, info.Disk = diskFormat, &Disk{Format: format, Size: size, Firmware: topology.Firmwares[0], Guest: w.recipe.Init != initSystemd}
 		files = map[string]string{DiskFile: from}
 	}
 	for name, from := range files {

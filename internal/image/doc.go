@@ -21,6 +21,7 @@
 //	commands:                           # in the image, by /bin/sh -eu, after packages and files
 //	  - useradd -m alice
 //	boot: disk                          # all on one disk, for BIOS and UEFI; kernel if not given
+//	init: systemd                       # Debian's own and cloud-init, on a disk; violin's busybox if not given
 //	size: 2GiB                          # of the disk's root file system; 1GiB if not given
 //
 // Building takes Debian's tools and root, and no loop device. What is mounted

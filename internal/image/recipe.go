@@ -24,14 +24,21 @@ type Recipe struct {
 	Packages []string `yaml:"packages"`
 	Files    []File   `yaml:"files"`
 	Commands []string `yaml:"commands"`
-	Boot     string   `yaml:"boot"` // kernel, which is the default, or disk
-	Size     string   `yaml:"size"` // of a disk's root file system, such as 1GiB, which is the default
+	Boot     string   `yaml:"boot"`                   // kernel, which is the default, or disk
+	Size     string   `yaml:"size"`                   // of a disk's root file system, such as 1GiB, which is the default
+	Init     string   `yaml:"init" json:",omitempty"` // violin, which is the default, or systemd
 }
 
 // What a recipe's Boot can be.
 const (
 	bootKernel = "kernel"
 	bootDisk   = "disk"
+)
+
+// What a recipe's Init can be: what brings the guest up, and reads what it is.
+const (
+	initViolin  = "violin"  // busybox and /etc/violin/boot
+	initSystemd = "systemd" // Debian's, and cloud-init, as in images of clouds
 )
 
 // defaultSize is that of a disk's root file system, in bytes.
@@ -177,6 +184,14 @@ func (c *checker) recipe(r *Recipe) {
 		} else if n < minSize || n > maxSize {
 			c.wrong("$.size", "%s is not between %d MiB and %d TiB", r.Size, minSize>>20, uint64(maxSize)>>40)
 		}
+	}
+	switch {
+	case r.Init == "", r.Init == initViolin:
+		r.Init = "" // as in recipes of before there was a choice, which are to stay the same
+	case r.Init != initSystemd:
+		c.wrong("$.init", "%q is neither %s nor %s", r.Init, initViolin, initSystemd)
+	case r.Boot != bootDisk:
+		c.wrong("$.init", "%s needs a disk of its own; write boot: %s as well", initSystemd, bootDisk)
 	}
 	for i, m := range r.Modules {
 		if !moduleName.MatchString(m) {

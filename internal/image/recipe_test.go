@@ -64,6 +64,8 @@ func TestRecipeMistakes(t *testing.T) {
 		{"version: 2\n", "r.yaml:1:10: version: 2 is none"},
 		{"packages: []\n", "r.yaml:1:1: version: 0 is none"},
 		{"version: 1\nboot: net\n", `r.yaml:2:7: boot: "net" is neither kernel nor disk`},
+		{"version: 1\nboot: disk\ninit: upstart\n", `r.yaml:3:7: init: "upstart" is neither violin nor systemd`},
+		{"version: 1\ninit: systemd\n", "r.yaml:2:7: init: systemd needs a disk of its own"},
 		{"version: 1\nsize: 2GiB\n", "r.yaml:2:7: size: it is that of a disk"},
 		{"version: 1\nboot: disk\nsize: 2 GB\n", `r.yaml:3:7: size: "2 GB": not a whole number with a unit`},
 		{"version: 1\nboot: disk\nsize: 1MiB\n", "r.yaml:3:7: size: 1MiB is not between 64 MiB and 16 TiB"},

@@ -404,7 +404,7 @@ func (h *Host) readDisk(ctx context.Context, run, node, disk string, page func(u
 func (a *Agent) encodeDisks(spec agent.NodeSpec) (disks []*violinv1.DiskSpec, offered map[diskKey]diskSource) {
 	offered = map[diskKey]diskSource{}
 	for _, d := range spec.Machine.Disks {
-		m := &violinv1.DiskSpec{Name: d.Name, Size: d.Size, BaseFormat: d.BaseFormat, Boot: int32(d.Boot)}
+		m := &violinv1.DiskSpec{Name: d.Name, Size: d.Size, BaseFormat: d.BaseFormat, Boot: int32(d.Boot), ReadOnly: d.ReadOnly}
 		if d.Base != "" {
 			m.Base = a.host.hub.file(File{Path: d.Base, Hash: spec.Boot[agent.BaseOf(d.Name)]})
 		}
@@ -421,7 +421,7 @@ func (a *Agent) encodeDisks(spec agent.NodeSpec) (disks []*violinv1.DiskSpec, of
 func (h *Host) decodeDisks(ctx context.Context, run string, req *violinv1.AddNodeRequest, spec *agent.NodeSpec) error {
 	spec.Disks = map[string]store.BlobRef{}
 	for _, m := range req.GetDisks() {
-		d := qemu.Disk{Name: m.GetName(), Size: m.GetSize(), BaseFormat: m.GetBaseFormat(), Boot: int(m.GetBoot())}
+		d := qemu.Disk{Name: m.GetName(), Size: m.GetSize(), BaseFormat: m.GetBaseFormat(), Boot: int(m.GetBoot()), ReadOnly: m.GetReadOnly()}
 		var err error
 		if m.GetBase() != nil {
 			if d.Base, err = h.stock.find(m.GetBase()); err != nil {

@@ -173,14 +173,14 @@ func TestDisksOfNodes(t *testing.T) {
 		Slice: "s", Name: "n", Boot: map[string]store.Hash{agent.BaseOf("root"): store.Sum([]byte("base"))}, Disks: map[string]store.BlobRef{"data": table},
 		Machine: qemu.Spec{Firmware: "uefi", Disks: []qemu.Disk{
 			{Name: "root", Size: 1 << 20, Base: base, BaseFormat: "raw", Boot: 1},
-			{Name: "data", Size: 8 << 20, Restore: restore},
+			{Name: "data", Size: 8 << 20, Restore: restore, ReadOnly: true},
 		}},
 	}
 	if err := w.agent.AddNode(t.Context(), spec, true); err != nil {
 		t.Fatal(err)
 	}
 	got := w.host.spec
-	if got.Machine.Firmware != "uefi" || !reflect.DeepEqual(got.Disks, spec.Disks) || len(got.Machine.Disks) != 2 || !reflect.DeepEqual(got.Machine.Disks[0], spec.Machine.Disks[0]) {
+	if got.Machine.Firmware != "uefi" || !reflect.DeepEqual(got.Disks, spec.Disks) || len(got.Machine.Disks) != 2 || !reflect.DeepEqual(got.Machine.Disks[0], spec.Machine.Disks[0]) || !got.Machine.Disks[1].ReadOnly {
 		t.Errorf("%+v", got)
 	}
 	if !reflect.DeepEqual(w.host.restored["data"], content) {

@@ -55,11 +55,17 @@ func (s *Server) disksOf(n *topology.Node, root *image.Info) ([]qemu.Disk, error
 
 // disksTold are the disks of nodes whose VMs are given, by node, as far as they are known
 // before a snapshot.
-func disksTold(machines map[string]qemu.Spec) map[string][]catalog.Disk {
+func disksTold(machines map[string]qemu.Spec, g given) map[string][]catalog.Disk {
 	all := map[string][]catalog.Disk{}
 	for node, spec := range machines {
 		for _, d := range spec.Disks {
-			all[node] = append(all[node], catalog.Disk{Name: d.Name, Size: int64(d.Size)})
+			told := catalog.Disk{Name: d.Name, Size: int64(d.Size)}
+			for _, o := range g[node] {
+				if o.Name == d.Name {
+					told.Use = o.Use
+				}
+			}
+			all[node] = append(all[node], told)
 		}
 	}
 	return all
@@ -94,14 +100,19 @@ func (s *Server) restoreDisks(ctx context.Context, spec *agent.NodeSpec, snap *c
 		if saved == nil || saved.Size != int64(d.Size) {
 			return fmt.Errorf("node %q: disk %q of %d bytes is not in snapshot %s", spec.Name, d.Name, d.Size, snap.Ref())
 		}
-		spec.Disks[d.Name] = saved.Blocks
-		d.Restore = func(page func(uint64, []byte) error) error {
-			r, err := s.store.OpenDisk(ctx, d.Size, saved.Blocks)
-			if err != nil {
-				return err
-			}
-			return errors.Join(r.Pages(page), r.Close())
-		}
+		s.fromStore(ctx, spec, d, saved.Blocks)
 	}
 	return nil
+}
+
+// fromStore has a disk of a node begin as what is in the store.
+func (s *Server) fromStore(ctx context.Context, spec *agent.NodeSpec, d *qemu.Disk, blocks store.BlobRef) {
+	spec.Disks[d.Name] = blocks
+	d.Restore = func(page func(uint64, []byte) error) error {
+		r, err := s.store.OpenDisk(ctx, d.Size, blocks)
+		if err != nil {
+			return err
+		}
+		return errors.Join(r.Pages(page), r.Close())
+	}
 }

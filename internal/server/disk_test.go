@@ -96,7 +96,9 @@ func TestRootDisk(t *testing.T) {
 		{topology.Node{Disks: []topology.Disk{{Name: "root", Base: "/x"}}}, "leave the base out"},
 		{topology.Node{Boot: []string{"none"}}, `it has no disk "none"`},
 		{topology.Node{Append: "quiet"}, "its kernel is on its disk"},
-		{topology.Node{Run: "true"}, "nothing on its disk is known to look for it"},
+		{topology.Node{Run: "true", CloudInit: &topology.CloudInit{Off: true}}, "nothing on its disk is known to look for it"},
+		{topology.Node{Run: "true", Disks: []topology.Disk{{Name: "cidata", Size: 1 << 20}}}, "nothing on its disk is known to look for it"},
+		{topology.Node{Run: "true"}, "root:2:1 uefi"},
 	} {
 		tt.node.Name, tt.node.Image = "a", "web"
 		var spec qemu.Spec

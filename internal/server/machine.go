@@ -59,16 +59,13 @@ func (s *Server) machine(topo *topology.Topology, n *topology.Node) (qemu.Spec, 
 	if i, err := qemu.CheckArgs(n.QEMU); err != nil {
 		return spec, wrong(n, fmt.Sprintf("qemu[%d]", i), "%w", err)
 	}
-	var root *image.Info // nil if the image is none that is a disk
+	root, err := s.rootOf(n)
+	if err != nil {
+		return spec, err
+	}
 	if n.Image != "" {
-		info, err := image.Open(s.images(), n.Image)
-		if err != nil {
-			return spec, wrong(n, "image", "%w", err)
-		}
 		dir := filepath.Join(s.images(), n.Image)
-		if info.Disk != nil {
-			root = info
-		} else {
+		if root == nil {
 			spec.Kernel, spec.Initrd, spec.RootFS = filepath.Join(dir, image.KernelFile), filepath.Join(dir, image.InitrdFile), filepath.Join(dir, image.RootFile)
 		}
 	}
@@ -80,7 +77,6 @@ func (s *Server) machine(topo *topology.Topology, n *topology.Node) (qemu.Spec, 
 			return spec, wrong(n, kind, "%w", err)
 		}
 	}
-	var err error
 	if spec.Disks, err = s.disksOf(n, root); err != nil {
 		return spec, err
 	}
@@ -91,6 +87,21 @@ func (s *Server) machine(topo *topology.Topology, n *topology.Node) (qemu.Spec, 
 		return spec, wrong(n, "firmware", "%w", err)
 	}
 	return spec, nil
+}
+
+// rootOf is the image that a node boots from; nil if that is none that is a disk.
+func (s *Server) rootOf(n *topology.Node) (*image.Info, error) {
+	if n.Image == "" {
+		return nil, nil
+	}
+	info, err := image.Open(s.images(), n.Image)
+	if err != nil {
+		return nil, wrong(n, "image", "%w", err)
+	}
+	if info.Disk == nil {
+		return nil, nil
+	}
+	return info, nil
 }
 
 // firmware says what boots a node that has no kernel, and from which disks.
@@ -108,8 +119,8 @@ func firmware(n *topology.Node, root *image.Info, spec *qemu.Spec) error {
 	if n.Append != "" {
 		return wrong(n, "append", "its kernel is on its disk, and is not told: leave this out, or boot from an image that is no disk")
 	}
-	if n.Run != "" && (root == nil || !root.Disk.Guest) {
-		return wrong(n, "run", "nothing on its disk is known to look for it: leave this out, or boot from an image that 'violin image build' made")
+	if n.Run != "" && (root == nil || !root.Disk.Guest) && !seeded(n, root) {
+		return wrong(n, "run", "nothing on its disk is known to look for it: leave this out, let cloud-init have it (cloud_init: true), or boot from an image that 'violin image build' made")
 	}
 	order := n.Boot
 	switch {

@@ -170,7 +170,8 @@ var harmlessFields = map[reflect.Type][]string{
 	reflect.TypeFor[topology.Site]():      {"Name", "Hosts"},
 	reflect.TypeFor[topology.Link]():      {"Between", "Delay", "Jitter", "Loss", "Reorder", "Rate"},
 	reflect.TypeFor[topology.Network]():   {"Name", "Subnet", "MTU", "Gateway", "Hold", "Closed"},
-	reflect.TypeFor[topology.Node]():      {"Name", "Host", "Site", "Image", "Append", "Firmware", "Boot", "Memory", "CPUs", "Disks", "Interfaces", "Forwards", "Run"},
+	reflect.TypeFor[topology.Node]():      {"Name", "Host", "Site", "Image", "Append", "Firmware", "Boot", "Memory", "CPUs", "Disks", "CloudInit", "Interfaces", "Forwards", "Run"},
+	reflect.TypeFor[topology.CloudInit](): {"Off", "UserData", "Keys"},
 	reflect.TypeFor[topology.Disk]():      {"Name", "Size"},
 	reflect.TypeFor[topology.Interface](): {"Network", "Address", "MAC", "Model"},
 	reflect.TypeFor[topology.Forward]():   {"Protocol", "Listen", "Yield", "Port"}, // but see mayForward
@@ -189,6 +190,10 @@ func harmless(topo *topology.Topology) error {
 
 func inspect(v reflect.Value, path string, bad *[]string) {
 	switch v.Kind() {
+	case reflect.Pointer:
+		if !v.IsNil() {
+			inspect(v.Elem(), path, bad)
+		}
 	case reflect.Slice, reflect.Array:
 		for i := range v.Len() {
 			inspect(v.Index(i), path, bad)

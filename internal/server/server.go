@@ -573,6 +573,12 @@ func resolvePaths(t *topology.Topology, dir string) error {
 		for k := range n.Disks {
 			paths = append(paths, &n.Disks[k].Base)
 		}
+		for k := range n.Shares {
+			paths = append(paths, &n.Shares[k].Directory)
+		}
+		if n.CloudInit != nil {
+			paths = append(paths, &n.CloudInit.UserDataFile)
+		}
 		for _, p := range paths {
 			switch {
 			case *p == "" || filepath.IsAbs(*p):

@@ -83,12 +83,19 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 	if err != nil {
 		return nil, err
 	}
+	g := given{}
+	if snap != nil {
+		g = givenIn(snap)
+	} else if g, err = s.give(ctx, topo, tell); err != nil {
+		return nil, err
+	}
+	g.add(machines)
 	boot, err := s.bootFiles(machines)
 	if err != nil {
 		return nil, connect.NewError(connect.CodeFailedPrecondition, err)
 	}
 	sl := newSlice(topo)
-	sl.boot, sl.generation, sl.disks = boot, generation, disksTold(machines)
+	sl.boot, sl.generation, sl.disks = boot, generation, disksTold(machines, g)
 	defer func() {
 		if err != nil {
 			if cerr := sl.close(); cerr != nil {
@@ -141,10 +148,10 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 	if err := s.supply(ctx, sl, machines, boot, tell); err != nil {
 		return nil, err
 	}
-	g, gctx := errgroup.WithContext(ctx)
+	eg, gctx := errgroup.WithContext(ctx)
 	for i := range topo.Nodes {
 		n := &topo.Nodes[i]
-		g.Go(func() error {
+		eg.Go(func() error {
 			spec := agent.NodeSpec{Slice: topo.Slice, Name: n.Name, Epoch: epoch, Machine: machines[n.Name]}
 			spec.Machine.Generation = generation[n.Name]
 			spec.Boot = map[string]store.Hash{}
@@ -160,6 +167,8 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 				if err := s.restoreDisks(gctx, &spec, snap); err != nil {
 					return err
 				}
+			} else {
+				s.fillGiven(gctx, &spec, g[n.Name])
 			}
 			if err := sl.agents[n.Host].AddNode(gctx, spec, load != nil); err != nil {
 				return err
@@ -168,7 +177,7 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 			return nil
 		})
 	}
-	if err := g.Wait(); err != nil {
+	if err := eg.Wait(); err != nil {
 		return nil, err
 	}
 	if load != nil {
@@ -177,15 +186,15 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 		}
 		return sl, s.noteUp(ctx, sl)
 	}
-	g, gctx = errgroup.WithContext(ctx)
+	eg, gctx = errgroup.WithContext(ctx)
 	for i := range topo.Nodes {
 		n := &topo.Nodes[i]
-		g.Go(func() error {
+		eg.Go(func() error {
 			_, err := sl.agents[n.Host].RunNode(gctx, topo.Slice, n.Name, nil, nil)
 			return err
 		})
 	}
-	if err := g.Wait(); err != nil {
+	if err := eg.Wait(); err != nil {
 		return nil, err
 	}
 	return sl, s.noteUp(ctx, sl)

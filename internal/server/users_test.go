@@ -432,6 +432,9 @@ func TestHarmless(t *testing.T) {
 		"image: none": "", "image: none, cpus: 2, run: echo, append: quiet": "",
 		"image: none, disks: [{name: data, size: 1GiB}]":                   "",
 		"image: none, disks: [{name: data, base: /etc/shadow}]":            "Nodes.Disks.Base",
+		"image: none, shares: [{name: data, directory: /etc}]":             "Nodes.Shares",
+		"image: none, cloud_init: {user_data: \"#!/bin/sh\"}":              "",
+		"image: none, cloud_init: {user_data_file: /etc/shadow}":           "Nodes.CloudInit.UserDataFile",
 		"kernel: /boot/vmlinuz":                                            "Nodes.Kernel",
 		"kernel: /boot/vmlinuz, initrd: /boot/initrd, rootfs: /etc/shadow": "Nodes.RootFS",
 	} {

@@ -78,13 +78,8 @@ func (d *document) root(src []byte) (entry, bool) {
 	}
 	file, err := parser.Parse(tokens, 0, parser.AllowDuplicateMapKey()) // duplicates are ours to tell
 	if err != nil {
-		at, message := top.at, err.Error()
-		var syntax *yaml.SyntaxError
-		if errors.As(err, &syntax) {
-			message = syntax.Message
-			at = place(syntax.Token)
-		}
-		d.problem(at, "", "not valid YAML: "+oneLine(message), "correct the syntax here or just above")
+		at, message := syntaxError(err)
+		d.problem(at, "", "not valid YAML: "+message, "correct the syntax here or just above")
 		return top, false
 	}
 
@@ -110,6 +105,15 @@ func (d *document) root(src []byte) (entry, bool) {
 		d.problem(top.at, "", "the file is empty", "start with version: 1")
 	}
 	return top, top.value != nil
+}
+
+// syntaxError is where a YAML text is wrong, and how, in one line.
+func syntaxError(err error) (position, string) {
+	var syntax *yaml.SyntaxError
+	if errors.As(err, &syntax) {
+		return place(syntax.Token), oneLine(syntax.Message)
+	}
+	return position{1, 1}, oneLine(err.Error())
 }
 
 // shallow tells whether parsing the tokens needs no deep recursion.

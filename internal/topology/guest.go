@@ -3,6 +3,7 @@ package topology
 import (
 	"bytes"
 	"fmt"
+	"net/netip"
 )
 
 // GuestConfigName is the name of the fw_cfg file that a guest finds its
@@ -15,16 +16,14 @@ const GuestConfigName = "opt/org.violin/node"
 //	if=52:54:00:aa:bb:cc,10.10.0.1/24,1500    one an interface: MAC, address (or nothing), MTU
 //	host=rank1,10.10.0.2                      one an address of each node, its own among them
 //	gateway=10.10.0.254                       the way out, which also answers DNS, if there is one
+//	share=tools,/opt/tools                    a disk's serial number, and where it is to be mounted
 //	run=mpirun ...                            the command line started at boot, if any
 //
-// Only nodes that share a network with this one are listed as hosts, each with
-// the addresses on those networks.
+// The hosts are those of [Topology.Hosts].
 func (t *Topology) GuestConfig(n *Node) []byte {
 	var b bytes.Buffer
 	fmt.Fprintf(&b, "hostname=%s\n", n.Name)
-	attached := make(map[string]bool)
 	for _, i := range n.Interfaces {
-		attached[i.Network] = true
 		address := ""
 		if i.Address.IsValid() {
 			address = i.Address.String()
@@ -37,15 +36,40 @@ func (t *Topology) GuestConfig(n *Node) []byte {
 			break // a guest has one default route
 		}
 	}
-	for _, peer := range t.Nodes {
-		for _, i := range peer.Interfaces {
-			if attached[i.Network] && i.Address.IsValid() {
-				fmt.Fprintf(&b, "host=%s,%v\n", peer.Name, i.Address.Addr())
-			}
+	for _, h := range t.Hosts(n) {
+		fmt.Fprintf(&b, "host=%s,%v\n", h.Name, h.Address)
+	}
+	for _, s := range n.Shares {
+		if s.Mount != "" {
+			fmt.Fprintf(&b, "share=%s,%s\n", s.Name, s.Mount)
 		}
 	}
 	if n.Run != "" {
 		fmt.Fprintf(&b, "run=%s\n", n.Run)
 	}
 	return b.Bytes()
+}
+
+// Host is an address that a guest knows by a name.
+type Host struct {
+	Name    string // the node's
+	Address netip.Addr
+}
+
+// Hosts are the nodes that share a network with one, itself among them, each with the
+// addresses on those networks.
+func (t *Topology) Hosts(n *Node) []Host {
+	attached := make(map[string]bool)
+	for _, i := range n.Interfaces {
+		attached[i.Network] = true
+	}
+	var hosts []Host
+	for _, peer := range t.Nodes {
+		for _, i := range peer.Interfaces {
+			if attached[i.Network] && i.Address.IsValid() {
+				hosts = append(hosts, Host{peer.Name, i.Address.Addr()})
+			}
+		}
+	}
+	return hosts
 }

@@ -78,6 +78,19 @@ func (t *Topology) Marshal() []byte {
 			}
 			b.WriteString("}\n")
 		}
+		if len(n.Shares) > 0 {
+			b.WriteString("    shares:\n")
+		}
+		for _, s := range n.Shares {
+			fmt.Fprintf(&b, "      - {name: %s, directory: %s", text(s.Name), text(s.Directory))
+			if s.Mount != "" {
+				fmt.Fprintf(&b, ", mount: %s", text(s.Mount))
+			}
+			b.WriteString("}\n")
+		}
+		if n.CloudInit != nil {
+			n.CloudInit.marshal(&b)
+		}
 		if len(n.Interfaces) > 0 {
 			b.WriteString("    interfaces:\n")
 		}
@@ -107,6 +120,22 @@ func (t *Topology) Marshal() []byte {
 		}
 	}
 	return b.Bytes()
+}
+
+func (c *CloudInit) marshal(b *bytes.Buffer) {
+	if c.Off || c.UserData == "" && c.UserDataFile == "" && len(c.Keys) == 0 {
+		fmt.Fprintf(b, "    cloud_init: %t\n", !c.Off)
+		return
+	}
+	b.WriteString("    cloud_init:\n")
+	for _, f := range []struct{ name, value string }{{"user_data", c.UserData}, {"user_data_file", c.UserDataFile}} {
+		if f.value != "" {
+			fmt.Fprintf(b, "      %s: %s\n", f.name, text(f.value))
+		}
+	}
+	if len(c.Keys) > 0 {
+		fmt.Fprintf(b, "      ssh_keys: %s\n", list(c.Keys))
+	}
 }
 
 // list is strings as a YAML list.

@@ -19,6 +19,7 @@ const (
 	maxCPUs       = 255
 	maxInterfaces = 16 // a PCI slot each
 	maxDisks      = 8  // ditto
+	maxDevices    = 26 // of both and shares; QEMU's q35 has 30 slots, of which others take up to 4
 	maxDiskName   = 20 // of a virtio disk's serial number
 	maxDisk       = 16 << 40
 	maxDelay      = time.Minute
@@ -350,7 +351,7 @@ func (r *reader) nodes(e entry) {
 
 func (r *reader) node(n entry) {
 	node := Node{Name: n.name, CPUs: 1}
-	f := r.record(n, "host", "image", "kernel", "initrd", "rootfs", "append", "firmware", "boot", "memory", "cpus", "disks", "interfaces", "forwards", "run", "qemu")
+	f := r.record(n, "host", "image", "kernel", "initrd", "rootfs", "append", "firmware", "boot", "memory", "cpus", "disks", "shares", "cloud_init", "interfaces", "forwards", "run", "qemu")
 
 	hosts := r.hosts()
 	if v, ok := r.required(n, f, "host", "say which host runs it: "+suggest("", hosts)); ok {
@@ -386,6 +387,15 @@ func (r *reader) node(n entry) {
 	if v, ok := f["disks"]; ok {
 		r.disks(v, &node)
 	}
+	if v, ok := f["shares"]; ok {
+		r.shares(v, &node)
+	}
+	if v, ok := f["cloud_init"]; ok {
+		r.cloudInit(v, &node)
+		if !node.CloudInit.Off && slices.ContainsFunc(node.Disks, func(d Disk) bool { return d.Name == SeedDisk }) {
+			r.problem(v.at, v.path, fmt.Sprintf("cloud_init beside a disk %s", quoted(SeedDisk)), "cloud-init is told by one: leave this out, or name the disk otherwise")
+		}
+	}
 	r.firmware(n, f, &node)
 	if v, ok := f["interfaces"]; ok {
 		elements, _ := r.sequence(v)
@@ -398,6 +408,9 @@ func (r *reader) node(n entry) {
 	}
 	if v, ok := f["forwards"]; ok {
 		r.readForwards(v, &node)
+	}
+	if many := len(node.Interfaces) + len(node.Disks) + len(node.Shares); many > maxDevices && f != nil {
+		r.problem(n.at, n.path, fmt.Sprintf("%d interfaces, disks and shares, more than the %d there is room for", many, maxDevices), "remove some")
 	}
 	node.Run, _ = r.line(f, "run")
 	if v, ok := f["qemu"]; ok {
@@ -505,16 +518,7 @@ func (r *reader) disks(e entry, node *Node) {
 		f := r.record(el, "name", "size", "base")
 		var d Disk
 		if v, ok := r.required(el, f, "name", hint); ok {
-			if s, ok := r.text(v, hint); ok {
-				r.checkName("disk", s, v, v.valueAt())
-				if len(s) > maxDiskName {
-					r.wrong(v, fmt.Sprintf("disk name %s has %d characters, more than %d", quoted(s), len(s), maxDiskName), "shorten it: the guest sees it as the disk's serial number")
-				}
-				if line, dup := lines[s]; dup {
-					r.wrong(v, fmt.Sprintf("disk %s is given twice", quoted(s)), fmt.Sprintf("give it another name than that in line %d", line))
-				}
-				lines[s], d.Name = v.valueAt().line, s
-			}
+			d.Name = r.diskName(v, "disk", hint, lines)
 		}
 		v, sized := f["size"]
 		if sized {
@@ -531,6 +535,23 @@ func (r *reader) disks(e entry, node *Node) {
 		}
 		node.Disks = append(node.Disks, d)
 	}
+}
+
+// diskName reads the name of what the guest sees as a disk. lines has where others are.
+func (r *reader) diskName(v entry, what, hint string, lines map[string]int) string {
+	s, ok := r.text(v, hint)
+	if !ok {
+		return ""
+	}
+	r.checkName(what, s, v, v.valueAt())
+	if len(s) > maxDiskName {
+		r.wrong(v, fmt.Sprintf("%s name %s has %d characters, more than %d", what, quoted(s), len(s), maxDiskName), "shorten it: the guest sees it as the disk's serial number")
+	}
+	if line, dup := lines[s]; dup {
+		r.wrong(v, fmt.Sprintf("%s %s is given twice", what, quoted(s)), fmt.Sprintf("give it another name than that in line %d", line))
+	}
+	lines[s] = v.valueAt().line
+	return s
 }
 
 func (r *reader) diskSize(v entry) uint64 {

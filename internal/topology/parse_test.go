@@ -105,7 +105,19 @@ nodes:                         # before what they refer to
     interfaces: [{network: left, address: 10.0.0.9/24, model: e1000}, {network: left, model: virtio}]
     forwards: [8080:80, "0.0.0.0:0:22/tcp", 5353?:53/udp]
     qemu: [-device, "usb-ehci,id=usb"]
-  cloud: {host: b2, image: debian, firmware: uefi, boot: [data, root], memory: 1GiB, disks: [{name: root, size: 8GiB}, {name: data, size: 1GiB}]}
+  cloud: {host: b2, image: debian, firmware: uefi, boot: [data, root], memory: 1GiB, disks: [{name: root, size: 8GiB}, {name: data, size: 1GiB}],
+    shares: [{name: tools, directory: ./tools, mount: /opt/tools}, {name: more, directory: /srv}], cloud_init: false}
+  seeded:
+    host: b2
+    image: debian
+    memory: 1GiB
+    cloud_init:
+      ssh_keys: [" ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f alice@x"]
+      user_data: |
+        #cloud-config
+        packages: [nginx]
+  filed: {host: b2, image: debian, memory: 1GiB, cloud_init: {user_data_file: web.yaml}}
+  plain: {host: b2, image: debian, memory: 1GiB, cloud_init: true}
   disk: {host: b2, memory: 1GiB, disks: [{name: data, size: 1GiB}, {name: system, base: d.raw}]}
 wan:
   - {between: [b, a], delay: 30ms, jitter: 1.5ms, loss: 0.07%, reorder: 1%, rate: 1500kbit}
@@ -162,8 +174,18 @@ version: 1
 			},
 			{
 				Name: "cloud", Host: "b2", Site: "b", Image: "debian", Firmware: "uefi", Boot: []string{"data", "root"}, Memory: 1 << 30, CPUs: 1,
-				Disks: []Disk{{Name: "root", Size: 8 << 30}, {Name: "data", Size: 1 << 30}},
+				Disks:  []Disk{{Name: "root", Size: 8 << 30}, {Name: "data", Size: 1 << 30}},
+				Shares: []Share{{"tools", "./tools", "/opt/tools"}, {Name: "more", Directory: "/srv"}}, CloudInit: &CloudInit{Off: true},
 			},
+			{
+				Name: "seeded", Host: "b2", Site: "b", Image: "debian", Memory: 1 << 30, CPUs: 1,
+				CloudInit: &CloudInit{
+					UserData: "#cloud-config\npackages: [nginx]\n",
+					Keys:     []string{"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f alice@x"},
+				},
+			},
+			{Name: "filed", Host: "b2", Site: "b", Image: "debian", Memory: 1 << 30, CPUs: 1, CloudInit: &CloudInit{UserDataFile: "web.yaml"}},
+			{Name: "plain", Host: "b2", Site: "b", Image: "debian", Memory: 1 << 30, CPUs: 1, CloudInit: &CloudInit{}},
 			{Name: "disk", Host: "b2", Site: "b", Memory: 1 << 30, CPUs: 1, Disks: []Disk{{Name: "data", Size: 1 << 30}, {Name: "system", Base: "d.raw"}}},
 		},
 	}
@@ -183,6 +205,9 @@ version: 1
 	}
 	golden(t, "testdata/canonical.yaml", got.Marshal())
 	golden(t, "testdata/guest.txt", got.GuestConfig(got.Node("router")))
+	if c := string(got.GuestConfig(got.Node("cloud"))); !strings.HasSuffix(c, "share=tools,/opt/tools\n") {
+		t.Errorf("a share in the guest's configuration: %q", c)
+	}
 }
 
 func TestExamples(t *testing.T) {

@@ -113,11 +113,33 @@ type Node struct {
 	Memory     uint64 // bytes, whole MiB
 	CPUs       int
 	Disks      []Disk
+	Shares     []Share
+	CloudInit  *CloudInit // nil for what goes with the image
 	Interfaces []Interface
 	Forwards   []Forward
 	Run        string   // command line started at boot; may be empty
 	QEMU       []string // arguments for QEMU, beside those that are Violin's
 }
+
+// Share is a directory that the guest sees, read-only, as it was when the node was
+// started: a disk of that name, with a squashfs of it.
+type Share struct {
+	Name      string // the disk's serial number
+	Directory string // as written
+	Mount     string // where the guest mounts it; empty if nothing of ours is to
+}
+
+// CloudInit is what a node's guest is told by cloud-init's NoCloud data source, beside
+// what the topology says of it: host name, interfaces, peers, the command to run.
+type CloudInit struct {
+	Off          bool     // it is given none; nothing else is given then
+	UserData     string   // as cloud-init takes it: #cloud-config, a script, ...
+	UserDataFile string   // path of a file with it, as written, instead
+	Keys         []string // public ssh keys, as in authorized_keys
+}
+
+// SeedDisk is the name of the disk that cloud-init is told by.
+const SeedDisk = "cidata"
 
 // RootDisk is the name of the disk that an image is, of a node that boots such an image.
 // Among the node's disks it says how large that is to be.

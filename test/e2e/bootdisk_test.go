@@ -10,12 +10,10 @@ import (
 	"testing"
 )
 
-// TestBootDisk boots disks, by BIOS and by UEFI: an image that was built as a disk, the same
-// file imported, and a disk of no image. Each counts, on its root file system and in
-// memory, and the two must be of one instant after every restore.
-func TestBootDisk(t *testing.T) {
-	dirs, runDir := begin(t)
-	// What is imported is this test's own.
+// foreign writes an image that was built as a disk to a file, as one from elsewhere. What
+// a test imports is its own, beside the images that it has in common with others.
+func foreign(t *testing.T, runDir, name, qcow2 string, others ...string) {
+	t.Helper()
 	images := filepath.Join(runDir, "state/images")
 	shared, err := filepath.EvalSymlinks(images)
 	if err != nil {
@@ -27,19 +25,27 @@ func TestBootDisk(t *testing.T) {
 	if err := os.Mkdir(images, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"disk", "mpi"} {
+	for _, name := range append(others, name) {
 		if err := os.Symlink(filepath.Join(shared, name), filepath.Join(images, name)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	disk := filepath.Join(shared, "disk/disk")
+	disk := filepath.Join(shared, name, "disk")
 	if _, err := os.Stat(disk); err != nil {
 		t.Fatalf("%v: make image", err)
 	}
-	qcow2 := filepath.Join(runDir, "appliance.qcow2")
-	if out, err := exec.Command("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", disk, qcow2).CombinedOutput(); err != nil {
+	if out, err := exec.Command("qemu-img", "convert", "-f", "raw", "-O", "qcow2", disk, qcow2).CombinedOutput(); err != nil {
 		t.Fatalf("qemu-img: %v: %s", err, out)
 	}
+}
+
+// TestBootDisk boots disks, by BIOS and by UEFI: an image that was built as a disk, the same
+// file imported, and a disk of no image. Each counts, on its root file system and in
+// memory, and the two must be of one instant after every restore.
+func TestBootDisk(t *testing.T) {
+	dirs, runDir := begin(t)
+	qcow2 := filepath.Join(runDir, "appliance.qcow2")
+	foreign(t, runDir, "disk", qcow2, "mpi")
 	if _, err := command(t, dirs, "image", "import", qcow2, "--sha256", strings.Repeat("00", 32)); err == nil {
 		t.Error("a file with another hash is imported")
 	}
@@ -64,10 +70,10 @@ nodes:
 		return out, err
 	}
 	for more, want := range map[string]string{
-		`, run: "echo x"`:          ":8:",
-		`, append: quiet`:          "its kernel is on its disk",
-		`, boot: [rot]`:            "did you mean root?",
-		`, image: mpi, boot: data`: "is given twice",
+		`, cloud_init: false, run: "echo x"`: ":8:",
+		`, append: quiet`:                    "its kernel is on its disk",
+		`, boot: [rot]`:                      "did you mean root?",
+		`, image: mpi, boot: data`:           "is given twice",
 	} {
 		if out, err := up(more); err == nil || !strings.Contains(string(out), want) {
 			t.Errorf("%s: %v, %s; want %q", more, err, out, want)

@@ -42,6 +42,8 @@ var imports = map[string][]string{
 	"internal/admission":       {},
 	"internal/placement":       {"internal/admission"},
 	"internal/image":           {"internal/qcow2", "internal/topology"},
+	"internal/cloudinit":       {"internal/topology"},
+	"internal/share":           {},
 	"internal/catalog":         {"internal/store"},
 	"internal/transfer":        {"internal/catalog", "internal/store"},
 	"internal/bench":           {"api", "internal/agent", "internal/coordinator", "internal/cut", "internal/hypervisor/qemu", "internal/machine", "internal/migration/qemu", "internal/pageserver", "internal/store"},

@@ -371,7 +371,8 @@ type DiskSpec struct {
 	Base          *NodeFile              `protobuf:"bytes,3,opt,name=base,proto3" json:"base,omitempty"`                               // none for a disk that begins empty
 	BaseFormat    string                 `protobuf:"bytes,4,opt,name=base_format,json=baseFormat,proto3" json:"base_format,omitempty"` // raw or qcow2
 	Boot          int32                  `protobuf:"varint,5,opt,name=boot,proto3" json:"boot,omitempty"`                              // when the firmware tries it, from 1 on; 0 for never
-	Table         *Blob                  `protobuf:"bytes,6,opt,name=table,proto3" json:"table,omitempty"`                             // what it is in the store, if it is restored: see SupplyService.ReadDisk
+	Table         *Blob                  `protobuf:"bytes,6,opt,name=table,proto3" json:"table,omitempty"`                             // what it is in the store, if it is restored or given: see SupplyService.ReadDisk
+	ReadOnly      bool                   `protobuf:"varint,7,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -446,6 +447,13 @@ func (x *DiskSpec) GetTable() *Blob {
 		return x.Table
 	}
 	return nil
+}
+
+func (x *DiskSpec) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
 }
 
 type ReadDiskRequest struct {
@@ -890,7 +898,7 @@ const file_violin_v1_supply_proto_rawDesc = "" +
 	"\x04data\x18\x01 \x01(\fR\x04data\".\n" +
 	"\x04Blob\x12\x12\n" +
 	"\x04hash\x18\x01 \x01(\fR\x04hash\x12\x12\n" +
-	"\x04size\x18\x02 \x01(\x03R\x04size\"\xb7\x01\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\"\xd4\x01\n" +
 	"\bDiskSpec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x04R\x04size\x12'\n" +
@@ -898,7 +906,8 @@ const file_violin_v1_supply_proto_rawDesc = "" +
 	"\vbase_format\x18\x04 \x01(\tR\n" +
 	"baseFormat\x12\x12\n" +
 	"\x04boot\x18\x05 \x01(\x05R\x04boot\x12%\n" +
-	"\x05table\x18\x06 \x01(\v2\x0f.violin.v1.BlobR\x05table\"K\n" +
+	"\x05table\x18\x06 \x01(\v2\x0f.violin.v1.BlobR\x05table\x12\x1b\n" +
+	"\tread_only\x18\a \x01(\bR\breadOnly\"K\n" +
 	"\x0fReadDiskRequest\x12\x10\n" +
 	"\x03run\x18\x01 \x01(\tR\x03run\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x12\n" +

@@ -26,13 +26,15 @@ const (
 const switchBound = 10 * time.Second
 
 // Disk is a virtio-blk disk. What the guest writes goes to layers in the VM's
-// directory; the base is only read.
+// directory; the base is only read. A read-only one is as Restore gives it, in one layer,
+// for good.
 type Disk struct {
 	Name       string // its serial number, too: at most 20 bytes
 	Size       uint64 // bytes, a multiple of 512
 	Base       string // path of an image; empty for a disk that begins empty
 	BaseFormat string // "raw" or "qcow2"
-	Boot       int    // the firmware tries disks in this order, from 1 on; 0 for never
+	ReadOnly   bool
+	Boot       int // the firmware tries disks in this order, from 1 on; 0 for never
 	// Restore, if not nil, gives the pages in which the disk differs from its base, nil
 	// for one of zeros.
 	Restore func(page func(offset uint64, data []byte) error) error `json:"-"`
@@ -59,6 +61,15 @@ type chain struct {
 type layer struct {
 	number     int
 	node, path string
+}
+
+// writable are the disks that a capture switches to new layers.
+func (d *disks) writable(yield func(*chain) bool) {
+	for _, c := range d.chains {
+		if !c.disk.ReadOnly && !yield(c) {
+			return
+		}
+	}
 }
 
 // disks are a VM's disks.
@@ -119,6 +130,9 @@ func (vm *VM) makeDisks() error {
 			}
 			c.layers, c.stored = append(c.layers, l), 1
 		}
+		if d.ReadOnly {
+			continue
+		}
 		l, err := vm.create(c, nil)
 		if err != nil {
 			return err
@@ -131,9 +145,10 @@ func (vm *VM) makeDisks() error {
 // blockdev is how QEMU opens a layer on another node; nil for none. QEMU need not see
 // to it that what it writes is safe from a crash of the host: a layer is of no use
 // without the memory of the VM.
-func (l layer) blockdev(backing *string) map[string]any {
+func (l layer) blockdev(backing *string, readOnly bool) map[string]any {
 	return map[string]any{
-		"driver": "qcow2", "node-name": l.node, "backing": backing, "discard": "unmap",
+		"read-only": readOnly,
+		"driver":    "qcow2", "node-name": l.node, "backing": backing, "discard": "unmap",
 		"cache": map[string]any{"no-flush": true},
 		"file":  map[string]any{"driver": "file", "filename": l.path, "cache": map[string]any{"no-flush": true}},
 	}
@@ -164,7 +179,7 @@ func (vm *VM) diskArgs() []string {
 			below = &name
 		}
 		for _, l := range c.layers {
-			add(l.blockdev(below))
+			add(l.blockdev(below, c.disk.ReadOnly))
 			below = &l.node
 		}
 		device := "virtio-blk-pci,id=" + c.name + ",drive=" + *below + ",serial=" + strings.ReplaceAll(c.disk.Name, ",", ",,")
@@ -194,12 +209,12 @@ func (vm *VM) armDisks(ctx context.Context) error {
 	if vm.disks.lost != nil {
 		return vm.disks.lost
 	}
-	for _, c := range vm.disks.chains {
+	for c := range vm.disks.writable {
 		l, err := vm.create(c, nil)
 		if err != nil {
 			return err
 		}
-		if err := vm.qmp.Execute(ctx, "blockdev-add", l.blockdev(nil), nil); err != nil {
+		if err := vm.qmp.Execute(ctx, "blockdev-add", l.blockdev(nil, false), nil); err != nil {
 			return errors.Join(fmt.Errorf("disk %q: open a layer: %w", c.disk.Name, err), remove(l.path))
 		}
 		vm.disks.mu.Lock()
@@ -221,7 +236,7 @@ func (vm *VM) switchDisks(ctx context.Context) ([]Frozen, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), switchBound)
 	defer cancel()
 	var actions []any
-	for _, c := range vm.disks.chains {
+	for c := range vm.disks.writable {
 		if c.spare == nil {
 			return nil, errors.New("switch the disks: the capture was given up")
 		}
@@ -229,8 +244,10 @@ func (vm *VM) switchDisks(ctx context.Context) ([]Frozen, error) {
 			"node": c.layers[len(c.layers)-1].node, "overlay": c.spare.node,
 		}})
 	}
-	if err := vm.qmp.Execute(ctx, "transaction", map[string]any{"actions": actions}, nil); err != nil {
-		return nil, fmt.Errorf("switch the disks: %w", err)
+	if len(actions) > 0 {
+		if err := vm.qmp.Execute(ctx, "transaction", map[string]any{"actions": actions}, nil); err != nil {
+			return nil, fmt.Errorf("switch the disks: %w", err)
+		}
 	}
 	vm.disks.mu.Lock()
 	defer vm.disks.mu.Unlock()
@@ -241,7 +258,9 @@ func (vm *VM) switchDisks(ctx context.Context) ([]Frozen, error) {
 			f.layers, f.Through = append(f.layers, l.path), l.number
 		}
 		frozen = append(frozen, f)
-		c.layers, c.spare = append(c.layers, *c.spare), nil
+		if !c.disk.ReadOnly {
+			c.layers, c.spare = append(c.layers, *c.spare), nil
+		}
 	}
 	return frozen, nil
 }
@@ -323,7 +342,7 @@ func (vm *VM) mergeDisks(stored bool) {
 	if len(vm.disks.chains) == 0 {
 		return
 	}
-	for _, c := range vm.disks.chains {
+	for c := range vm.disks.writable {
 		if stored {
 			c.stored = len(c.layers) - 1
 		}
@@ -335,7 +354,7 @@ func (vm *VM) mergeDisks(stored bool) {
 		if before != nil {
 			<-before
 		}
-		for _, c := range vm.disks.chains {
+		for c := range vm.disks.writable {
 			// A merge that failed leaves the disk as it was, and the next does its work.
 			if err := vm.merge(c); err != nil && vm.Err() == nil && !vm.isClosed() {
 				vm.log.Warn("a disk's layers were not merged", "disk", c.disk.Name, "err", err)

@@ -3,9 +3,11 @@ package qemu
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -129,7 +131,19 @@ func TestDisks(t *testing.T) {
 	if out, err := exec.CommandContext(ctx, "qemu-io", "-f", "qcow2", base, "-c", "write -P 99 0 8M").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	given := []Disk{{Name: "data", Size: 16 << 20}, {Name: "sys,tem", Size: 8 << 20, Base: base, BaseFormat: "qcow2"}}
+	// A third is only read, and is in each capture as it was from the beginning.
+	tools := contents{3: 33, 7: 77}
+	given := []Disk{
+		{Name: "data", Size: 16 << 20}, {Name: "sys,tem", Size: 8 << 20, Base: base, BaseFormat: "qcow2"},
+		{Name: "tools", Size: 1 << 20, ReadOnly: true, Restore: tools.restore},
+	}
+	isTools := func(f Frozen) {
+		t.Helper()
+		whole, changed := contents{}, contents{}
+		if err := errors.Join(f.All(whole.put), f.Changed(changed.put)); err != nil || !maps.Equal(whole, tools) || len(changed) > 0 {
+			t.Errorf("the disk that is only read has pages %v, and %v have changed: %v", whole, changed, err)
+		}
+	}
 	vm := startDisks(t, ctx, false, given...)
 	all := []contents{{}, {}}
 	stored := []contents{{}, {}}
@@ -170,6 +184,10 @@ func TestDisks(t *testing.T) {
 			c := capture(t, ctx, vm, mode, discard)
 			write(n + 100) // after the instant: in the next
 			for i, f := range c.Frozen() {
+				if f.Disk == "tools" {
+					isTools(f)
+					continue
+				}
 				whole := contents{}
 				if err := f.All(whole.put); err != nil {
 					t.Fatal(err)
@@ -201,8 +219,8 @@ func TestDisks(t *testing.T) {
 	vm.disks.mu.Unlock()
 	<-merging
 	files, _ := filepath.Glob(vm.path("*.qcow2"))
-	if len(files) != 2*len(given) {
-		t.Errorf("the layers are %q, want two a disk", files)
+	if len(files) != 2*2+1 {
+		t.Errorf("the layers are %q, want two a disk that is written to, and one of the other", files)
 	}
 
 	// A second VM goes on from a capture, on disks that are made of it.
@@ -235,8 +253,16 @@ func TestDisks(t *testing.T) {
 		}
 	}
 	second.io(t, ctx, 1, "read -P 99 1048576 65536")
+	second.io(t, ctx, 2, "read -P 77 28672 4096")
+	var out string
+	if err := second.qmp.Execute(ctx, "human-monitor-command", map[string]string{"command-line": `qemu-io -d /machine/peripheral/disk2/virtio-backend "write 0 4096"`}, &out); err != nil || !strings.Contains(out, "read-only") {
+		t.Errorf("a disk that is only read is written to: %q, %v", out, err)
+	}
 	c2 := capture(t, ctx, second, Background, discard)
 	for _, f := range c2.Frozen() {
+		if f.Disk == "tools" {
+			isTools(f)
+		}
 		changed := contents{}
 		if err := f.Changed(changed.put); err != nil || len(changed) != 0 {
 			t.Errorf("nothing was written since the restore, and %d pages of %s have changed (%v)", len(changed), f.Disk, err)

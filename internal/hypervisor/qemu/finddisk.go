@@ -106,7 +106,11 @@ func (vm *VM) findLayers(ctx context.Context, stored map[string]int) error {
 		vm.disks.mu.Lock()
 		c.layers, c.made, c.stored = layers, made, 0
 		if through, ok := stored[c.disk.Name]; ok {
-			for c.stored < len(layers)-1 && layers[c.stored].number <= through {
+			frozen := len(layers) - 1
+			if c.disk.ReadOnly {
+				frozen++
+			}
+			for c.stored < frozen && layers[c.stored].number <= through {
 				c.stored++
 			}
 		}

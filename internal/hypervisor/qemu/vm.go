@@ -258,6 +258,11 @@ func (s *Spec) check() error {
 	if (s.Kernel == "") == (s.Firmware == "") {
 		return fmt.Errorf("kernel %q and firmware %q: want the one or the other", s.Kernel, s.Firmware)
 	}
+	for _, d := range s.Disks {
+		if d.ReadOnly && d.Restore == nil {
+			return fmt.Errorf("disk %q is read-only, and nothing says what it holds", d.Name)
+		}
+	}
 	_, err := CheckArgs(s.Args)
 	return err
 }
