@@ -383,8 +383,8 @@ func (a *Agent) Console(ctx context.Context, slice, name string) (net.Conn, erro
 
 // LogWish is what of a node's console log is wanted.
 type LogWish struct {
-	Tail   *int // of what is there, only the last so many lines; nil for all
-	Follow bool // what comes, too, until the node ends
+	Tail   *uint32 // of what is there, only the last so many lines; nil for all
+	Follow bool    // what comes, too, until the node ends
 }
 
 // ConsoleLog reads what a node has printed to its serial console, until ctx ends or it

@@ -369,11 +369,7 @@ func (a *Agent) ConsoleLog(ctx context.Context, _, name string, w agent.LogWish)
 	if err != nil {
 		return nil, err
 	}
-	m := &violinv1.ReadConsoleLogRequest{Run: a.run, Node: name, Follow: w.Follow}
-	if w.Tail != nil {
-		n := uint32(*w.Tail)
-		m.Tail = &n
-	}
+	m := &violinv1.ReadConsoleLogRequest{Run: a.run, Node: name, Follow: w.Follow, Tail: w.Tail}
 	ctx, cancel := context.WithCancel(ctx)
 	s, err := client.ReadConsoleLog(ctx, m)
 	if err != nil {

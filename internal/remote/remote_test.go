@@ -374,7 +374,7 @@ func TestCalls(t *testing.T) {
 	if _, err := io.ReadFull(c, got); err != nil || string(got) != "hello" {
 		t.Errorf("%q, %v", got, err)
 	}
-	tail := 7
+	tail := uint32(7)
 	log, err := w.agent.ConsoleLog(ctx, "s", "n", agent.LogWish{Tail: &tail, Follow: true})
 	if err != nil {
 		t.Fatal(err)

@@ -342,12 +342,7 @@ func (h *Host) ReadConsoleLog(ctx context.Context, req *violinv1.ReadConsoleLogR
 	if err != nil {
 		return err
 	}
-	wish := agent.LogWish{Follow: req.GetFollow()}
-	if req.Tail != nil {
-		n := int(req.GetTail())
-		wish.Tail = &n
-	}
-	log, err := r.agent.ConsoleLog(ctx, r.slice, req.GetNode(), wish)
+	log, err := r.agent.ConsoleLog(ctx, r.slice, req.GetNode(), agent.LogWish{Tail: req.Tail, Follow: req.GetFollow()})
 	if err != nil {
 		return err
 	}

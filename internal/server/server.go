@@ -525,12 +525,7 @@ func (s *Server) ConsoleLog(ctx context.Context, req *violinv1.ConsoleLogRequest
 	if err != nil {
 		return err
 	}
-	wish := agent.LogWish{Follow: req.GetFollow()}
-	if req.Tail != nil {
-		n := int(req.GetTail())
-		wish.Tail = &n
-	}
-	log, err := a.ConsoleLog(ctx, req.GetSlice(), req.GetNode(), wish)
+	log, err := a.ConsoleLog(ctx, req.GetSlice(), req.GetNode(), agent.LogWish{Tail: req.Tail, Follow: req.GetFollow()})
 	if err != nil {
 		return connect.NewError(connect.CodeFailedPrecondition, err)
 	}

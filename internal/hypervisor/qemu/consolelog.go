@@ -107,7 +107,7 @@ func content(f *os.File, from int64) (int64, error) {
 // ReadConsoleLog reads what the serial console has printed, as far as it is kept: with
 // tail, the last so many lines; with follow, also what comes, until the VM ends. Reads
 // end with the context.
-func (vm *VM) ReadConsoleLog(ctx context.Context, tail *int, follow bool) (io.ReadCloser, error) {
+func (vm *VM) ReadConsoleLog(ctx context.Context, tail *uint32, follow bool) (io.ReadCloser, error) {
 	f, err := os.Open(vm.consoleLog())
 	if err != nil {
 		return nil, err
@@ -129,7 +129,7 @@ type logReader struct {
 }
 
 // start finds where to begin: at the beginning of a line.
-func (r *logReader) start(tail *int) error {
+func (r *logReader) start(tail *uint32) error {
 	begin, end, err := held(r.f)
 	if err != nil {
 		return err
@@ -154,8 +154,8 @@ func (r *logReader) start(tail *int) error {
 
 // lastLines is where the last n lines of a text begin. What follows the last line's end
 // is a line as well.
-func lastLines(text []byte, n int) int {
-	if n <= 0 {
+func lastLines(text []byte, n uint32) int {
+	if n == 0 {
 		return len(text)
 	}
 	at := len(text)

@@ -29,7 +29,7 @@ func (vm *VM) print(t *testing.T, text string) {
 	}
 }
 
-func read(t *testing.T, vm *VM, tail *int) string {
+func read(t *testing.T, vm *VM, tail *uint32) string {
 	t.Helper()
 	r, err := vm.ReadConsoleLog(t.Context(), tail, false)
 	if err != nil {
@@ -60,7 +60,7 @@ func TestConsoleLog(t *testing.T) {
 	if !strings.HasPrefix(all, "[violin: started ") || !strings.Contains(all, "\na\nb\n[violin: restored ") || !strings.HasSuffix(all, "\nc\nlast") {
 		t.Errorf("%q", all)
 	}
-	for n, want := range map[int]string{0: "", 1: "last", 2: "c\nlast", 99: all} {
+	for n, want := range map[uint32]string{0: "", 1: "last", 2: "c\nlast", 99: all} {
 		if got := read(t, vm, &n); got != want {
 			t.Errorf("the last %d lines: %q, want %q", n, got, want)
 		}
@@ -80,7 +80,7 @@ func TestConsoleLogBound(t *testing.T) {
 	if err := vm.beginConsoleLog(false); err != nil {
 		t.Fatal(err)
 	}
-	one := 1
+	one := uint32(1)
 	follower, err := vm.ReadConsoleLog(t.Context(), &one, true)
 	if err != nil {
 		t.Fatal(err)
