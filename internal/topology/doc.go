@@ -33,7 +33,8 @@
 //	                        closed: nodes begin nothing with the outside, which forwards still lead in from
 //	networks.NAME.gateway   nat: a way out to whatever the server's machine reaches, at the subnet's first free
 //	                        address, or {nat: ADDRESS}; the subnet must be given, and be IPv4
-//	nodes*.NAME.host*       one of the hosts
+//	nodes*.NAME.host*       one of the hosts, or
+//	nodes*.NAME.site        one of the sites: the node comes up on a host there that takes it and has room
 //	nodes*.NAME.image       name of an image; this, or kernel, or a disk with a base must be given
 //	nodes*.NAME.kernel      file, as are initrd and rootfs, which go with it
 //	nodes*.NAME.append      more of a kernel command line

@@ -53,7 +53,11 @@ func (t *Topology) Marshal() []byte {
 	}
 	b.WriteString("nodes:\n")
 	for _, n := range t.Nodes {
-		fmt.Fprintf(&b, "  %s:\n    host: %s\n", text(n.Name), text(n.Host))
+		if n.Host != "" {
+			fmt.Fprintf(&b, "  %s:\n    host: %s\n", text(n.Name), text(n.Host))
+		} else {
+			fmt.Fprintf(&b, "  %s:\n    site: %s\n", text(n.Name), text(n.Site))
+		}
 		for _, f := range []struct{ name, value string }{
 			{"image", n.Image}, {"kernel", n.Kernel}, {"initrd", n.Initrd}, {"rootfs", n.RootFS}, {"append", n.Append}, {"firmware", n.Firmware},
 		} {

@@ -351,10 +351,12 @@ func (r *reader) nodes(e entry) {
 
 func (r *reader) node(n entry) {
 	node := Node{Name: n.name, CPUs: 1}
-	f := r.record(n, "host", "image", "kernel", "initrd", "rootfs", "append", "firmware", "boot", "memory", "cpus", "disks", "shares", "cloud_init", "interfaces", "forwards", "run", "qemu")
+	f := r.record(n, "host", "site", "image", "kernel", "initrd", "rootfs", "append", "firmware", "boot", "memory", "cpus", "disks", "shares", "cloud_init", "interfaces", "forwards", "run", "qemu")
 
 	hosts := r.hosts()
-	if v, ok := r.required(n, f, "host", "say which host runs it: "+suggest("", hosts)); ok {
+	if v, ok := f["site"]; ok {
+		r.nodeSite(v, f, &node)
+	} else if v, ok := r.required(n, f, "host", "say which host runs it: "+suggest("", hosts)); ok {
 		if s, ok := r.text(v, suggest("", hosts)); ok {
 			site, ok := r.siteOf[s]
 			if !ok && len(hosts) > 0 {
@@ -835,6 +837,25 @@ func (r *reader) percent(f map[string]entry, name string, p *Percent) {
 		return
 	}
 	*p = n
+}
+
+// nodeSite reads the site of a node that may be on any host there.
+func (r *reader) nodeSite(v entry, f map[string]entry, node *Node) {
+	var sites []string
+	for _, s := range r.t.Sites {
+		sites = append(sites, s.Name)
+	}
+	s, ok := r.text(v, suggest("", sites))
+	if !ok {
+		return
+	}
+	if !slices.Contains(sites, s) && len(sites) > 0 {
+		r.wrong(v, fmt.Sprintf("there is no site %s", quoted(s)), suggest(s, sites))
+	}
+	if _, both := f["host"]; both {
+		r.wrong(v, "the node has a host, too", "leave one of them out: a host is in one site, and a node with a site may be on any host there")
+	}
+	node.Site = s
 }
 
 // hosts are the names of all hosts, in the order of the file.

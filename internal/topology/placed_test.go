@@ -3,6 +3,7 @@ package topology
 import (
 	"bytes"
 	"reflect"
+	"strings"
 	"testing"
 )
 
@@ -56,6 +57,14 @@ nodes:
 		if n.Host, n.Site = m.Host, m.Site; !reflect.DeepEqual(n, m) {
 			t.Errorf("%+v, want %+v", m, n)
 		}
+	}
+	// A node that may be anywhere in a site is written and read as such, until it has a host.
+	open := mustParse(t, strings.Replace(string(before.Marshal()), `host: "alpha"`, "site: west", 1))
+	if n := open.Node("n1"); n.Host != "" || n.Site != "west" || !reflect.DeepEqual(mustParse(t, string(open.Marshal())), open) {
+		t.Errorf("in a site: %+v", n)
+	}
+	if n := open.Placed(map[string]string{"n1": "beta"}, nil).Node("n1"); n.Host != "beta" || n.Site != "west" {
+		t.Errorf("in a site, placed: %+v", n)
 	}
 	if back := after.Placed(map[string]string{"n1": "alpha", "n2": "gamma"}, nil); back.Node("n1").Site != "west" || back.SiteOf("delta") != "north" {
 		t.Errorf("placed back: %+v", back)

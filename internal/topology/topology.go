@@ -94,7 +94,7 @@ func (t *Topology) GatewayHost(network string) string {
 // Node is a VM.
 type Node struct {
 	Name string
-	Host string
+	Host string // empty while it is open which one of Site it will be
 	Site string // the host's
 
 	// Image is the name of an image. It is empty if Kernel, and maybe Initrd
