@@ -34,14 +34,15 @@ type agentOptions struct {
 func (a *app) agentCommand() *cobra.Command {
 	var o agentOptions
 	cmd := &cobra.Command{
-		Use:   "agent --join TOKEN@SERVER:PORT --underlay DEVICE --underlay-address ADDRESS/BITS",
+		Use:   "agent --join TOKEN@SERVER:PORT[,SERVER:PORT...] --underlay DEVICE --underlay-address ADDRESS/BITS",
 		Short: "Run nodes on this machine for a server on another",
 		Long: `Run nodes on this machine for a server on another, in the foreground, with a log on
 stderr. A slice whose topology names hosts that have joined a server runs on them.
 
 The agent dials the server, so it may be behind NAT. The first time it needs a token,
 which 'violin token create' makes on the server. It gets a certificate for it, which is
-kept below the state directory, and from then on SERVER:PORT will do.
+kept below the state directory, and from then on SERVER:PORT will do. Where servers stand
+by for each other, all of them are named: the agent goes to the next when one is gone.
 
 The underlay device joins the hosts: a network card, or a VPN's device, with all hosts
 in one Ethernet. While a slice runs, the switch has it, and its addresses are off it: it
@@ -61,7 +62,7 @@ it. A service manager must not kill the agent's children: for systemd, KillMode=
 		},
 	}
 	name, _ := os.Hostname()
-	cmd.Flags().StringVar(&o.join, "join", os.Getenv("VIOLIN_JOIN"), "`server` to join, TOKEN@SERVER:PORT (env VIOLIN_JOIN, which others on this machine do not see)")
+	cmd.Flags().StringVar(&o.join, "join", os.Getenv("VIOLIN_JOIN"), "`server` to join, TOKEN@SERVER:PORT[,SERVER:PORT...] (env VIOLIN_JOIN, which others on this machine do not see)")
 	cmd.Flags().StringVar(&o.name, "name", name, "`name` of this host in topologies")
 	cmd.Flags().StringVar(&o.device, "underlay", "", "network `device` that joins the hosts")
 	cmd.Flags().StringVar(&o.address, "underlay-address", "", "`address` of this host there, as 10.0.0.1/24")
@@ -72,7 +73,7 @@ it. A service manager must not kill the agent's children: for systemd, KillMode=
 
 func (a *app) agent(ctx context.Context, o agentOptions) error {
 	usage := func(err error) error { return &failure{code: exitUsage, err: err} }
-	token, address, err := parseJoin(o.join)
+	token, addresses, err := parseJoin(o.join)
 	if err != nil {
 		return usage(fmt.Errorf("--join: %w", err))
 	}
@@ -109,7 +110,7 @@ func (a *app) agent(ctx context.Context, o agentOptions) error {
 	signal.Notify(interrupted, os.Interrupt)
 	err = remote.ServeHost(ctx, remote.HostConfig{
 		Keeper: []string{program, "keep"}, Passed: passed, Leave: func() bool { return len(interrupted) == 0 },
-		Server: address, Token: token, Identity: identity, Dir: dirs.Run, Images: filepath.Join(dirs.State, "images"), Files: filepath.Join(dirs.State, "files"),
+		Servers: strings.Split(addresses, ","), Token: token, Identity: identity, Dir: dirs.Run, Images: filepath.Join(dirs.State, "images"), Files: filepath.Join(dirs.State, "files"),
 		Device: o.device, Address: prefix, Site: o.site, Version: violinVersion(), Logger: logger,
 	})
 	if err != nil {
@@ -139,8 +140,9 @@ func killAt(where string) (func(node, step string), error) {
 	}, nil
 }
 
-// parseJoin takes TOKEN@SERVER:PORT apart. The token is nil if there is none.
-func parseJoin(s string) (*trust.Token, string, error) {
+// parseJoin takes TOKEN@SERVER:PORT,... apart; the addresses are separated by commas, as
+// they came. The token is nil if there is none.
+func parseJoin(s string) (token *trust.Token, addresses string, err error) {
 	address, token := s, (*trust.Token)(nil)
 	if i := strings.LastIndexByte(s, '@'); i >= 0 {
 		var err error
@@ -149,8 +151,8 @@ func parseJoin(s string) (*trust.Token, string, error) {
 		}
 		address = s[i+1:]
 	}
-	if checkAddress(address) != nil {
-		return nil, "", fmt.Errorf("%q is no SERVER:PORT; it takes TOKEN@SERVER:PORT", address)
+	if checkAddresses(address) != nil {
+		return nil, "", fmt.Errorf("%q is no SERVER:PORT; it takes TOKEN@SERVER:PORT, or several addresses with commas between", address)
 	}
 	return token, address, nil
 }

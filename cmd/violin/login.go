@@ -19,7 +19,7 @@ import (
 
 func (a *app) loginCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:   "login TOKEN@SERVER:PORT",
+		Use:   "login TOKEN@SERVER:PORT[,SERVER:PORT...]",
 		Short: "Get access to a server on another machine",
 		Long: `Get access to a server on another machine: for a token that an operator has made by
 'violin token create --user NAME', the server gives a certificate. The token tells by
@@ -27,7 +27,9 @@ what the server is known, so it is given to no other. Other users of this machin
 see a command line: with '-' the argument is read from stdin.
 
 From then on commands speak to that server, until 'violin logout' or a login to another.
---server, or VIOLIN_SERVER, says otherwise; 'local' is the server of this machine.
+--server, or VIOLIN_SERVER, says otherwise; 'local' is the server of this machine. Of
+servers that stand by for each other all are named, with commas between, in the login and
+in --server: the first that can be reached is spoken to.
 
 The certificate and its key are kept below violin/servers in the user's configuration
 directory ($XDG_CONFIG_HOME, or ~/.config). It is good for 90 days and renewed by being
@@ -59,9 +61,9 @@ func (a *app) login(ctx context.Context, to string) error {
 	if err != nil {
 		return err
 	}
-	client := httpsClient(trust.LoginConfig(token))
+	client := httpsClient(trust.LoginConfig(token), address)
 	defer client.CloseIdleConnections()
-	users := violinv1connect.NewUserServiceClient(client, "https://"+address)
+	users := violinv1connect.NewUserServiceClient(client, baseURL(address))
 	login, err := logins.Login(ctx, address, token, func(ctx context.Context, request []byte) (cert, authority []byte, err error) {
 		r, err := users.Login(ctx, &violinv1.LoginRequest{Token: token.String(), Request: request})
 		if err != nil {

@@ -38,7 +38,8 @@ func (a *app) logins() (trust.Logins, error) {
 	return trust.OpenLogins(filepath.Join(dir, "violin", "servers")), nil
 }
 
-// remote is the address of the server elsewhere that is meant; empty for that of this
+// remote is the address of the server elsewhere that is meant, or several with commas
+// between of servers that stand by for each other; empty for that of this
 // machine. What the command line says comes before the environment, and both before
 // the last login. Who names a local server's directory means that.
 func (a *app) remote() (string, error) {
@@ -59,7 +60,7 @@ func (a *app) remote() (string, error) {
 	if address == localServer {
 		return "", nil
 	}
-	if err := checkAddress(address); err != nil {
+	if err := checkAddresses(address); err != nil {
 		return "", &failure{code: exitUsage, err: fmt.Errorf("--server: %w", err)}
 	}
 	return address, nil
@@ -75,9 +76,19 @@ func (a *app) given(flags ...string) bool {
 	return false
 }
 
+// checkAddresses is checkAddress for one or more, with commas between.
+func checkAddresses(addresses string) error {
+	for address := range strings.SplitSeq(addresses, ",") {
+		if err := checkAddress(address); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func checkAddress(address string) error {
 	host, port, err := net.SplitHostPort(address)
-	if err != nil || host == "" || port == "" || strings.ContainsAny(address, "/@ ") {
+	if err != nil || host == "" || port == "" || strings.ContainsAny(address, "/@, ") {
 		return fmt.Errorf("%q is no HOST:PORT", address)
 	}
 	return nil
@@ -93,15 +104,39 @@ func (a *app) here(what, why string) error {
 		hint: "Run it on the server's machine, or say --server local if this machine is meant."}
 }
 
-func httpsClient(config *tls.Config) *http.Client {
+// httpsClient connects to the first of servers, with commas between, that can be reached,
+// whichever a URL names: one leads, and others hand on to it.
+func httpsClient(config *tls.Config, servers string) *http.Client {
 	var protocols http.Protocols
 	protocols.SetHTTP2(true) // streams go both ways
 	config.NextProtos = []string{"h2"}
+	dial := func(ctx context.Context, network, _ string) (net.Conn, error) {
+		d := tls.Dialer{NetDialer: &net.Dialer{}, Config: config}
+		var errs []error
+		for address := range strings.SplitSeq(servers, ",") {
+			ctx, cancel := context.WithTimeout(ctx, dialBound)
+			c, err := d.DialContext(ctx, network, address)
+			cancel()
+			if err == nil {
+				return c, nil
+			}
+			errs = append(errs, err)
+		}
+		if len(errs) == 1 {
+			return nil, errs[0]
+		}
+		return nil, errors.Join(errs...)
+	}
 	return &http.Client{Transport: &http.Transport{
-		Protocols: &protocols, TLSClientConfig: config, TLSHandshakeTimeout: dialBound,
-		DialContext: (&net.Dialer{Timeout: dialBound}).DialContext,
-		HTTP2:       &http.HTTP2Config{SendPingTimeout: pingAfter, PingTimeout: pingBound},
+		Protocols: &protocols, DialTLSContext: dial,
+		HTTP2: &http.HTTP2Config{SendPingTimeout: pingAfter, PingTimeout: pingBound},
 	}}
+}
+
+// baseURL is what the URLs of calls to servers begin with; see [httpsClient].
+func baseURL(servers string) string {
+	first, _, _ := strings.Cut(servers, ",")
+	return "https://" + first
 }
 
 // dialRemote connects to the server elsewhere that is meant. Without one, the client is
@@ -126,7 +161,7 @@ func (a *app) dialRemote(ctx context.Context) (violinv1connect.SliceServiceClien
 	if err != nil {
 		return nil, &failure{code: exitDenied, err: err}
 	}
-	a.connection, a.base = httpsClient(login.Config()), "https://"+address
+	a.connection, a.base = httpsClient(login.Config(), address), baseURL(address)
 	c := violinv1connect.NewSliceServiceClient(a.connection, a.base)
 	theirs, err := c.Version(ctx, &violinv1.VersionRequest{})
 	if err != nil {

@@ -18,6 +18,7 @@ import (
 
 	"violin/internal/access"
 	"violin/internal/daemon"
+	"violin/internal/metadata"
 	"violin/internal/server"
 	"violin/internal/trust"
 )
@@ -26,6 +27,7 @@ func (a *app) serverCommand() *cobra.Command {
 	var idleExit time.Duration
 	var listen string
 	var level slog.Level
+	var etcd metadata.Config
 	cmd := &cobra.Command{
 		Use:   "server",
 		Short: "Run the server in the foreground",
@@ -41,34 +43,68 @@ directory, for its user only:
        -H 'Content-Type: application/json' -d '{}'
 
 With --listen, the agents of other machines are taken in, and users: the same API over
-TLS, to those who have logged in. See 'violin agent --help' and 'violin login --help'.`,
+TLS, to those who have logged in. See 'violin agent --help' and 'violin login --help'.
+
+With --etcd, metadata are in that cluster instead of in an etcd of the server's own, and
+any number of servers stand by for the one that leads. They share the store (--store),
+its key, and the images. A server that stands by hands agents and users on to the leader,
+and takes its place when it is gone. See docs/metadata.md.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := a.tableOnly(cmd); err != nil {
 				return err
 			}
-			return a.serve(cmd.Context(), listen, idleExit, level)
+			if err := checkEtcd(cmd, &etcd, listen); err != nil {
+				return &failure{code: exitUsage, err: err}
+			}
+			return a.serve(cmd.Context(), etcd, listen, idleExit, level)
 		},
 	}
 	cmd.Flags().StringVar(&listen, "listen", "", "take agents of other machines, and users, in at this `address:port`")
+	name, _ := os.Hostname()
+	cmd.Flags().StringSliceVar(&etcd.Endpoints, "etcd", nil, "`URLs` of an etcd cluster's members, such as https://10.0.0.1:2379, with commas between")
+	cmd.Flags().StringVar(&etcd.CA, "etcd-ca", "", "PEM `file` of whose certificates etcd's members have")
+	cmd.Flags().StringVar(&etcd.Cert, "etcd-cert", "", "PEM `file` of this server's certificate for etcd")
+	cmd.Flags().StringVar(&etcd.Key, "etcd-key", "", "PEM `file` of its key")
+	cmd.Flags().StringVar(&etcd.Prefix, "etcd-prefix", metadata.DefaultPrefix, "what the `keys` in etcd begin with")
+	cmd.Flags().StringVar(&etcd.Name, "name", name, "of this server, as a `name` among those that stand by for each other")
+	cmd.Flags().StringVar(&etcd.Address, "advertise", "", "the `host:port` at which the other servers reach what --listen takes in")
 	cmd.Flags().DurationVar(&idleExit, "idle-exit", 0, "end after this `time` with no slice and no call (0: never; a server started in the background has "+daemon.DefaultIdleExit.String()+")")
 	cmd.Flags().TextVar(&level, "log-level", slog.LevelInfo, "log from this `level` on: debug, info, warn or error")
 	return cmd
 }
 
+// checkEtcd refuses what does not go together.
+func checkEtcd(cmd *cobra.Command, etcd *metadata.Config, listen string) error {
+	if len(etcd.Endpoints) == 0 {
+		for _, flag := range []string{"etcd-ca", "etcd-cert", "etcd-key", "etcd-prefix", "name", "advertise"} {
+			if cmd.Flags().Changed(flag) {
+				return fmt.Errorf("--%s goes with --etcd", flag)
+			}
+		}
+		return nil
+	}
+	if (listen == "") != (etcd.Address == "") {
+		return errors.New("--advertise HOST:PORT says where other servers reach what --listen takes in: give both or none")
+	}
+	if etcd.Address != "" {
+		if err := checkAddress(etcd.Address); err != nil {
+			return fmt.Errorf("--advertise: %w", err)
+		}
+	}
+	return etcd.Check()
+}
+
 // service is what the daemon serves: the API in front of the server.
 type service struct {
 	http.Handler
-	server *server.Server
+	*server.Candidate
 }
 
-// Busy implements [daemon.Service].
-func (s service) Busy() bool { return s.server.Busy() }
+// ServeHTTP implements [http.Handler].
+func (s service) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.Handler.ServeHTTP(w, r) }
 
-// Close implements [daemon.Service].
-func (s service) Close() error { return s.server.Close() }
-
-func (a *app) serve(ctx context.Context, listen string, idleExit time.Duration, level slog.Level) error {
+func (a *app) serve(ctx context.Context, etcd metadata.Config, listen string, idleExit time.Duration, level slog.Level) error {
 	ready := daemon.ReadyFile()
 	if idleExit < 0 {
 		return &failure{code: exitUsage, err: fmt.Errorf("--idle-exit %v: it cannot be negative", idleExit)}
@@ -93,13 +129,13 @@ func (a *app) serve(ctx context.Context, listen string, idleExit time.Duration, 
 		Version:  violinVersion(),
 		Logger:   logger,
 		Start: func(ctx context.Context) (daemon.Service, error) {
-			s, err := server.New(ctx, server.Config{StateDir: dirs.State, Storage: storage, RunDir: dirs.Run, Logger: logger, Version: violinVersion(), Listen: listen,
+			s, err := server.Stand(ctx, server.Config{Etcd: etcd, StateDir: dirs.State, Storage: storage, RunDir: dirs.Run, Logger: logger, Version: violinVersion(), Listen: listen,
 				Leave: func() bool { return len(interrupted) == 0 }})
 			if err != nil {
 				return nil, err
 			}
 			// The socket is for its user only, who could do all of it without a server, too.
-			return service{Handler: access.As(access.Caller{Role: trust.Operator}, s.Handler()), server: s}, nil
+			return service{access.As(access.Caller{Role: trust.Operator}, s), s}, nil
 		},
 	})
 	if err != nil {

@@ -207,28 +207,31 @@ type termDocument struct {
 	Format  string `json:"format"`
 	Version int    `json:"version"`
 	Term    uint64 `json:"term"`
+	// Etcd are the endpoints of the etcd that the server had; none for one of its own.
+	Etcd []string `json:"etcd,omitempty"`
 }
 
-// CopiedTerm is the term of the last server that led, as the document's copy beside the
-// store's pages says, which outlives its original; 0 if there was none.
-func (c *Catalog) CopiedTerm(ctx context.Context) (uint64, error) {
+// CopiedTerm is the term of the last server that led, and the endpoints of its etcd, if
+// that was not its own: as the document's copy beside the store's pages says, which
+// outlives its original. The term is 0 if there was none.
+func (c *Catalog) CopiedTerm(ctx context.Context) (term uint64, etcd []string, err error) {
 	d := termDocument{}
 	doc, err := c.st.Copy(ctx, termName)
 	if errors.Is(err, store.ErrMissing) {
-		return 0, nil
+		return 0, nil, nil
 	}
 	if err == nil {
 		err = parseNote(doc, "the last server's term", termFormat, termVersion, &d)
 	}
 	if err != nil {
-		return 0, fmt.Errorf("term of the last server: %w", err)
+		return 0, nil, fmt.Errorf("term of the last server: %w", err)
 	}
-	return d.Term, nil
+	return d.Term, d.Etcd, nil
 }
 
-// PutTerm notes the term of a server that leads.
-func (c *Catalog) PutTerm(ctx context.Context, term uint64) error {
-	doc, err := json.Marshal(termDocument{termFormat, termVersion, term})
+// PutTerm notes the term of a server that leads, and the endpoints of its etcd.
+func (c *Catalog) PutTerm(ctx context.Context, term uint64, etcd []string) error {
+	doc, err := json.Marshal(termDocument{termFormat, termVersion, term, etcd})
 	if err == nil {
 		err = c.st.ReplaceDocument(ctx, termName, append(doc, '\n'))
 	}

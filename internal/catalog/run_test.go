@@ -66,21 +66,21 @@ func TestRun(t *testing.T) {
 
 func TestTerm(t *testing.T) {
 	st, c := open(t, t.TempDir(), store.Options{})
-	if got, err := c.CopiedTerm(t.Context()); err != nil || got != 0 {
+	if got, _, err := c.CopiedTerm(t.Context()); err != nil || got != 0 {
 		t.Errorf("before there was a server: %d, %v", got, err)
 	}
 	for _, term := range []uint64{1, 1 << 60} {
-		if err := c.PutTerm(t.Context(), term); err != nil {
+		if err := c.PutTerm(t.Context(), term, nil); err != nil {
 			t.Fatal(err)
 		}
-		if got, err := c.CopiedTerm(t.Context()); err != nil || got != term {
+		if got, _, err := c.CopiedTerm(t.Context()); err != nil || got != term {
 			t.Errorf("%d, %v; want %d", got, err, term)
 		}
 	}
 	if err := st.ReplaceDocument(t.Context(), "terms/term.json", []byte(`{"format":"violin-term","version":9}`)); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := c.CopiedTerm(t.Context()); err == nil || got != 0 {
+	if got, _, err := c.CopiedTerm(t.Context()); err == nil || got != 0 {
 		t.Errorf("%d of a later version", got)
 	}
 }

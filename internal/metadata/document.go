@@ -187,6 +187,9 @@ func (l *Leadership) put(ctx context.Context, key string, data []byte, condition
 
 // partsOf is what the keys of a document's parts begin with; empty if it has none.
 func (l *Leadership) partsOf(ctx context.Context, key string) (string, error) {
+	if l.life.Err() != nil {
+		return "", ErrDeposed
+	}
 	r, err := l.client.get(ctx, key)
 	if err != nil || len(r.Kvs) == 0 {
 		return "", err

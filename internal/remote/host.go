@@ -38,13 +38,15 @@ const (
 	// abort, so that whoever of the two gives up first, it is not the agent.
 	DefaultAbandon = 45 * time.Second
 
-	dialBound             = 10 * time.Second
+	// dialBound is how long it may take to connect to one of the servers or another,
+	// but each has dialLeast.
+	dialBound, dialLeast  = 10 * time.Second, 3 * time.Second
 	firstRetry, lastRetry = 250 * time.Millisecond, 10 * time.Second
 )
 
 // HostConfig describes the agent's end.
 type HostConfig struct {
-	Server   string // HOST:PORT
+	Servers  []string // HOST:PORT of each: one leads, and others hand on to it
 	Token    *trust.Token
 	Identity *trust.Identity
 	Dir      string       // sockets and logs of what runs
@@ -80,6 +82,7 @@ type Host struct {
 	fence    *fence
 	underlay agent.Underlay
 	device   *machine.Device // nil where a test has none
+	next     int             // of the servers; of the goroutine that connects
 
 	sharing sync.Mutex // held while runs begin and end
 
@@ -145,7 +148,7 @@ func ServeHost(ctx context.Context, cfg HostConfig) error {
 		if time.Since(began) > lastRetry {
 			retry = firstRetry
 		}
-		h.log.Warn("not connected to the server; trying again", "server", cfg.Server, "in", retry, "err", err)
+		h.log.Warn("not connected to the server; trying again", "server", h.server(), "in", retry, "err", err)
 		select {
 		case <-time.After(retry):
 		case <-ctx.Done():
@@ -305,15 +308,15 @@ func (h *Host) join(ctx context.Context) error {
 		return err
 	}
 	if t == nil {
-		return fmt.Errorf("host %s has not joined %s yet: --join needs TOKEN@SERVER:PORT; `violin token create`, on the server, makes a token", id.Host, h.cfg.Server)
+		return fmt.Errorf("host %s has not joined %s yet: --join needs TOKEN@SERVER:PORT; `violin token create`, on the server, makes a token", id.Host, h.server())
 	}
 	conn, err := h.dial(ctx, trust.JoinConfig(t))
 	if err != nil {
-		return fmt.Errorf("join %s: %w", h.cfg.Server, err)
+		return fmt.Errorf("join %s: %w", h.server(), err)
 	}
 	l, err := newLink(conn, true, http.NotFoundHandler(), h.log)
 	if err != nil {
-		return fmt.Errorf("join %s: %w", h.cfg.Server, err)
+		return fmt.Errorf("join %s: %w", h.server(), err)
 	}
 	defer l.close()
 	ctx, cancel := context.WithTimeout(ctx, dialBound)
@@ -327,21 +330,30 @@ func (h *Host) join(ctx context.Context) error {
 		return r.GetCertificate(), nil
 	})
 	if err != nil {
-		return fmt.Errorf("join %s: %w", h.cfg.Server, err)
+		return fmt.Errorf("join %s: %w", h.server(), err)
 	}
-	h.log.Info("joined", "server", h.cfg.Server, "host", id.Host)
+	h.log.Info("joined", "server", h.server(), "host", id.Host)
 	return nil
 }
 
+// server is the one that is tried next, or was connected to last.
+func (h *Host) server() string { return h.cfg.Servers[h.next] }
+
+// dial connects to a server: that of before, or else the next that can be reached.
 func (h *Host) dial(ctx context.Context, config *tls.Config) (*tls.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, dialBound)
-	defer cancel()
 	d := tls.Dialer{NetDialer: &net.Dialer{KeepAlive: keepAlive}, Config: config}
-	c, err := d.DialContext(ctx, "tcp", h.cfg.Server)
-	if err != nil {
-		return nil, err
+	var errs []error
+	for range h.cfg.Servers {
+		ctx, cancel := context.WithTimeout(ctx, max(dialBound/time.Duration(len(h.cfg.Servers)), dialLeast))
+		c, err := d.DialContext(ctx, "tcp", h.server())
+		cancel()
+		if err == nil {
+			return c.(*tls.Conn), nil
+		}
+		errs = append(errs, fmt.Errorf("%s: %w", h.server(), err))
+		h.next = (h.next + 1) % len(h.cfg.Servers)
 	}
-	return c.(*tls.Conn), nil
+	return nil, errors.Join(errs...)
 }
 
 // connect serves one connection to its end.
@@ -362,7 +374,7 @@ func (h *Host) connect(ctx context.Context, config *tls.Config) error {
 	h.ingest = violinv1connect.NewIngestServiceClient(l.client, "http://server", callOptions()...)
 	h.supply = violinv1connect.NewSupplyServiceClient(l.client, "http://server", callOptions()...)
 	h.mu.Unlock()
-	h.log.Info("connected", "server", h.cfg.Server)
+	h.log.Info("connected", "server", h.server())
 	renewing, stop := context.WithCancel(ctx)
 	defer stop()
 	go h.renew(renewing, violinv1connect.NewRenewalServiceClient(l.client, "http://server", callOptions()...))

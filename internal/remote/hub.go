@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -151,6 +152,9 @@ func (h *Hub) Address() string { return h.listener.Addr().String() }
 func (h *Hub) Close() error {
 	h.end()
 	err := h.listener.Close()
+	if errors.Is(err, net.ErrClosed) {
+		err = nil // by a call before
+	}
 	h.mu.Lock()
 	for _, j := range h.hosts {
 		j.mu.Lock()

@@ -255,7 +255,8 @@ func newWorldAt(t *testing.T, now func() time.Time) *world {
 	}
 	w.identity = identity
 	w.cfg = HostConfig{
-		Server: w.cable.l.Addr().String(), Token: token, Identity: identity, Dir: t.TempDir(), Images: "/nowhere", Files: filepath.Join(t.TempDir(), "files"),
+		// The first is one that does not answer: it is passed over, each time.
+		Servers: []string{"127.0.0.1:1", w.cable.l.Addr().String()}, Token: token, Identity: identity, Dir: t.TempDir(), Images: "/nowhere", Files: filepath.Join(t.TempDir(), "files"),
 		Device: "eth9", Address: netip.MustParsePrefix("10.0.0.1/24"), Version: "test", mac: net.HardwareAddr{2, 0, 0, 0, 0, 9}, Abandon: 500 * time.Millisecond, Logger: log,
 		start: func(context.Context, agent.Config) (runner, error) { return w.host, nil }, now: now,
 		// What runs is written down, and left to the next.

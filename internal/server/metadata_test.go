@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"violin/internal/catalog"
+	"violin/internal/events"
 	"violin/internal/store"
 	"violin/internal/trust"
 )
@@ -169,3 +170,5 @@ func TestTwoStores(t *testing.T) {
 		}
 	}
 }
+
+func event(slice string) events.Event { return events.Event{Slice: slice, Kind: events.Up} }

@@ -623,6 +623,8 @@ func apiError(err error) error {
 		return connect.NewError(connect.CodeInvalidArgument, err)
 	case errors.Is(err, store.ErrDamaged), errors.Is(err, store.ErrMissing):
 		return connect.NewError(connect.CodeDataLoss, err)
+	case errors.Is(err, metadata.ErrDeposed):
+		return connect.NewError(connect.CodeUnavailable, err)
 	case errors.Is(err, context.Canceled):
 		return connect.NewError(connect.CodeCanceled, err)
 	}

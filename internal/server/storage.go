@@ -78,7 +78,10 @@ func bind(ctx context.Context, c *Config, st *store.Store, led *metadata.Leaders
 		return err
 	}
 	terms := catalog.New(st)
-	known, err := terms.CopiedTerm(ctx)
+	known, etcd, err := terms.CopiedTerm(ctx)
+	if err == nil {
+		err = c.home(etcd)
+	}
 	if err != nil {
 		return err
 	}
@@ -90,7 +93,7 @@ func bind(ctx context.Context, c *Config, st *store.Store, led *metadata.Leaders
 			return err
 		}
 	}
-	return terms.PutTerm(ctx, led.Term())
+	return terms.PutTerm(ctx, led.Term(), c.Etcd.Endpoints)
 }
 
 // storeKey finds the key of the store that there is, or chooses that of one to be made.

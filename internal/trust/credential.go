@@ -51,11 +51,18 @@ func request(ctx context.Context, name string, authority func() *x509.Certificat
 
 // readCredential reads what write wrote. An older one has its key in a file of its own.
 func readCredential(file string, keyFile ...string) (*credential, error) {
-	key := file
-	if len(keyFile) > 0 {
-		key = keyFile[0]
+	// A file with both is read once: it may be renewed meanwhile.
+	certText, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
 	}
-	pair, err := tls.LoadX509KeyPair(file, key)
+	keyText := certText
+	if len(keyFile) > 0 {
+		if keyText, err = os.ReadFile(keyFile[0]); err != nil {
+			return nil, err
+		}
+	}
+	pair, err := tls.X509KeyPair(certText, keyText)
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,165 @@
+// Package etcdtest runs clusters of etcd for tests, each member a process of its own: the
+// test's own program, started anew. Its TestMain calls [Main] first.
+package etcdtest
+
+import (
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"go.etcd.io/etcd/server/v3/embed"
+	"go.uber.org/zap"
+)
+
+const memberVariable = "VIOLIN_TEST_ETCD_MEMBER"
+
+// member is what a process that is one is told.
+type member struct {
+	Name, Dir, Client, Peer, Cluster string
+}
+
+// Main makes this process a member of a cluster, if it was started as one, and does not
+// return then.
+func Main() {
+	text, ok := os.LookupEnv(memberVariable)
+	if !ok {
+		return
+	}
+	if err := run(text); err != nil {
+		fmt.Fprintln(os.Stderr, "etcd:", err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+func run(text string) error {
+	var m member
+	if err := json.Unmarshal([]byte(text), &m); err != nil {
+		return err
+	}
+	c := embed.NewConfig()
+	c.Name, c.Dir, c.InitialCluster = m.Name, m.Dir, m.Cluster
+	c.TickMs, c.ElectionMs = 200, 2000 // tests share their machine with others
+	for _, u := range []struct {
+		to   *[]url.URL
+		text string
+	}{{&c.ListenClientUrls, m.Client}, {&c.AdvertiseClientUrls, m.Client}, {&c.ListenPeerUrls, m.Peer}, {&c.AdvertisePeerUrls, m.Peer}} {
+		parsed, err := url.Parse(u.text)
+		if err != nil {
+			return err
+		}
+		*u.to = []url.URL{*parsed}
+	}
+	c.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
+	e, err := embed.StartEtcd(c)
+	if err != nil {
+		return err
+	}
+	return <-e.Err() // it ends by being killed
+}
+
+// Cluster is a cluster of etcd.
+type Cluster struct {
+	members   []member
+	processes []*exec.Cmd // nil for one that does not run
+	start     func(*exec.Cmd) error
+}
+
+// Start starts a cluster of n members on the loopback device that start's processes
+// have; nil for those of this machine. It ends with the test.
+func Start(t *testing.T, n int, start func(*exec.Cmd) error) *Cluster {
+	t.Helper()
+	if start == nil {
+		start = (*exec.Cmd).Start
+	}
+	c := &Cluster{start: start, members: make([]member, n), processes: make([]*exec.Cmd, n)}
+	dir := t.TempDir()
+	var cluster []string
+	for i := range c.members {
+		c.members[i] = member{
+			Name: fmt.Sprintf("m%d", i), Dir: filepath.Join(dir, fmt.Sprint(i)),
+			Client: "http://" + free(t), Peer: "http://" + free(t),
+		}
+		cluster = append(cluster, c.members[i].Name+"="+c.members[i].Peer)
+	}
+	for i := range c.members {
+		c.members[i].Cluster = strings.Join(cluster, ",")
+		c.Run(t, i)
+	}
+	t.Cleanup(func() {
+		for i := range c.members {
+			c.Kill(i)
+		}
+	})
+	return c
+}
+
+// free is an address that nobody listens at now.
+func free(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// Endpoints are the members' URLs.
+func (c *Cluster) Endpoints() (all []string) {
+	for _, m := range c.members {
+		all = append(all, m.Client)
+	}
+	return all
+}
+
+// Run starts a member that does not run.
+func (c *Cluster) Run(t *testing.T, i int) {
+	t.Helper()
+	text, err := json.Marshal(c.members[i])
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), memberVariable+"="+string(text))
+	cmd.Stderr = os.Stderr
+	// Whoever ends the test ends it, too.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := c.start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	c.processes[i] = cmd
+}
+
+// Kill kills a member with SIGKILL.
+func (c *Cluster) Kill(i int) {
+	if p := c.processes[i]; p != nil {
+		_ = p.Process.Kill()
+		_ = p.Wait()
+		c.processes[i] = nil
+	}
+}
+
+// Pause stops a member, as a machine that hangs, and Resume lets it go on.
+func (c *Cluster) Pause(i int) { _ = c.processes[i].Process.Signal(syscall.SIGSTOP) }
+
+// Resume undoes Pause.
+func (c *Cluster) Resume(i int) { _ = c.processes[i].Process.Signal(syscall.SIGCONT) }
+
+// Await waits until f is true, for a minute.
+func Await(t *testing.T, what string, f func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); !f(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("in vain: %s", what)
+		}
+	}
+}
