@@ -113,6 +113,7 @@ func Start(cfg Config) (*Gateway, error) {
 	}
 	g := &Gateway{cfg: cfg, log: cfg.Logger.With("gateway", cfg.Address.String()), flows: make(chan struct{}, maxFlows)}
 	g.ctx, g.cancel = context.WithCancel(context.Background())
+	g.hold.begin()
 	g.link = channel.New(queue, uint32(cfg.MTU+header.EthernetMinimumSize), tcpip.LinkAddress(cfg.MAC))
 	if err := g.makeStack(); err != nil {
 		g.cancel()

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"math/rand/v2"
 	"sync"
 
 	"gvisor.dev/gvisor/pkg/buffer"
@@ -19,7 +20,15 @@ type hold struct {
 	frames  [][]byte
 	bytes   int
 	first   uint64 // number of the first of frames
+	born    uint64 // number of the first of all
 	dropped uint64
+}
+
+// begin has the numbers begin anywhere: a mark that an earlier gateway on the device gave
+// must release nothing of this one, which may come after what the mark covers.
+func (h *hold) begin() {
+	h.born = rand.Uint64() >> 1 // so that there is no end of them
+	h.first = h.born
 }
 
 // put adds a frame. It is false if there is no room for it.
@@ -42,10 +51,13 @@ func (h *hold) mark() uint64 {
 	return h.first + uint64(len(h.frames))
 }
 
-// release gives the frames before a mark to send.
+// release gives the frames before a mark of this hold to send.
 func (h *hold) release(mark uint64, send func([]byte)) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if mark < h.born || mark > h.first+uint64(len(h.frames)) {
+		return // an earlier gateway's
+	}
 	for len(h.frames) > 0 && h.first < mark {
 		send(h.frames[0])
 		h.bytes -= len(h.frames[0])
