@@ -84,9 +84,9 @@ func (a *app) forkFlags(cmd *cobra.Command, request *violinv1.ForkRequest, edge 
 	if request.GetPaused() {
 		closed = "closed"
 	}
-	cmd.Flags().StringVar(&edge.fence, "fence", "", "what passes between the fork's networks and the outside: `nat`, what passed the original's gateways,\nor closed, nothing that its nodes begin, nor forwards but those of --forward (default "+closed+")")
+	cmd.Flags().StringVar(&edge.fence, "fence", "", "what passes between the networks and the outside (`edge`): nat, what passed the original's gateways, or\nclosed, nothing that nodes begin, and no forwards but those of --forward; "+closed+" if not given")
 	_ = cmd.RegisterFlagCompletionFunc("fence", cobra.FixedCompletions([]string{"nat", "closed"}, cobra.ShellCompDirectiveNoFileComp))
-	cmd.Flags().StringArrayVar(&edge.forwards, "forward", nil, "forward a port to a node's: `NODE=[ADDRESS:]PORT[?]:NODEPORT[/PROTOCOL]`, in the place of those that\nthe snapshot has to that port, or one more; may be given several times")
+	cmd.Flags().StringArrayVar(&edge.forwards, "forward", nil, "a port that leads to a node's, as NODE=[ADDRESS:]PORT[?]:NODEPORT[/PROTOCOL] (`forward`), in the place of\nthose that the snapshot has to that port, or one more; may be given several times")
 	cmd.Flags().BoolVar(&request.NoForwards, "no-forwards", false, "forward nothing but what --forward says")
 	cmd.Flags().StringVar(&request.As, "as", "", "the new slice's `name`")
 	cmd.Flags().BoolVar(&request.NewGeneration, "new-genid", false, "give each VM a fresh VM generation id")

@@ -59,7 +59,11 @@ while (my $c = $l->accept) {
 	exit;
 }
 END
-(perl /run/serve.pl >/run/serve.log 2>&1 </dev/null &)`)
+(perl /run/serve.pl >/run/serve.log 2>&1 </dev/null &)
+i=0
+until grep -q ':0035 ' /proc/net/udp && grep -q ':0050 ' /proc/net/tcp; do
+	sleep 0.2; i=$((i + 1)); [ $i -lt 200 ] || { cat /run/serve.log; exit 1; }
+done`)
 }
 
 // talk is a connection to a service.
@@ -426,9 +430,123 @@ func TestForwardJoined(t *testing.T) {
 	if got, err := call(t, "127.0.0.1:8080", dial).say("who"); err != nil || got != "2 original who" {
 		t.Errorf("after a restore: %q, %v", got, err)
 	}
+	clocks(t, dirs)
+	replayed(t, dirs, dial)
 	must(t, dirs, "down", "svc")
 	if c, err := dial("tcp4", "127.0.0.1:8080"); err == nil {
 		c.Close()
 		t.Error("something listens for a slice that is down")
 	}
+	held(t, dirs, filepath.Join(dir, "held.yaml"), dial)
+}
+
+// year is that of a node's wall clock.
+func year(t *testing.T, dirs []string, node string) string {
+	t.Helper()
+	return sh(t, dirs, node, "date +%Y")
+}
+
+// clocks brings the slice svc back under either policy.
+func clocks(t *testing.T, dirs []string) {
+	t.Helper()
+	sh(t, dirs, "svc/web", "date -s 2001-02-03 >/dev/null")
+	must(t, dirs, "snapshot", "svc", "--tag", "old")
+	now := fmt.Sprint(time.Now().Year())
+	for _, c := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"restore", "svc@old"}, "2001"},
+		{[]string{"restore", "svc@old", "--clock", "catch-up"}, now},
+	} {
+		must(t, dirs, c.args...)
+		if got := year(t, dirs, "svc/web"); got != c.want {
+			t.Errorf("%s: it is %s, want %s", strings.Join(c.args, " "), got, c.want)
+		}
+	}
+	sh(t, dirs, "svc/web", "date -s 2001-02-03 >/dev/null")
+	must(t, dirs, "suspend", "svc")
+	must(t, dirs, "resume", "svc")
+	if got := year(t, dirs, "svc/web"); got != now {
+		t.Errorf("a resumed slice has the year %s", got)
+	}
+}
+
+// replayed has a replay of the slice svc beside it: it stands still, and then reaches
+// nothing outside, which the original does.
+func replayed(t *testing.T, dirs []string, dial func(string, string) (net.Conn, error)) {
+	t.Helper()
+	must(t, dirs, "replay", "svc@old", "--as", "autopsy", "--forward", "web=0:80")
+	for _, n := range slice(t, dirs, "autopsy").Nodes {
+		if n.State != "NODE_STATE_PAUSED" {
+			t.Errorf("a replay: %s is %s", n.Name, n.State)
+		}
+	}
+	must(t, dirs, "continue", "autopsy")
+	const reach = "timeout 20 bash -c 'exec 3<>/dev/tcp/10.99.0.1/7000' 2>/dev/null && echo open || echo closed"
+	for name, want := range map[string]string{"svc": "open", "autopsy": "closed"} {
+		if got := sh(t, dirs, name+"/web", reach); got != want {
+			t.Errorf("to %s the outside is %s, want %s", name, got, want)
+		}
+	}
+	if got := year(t, dirs, "autopsy/web"); got != "2001" {
+		t.Errorf("a replay has the year %s", got)
+	}
+	if got, err := call(t, forwarded(t, dirs, "autopsy")["80/tcp"], dial).say("who"); err != nil || got != "2 original who" {
+		t.Errorf("a replay is looked into: %q, %v", got, err)
+	}
+	must(t, dirs, "down", "autopsy")
+}
+
+// held has a slice whose answers wait for snapshots.
+func held(t *testing.T, dirs []string, file string, dial func(string, string) (net.Conn, error)) {
+	t.Helper()
+	const text = `version: 1
+slice: held
+sites: {here: {hosts: [alpha]}}
+networks: {lan: {subnet: 10.41.0.0/24, gateway: nat, external: hold}}
+nodes:
+  web: {host: alpha, image: mpi, memory: 96MiB, interfaces: [{network: lan, address: 10.41.0.1/24}], forwards: ["8081:53/udp"]}
+`
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	must(t, dirs, "up", file)
+	serves(t, dirs, "held/web")
+	c, err := dial("udp4", "127.0.0.1:8081")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	buf := make([]byte, 1500)
+	// ask sends, and returns what has come within a time.
+	ask := func(text string, wait time.Duration) string {
+		t.Helper()
+		if text != "" {
+			if _, err := c.Write([]byte(text)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := c.SetReadDeadline(time.Now().Add(wait)); err != nil {
+			t.Fatal(err)
+		}
+		n, _ := c.Read(buf)
+		return string(buf[:n])
+	}
+	if got := ask("one", 3*time.Second); got != "" {
+		t.Errorf("an answer that waits has come: %q", got)
+	}
+	must(t, dirs, "snapshot", "held", "--tag", "one")
+	if got := ask("", 30*time.Second); got != "original one" {
+		t.Errorf("the snapshot that covers it lets out %q", got)
+	}
+	if got := ask("two", 3*time.Second); got != "" {
+		t.Errorf("an answer that waits has come: %q", got)
+	}
+	must(t, dirs, "restore", "held@one")
+	must(t, dirs, "snapshot", "held")
+	if got := ask("", time.Second); got != "" {
+		t.Errorf("what a restore has taken back is heard: %q", got)
+	}
+	must(t, dirs, "down", "held")
 }
