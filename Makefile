@@ -61,10 +61,11 @@ e2e: image
 	bin/violin --state-dir $(STATE) image build cloud -f images/cloud/image.yaml
 	VIOLIN_E2E=1 VIOLIN_STATE_DIR=$(STATE) $(GO) test -p 1 -timeout 30m ./internal/store ./internal/lab ./internal/openflow ./internal/fabric ./internal/gateway ./internal/qmp ./internal/migration/... ./internal/hypervisor/... ./internal/agent ./test/...
 
-# The long forms: a thousand cuts of real VMs under load (more than an hour), and the
-# protocol's exploration. VIOLIN_SEED=N, from a run's log, repeats its choices.
+# The long forms: a thousand cuts of real VMs under load (more than an hour), a hundred of
+# a VM that writes to its disks, and the protocol's exploration. VIOLIN_SEED=N, from a run's log, repeats its choices.
 soak: deps build image
 	VIOLIN_E2E=1 VIOLIN_CUTS=1000 VIOLIN_STATE_DIR=$(STATE) $(GO) test -count 1 -timeout 4h -v -run TestSoak ./test/e2e
+	VIOLIN_E2E=1 VIOLIN_SNAPSHOTS=100 VIOLIN_STATE_DIR=$(STATE) $(GO) test -count 1 -timeout 1h -v -run TestDisks ./test/e2e
 	VIOLIN_LONG=1 $(GO) test -timeout 60m ./internal/cut ./internal/coloring
 
 bench:

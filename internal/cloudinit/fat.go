@@ -49,7 +49,8 @@ func volume(label string, files []file) ([]byte, error) {
 	le := binary.LittleEndian
 	v := make([]byte, volumeSize)
 	boot := v[:sector]
-	copy(boot, []byte{0xeb, 0x3c, 0x90}) // a jump, by which a FAT is known; nobody boots it
+	copy(boot, []byte{0xeb, 0x3c, 0x90})                  // a jump, by which a FAT is known, to
+	copy(boot[62:], []byte{0xcd, 0x18, 0xf4, 0xeb, 0xfd}) // int 18h, by which a BIOS that tries to boot it goes on to the next; hlt
 	copy(boot[3:], "MSDOS5.0")
 	le.PutUint16(boot[11:], sector)
 	boot[13] = cluster / sector

@@ -28,9 +28,9 @@ type Limits struct {
 	Files int   // and directories, links
 }
 
-// DefaultLimits are what one share may hold: it is stored with the first snapshot, and is
-// a file on each host that runs its node.
-var DefaultLimits = Limits{Bytes: 4 << 30, Files: 200_000}
+// DefaultLimits are what one share may hold: each node that has it has a file of it in its
+// run directory, which is memory on many machines.
+var DefaultLimits = Limits{Bytes: 1 << 30, Files: 200_000}
 
 // Check refuses what can't be shared: what is no directory, has more in it than the limits
 // allow, or holds what is no file, directory or link.
