@@ -42,6 +42,8 @@ type nodeEntry struct {
 	// Stored says, by disk, through which layer the disks are what Spec.Disks has in the
 	// store: see [qemu.Find].
 	Stored map[string]int
+	// Follows: its memory follows, from an agent.
+	Follows bool
 }
 
 type exitEntry struct {
@@ -94,6 +96,9 @@ func (p *page) exit(tap string) *exitEntry {
 	}
 	return &exitEntry{}
 }
+
+// errUnfollowed: what a VM has not got yet nobody sends it any more.
+var errUnfollowed = errors.New("its memory still followed since a restore when its agent ended; restore the slice again")
 
 // Find takes a host over from an agent that has died: its switch, its nodes with the
 // frames that waited at their gates, and its cut. Nodes run on as they are, and what
@@ -164,6 +169,9 @@ func (a *Agent) findNode(ctx context.Context, e nodeEntry) error {
 	}
 	a.keep(n.vm)
 	a.nodes[key] = n
+	if e.Follows {
+		n.vm.End(errUnfollowed)
+	}
 	if problem := n.vm.Err(); problem != nil && e.Whole {
 		a.log.Warn("a node has ended", "node", e.Spec.Name, "err", problem)
 	}

@@ -275,6 +275,13 @@ func (hc *hostCut) arm(nc *nodeCut) error {
 	if !nc.n.alive() {
 		return fmt.Errorf("its hypervisor is gone: %w", errors.Join(nc.n.vm.Err()))
 	}
+	if f := nc.n.followed(); f != nil {
+		select {
+		case <-f.done:
+		default: // of which a server that has just come back may not know yet
+			return errors.New("its memory still follows since the restore; wait until it has all of it")
+		}
+	}
 	limits := hc.order.Limits
 	if limits == (cut.Limits{}) {
 		limits = hc.a.cfg.Limits

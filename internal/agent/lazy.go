@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 
+	"violin/internal/coloring"
 	"violin/internal/hypervisor/qemu"
 	stream "violin/internal/migration/qemu"
 	"violin/internal/pageserver"
@@ -24,6 +25,8 @@ type Lazy struct {
 	Open func(context.Context) (Memory, error)
 	// First are the pages to be sent first of those that the node does not ask for.
 	First []pageserver.Run
+	// Cluster is as in [pageserver.Config].
+	Cluster int
 	// Ended is called once, whatever happens: when the node has all its memory, or never will: err then
 	// says why. touched are the pages that it asked for.
 	Ended func(touched []pageserver.Run, err error)
@@ -54,7 +57,7 @@ func (a *Agent) LoadNodeLazily(ctx context.Context, slice, name string, skeleton
 	}
 	f := &following{done: make(chan struct{})}
 	f.server = pageserver.New(pageserver.Config{
-		Skeleton: skeleton, Source: memory, First: lazy.First,
+		Skeleton: skeleton, Source: memory, First: lazy.First, Cluster: lazy.Cluster,
 		StartWorker: func() { priority.Background(a.log) },
 	})
 	n.mu.Lock()
@@ -67,9 +70,18 @@ func (a *Agent) LoadNodeLazily(ctx context.Context, slice, name string, skeleton
 		}
 		cancel()
 	}()
+	if err := a.noteFollows(n, true); err != nil {
+		cancel()
+		err = errors.Join(err, memory.Close())
+		lazy.Ended(nil, err)
+		return err
+	}
 	err = n.vm.LoadLazily(ctx, f.server.Serve, func(err error) {
 		if cerr := memory.Close(); err == nil {
 			err = cerr
+		}
+		if err == nil || errors.Is(err, qemu.ErrNoPostcopy) {
+			err = errors.Join(err, a.noteFollows(n, false))
 		}
 		f.err = err
 		lazy.Ended(f.server.Touched(), err)
@@ -84,6 +96,13 @@ func (a *Agent) LoadNodeLazily(ctx context.Context, slice, name string, skeleton
 		return fmt.Errorf("node %q: %w", name, err)
 	}
 	return nil
+}
+
+// noteFollows writes down whether memory follows to a node.
+func (a *Agent) noteFollows(n *node, follows bool) error {
+	return a.book.write(func(p *page) {
+		p.node(coloring.NodeKey{Slice: n.spec.Slice, Node: n.spec.Name}).Follows = follows
+	})
 }
 
 // FollowNode lets the memory that a node has not asked for be sent to it. RunNode

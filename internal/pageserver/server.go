@@ -23,6 +23,12 @@ type Source interface {
 	At(block int, offset uint64, buf []byte) (zero bool, err error)
 }
 
+// A Forerunner is a source that reads ahead in the order of [Config.First], too.
+type Forerunner interface {
+	// First is called for those pages, in their order, before Page is for the others.
+	First(block int, offset uint64, buf []byte) (zero bool, err error)
+}
+
 // askers is how many pages that were asked for are read at a time. More than one,
 // since a store may be far away.
 const askers = 4
@@ -34,6 +40,9 @@ type Config struct {
 	// First are the pages to send before all others that nobody asked for. It may
 	// name pages twice, and pages that there are not.
 	First []Run
+	// Cluster is how many pages side by side are sent when the VM asks for one of them; 0
+	// for that one. It begins at a multiple of its length.
+	Cluster int
 	// StartWorker is called on the goroutine that sends what nobody asked for, as it
 	// starts, for the caller to lower its thread's priority. Nil for nothing.
 	StartWorker func()
@@ -173,7 +182,26 @@ func (s *Server) answer() {
 			s.stop(err)
 			return
 		}
+		if err := s.giveBeside(p, buf); err != nil {
+			s.stop(err)
+			return
+		}
 	}
+}
+
+// giveBeside sends the pages beside one that was asked for.
+func (s *Server) giveBeside(p page, buf []byte) error {
+	n, size := p.offset/qemu.PageSize, uint64(s.cfg.Cluster)
+	if size < 2 {
+		return nil
+	}
+	begin := n / size * size
+	for i := begin; i < min(begin+size, s.cfg.Skeleton.Blocks[p.block].Pages()); i++ {
+		if err := s.give(page{p.block, i * qemu.PageSize}, s.cfg.Source.At, buf, false); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // rest sends what nobody has asked for, and the end.
@@ -193,6 +221,10 @@ func (s *Server) rest() {
 
 func (s *Server) sendRest() error {
 	buf := make([]byte, qemu.PageSize)
+	first := s.cfg.Source.At
+	if f, ok := s.cfg.Source.(Forerunner); ok {
+		first = f.First
+	}
 	index := map[string]int{}
 	for i, b := range s.cfg.Skeleton.Blocks {
 		index[b.ID] = i
@@ -204,7 +236,7 @@ func (s *Server) sendRest() error {
 		}
 		all := s.cfg.Skeleton.Blocks[block].Pages()
 		for n := r.Page; n < all && n-r.Page < r.Pages; n++ {
-			if err := s.give(page{block, n * qemu.PageSize}, s.cfg.Source.At, buf, false); err != nil {
+			if err := s.give(page{block, n * qemu.PageSize}, first, buf, false); err != nil {
 				return err
 			}
 		}

@@ -21,7 +21,6 @@ import (
 	"violin/internal/cut"
 	"violin/internal/fabric"
 	"violin/internal/frames"
-	"violin/internal/hypervisor/qemu"
 	stream "violin/internal/migration/qemu"
 	"violin/internal/qga"
 )
@@ -47,6 +46,8 @@ type Agent struct {
 	mu      sync.Mutex
 	cut     *cutting
 	session string // of the cut that runs or ran last
+
+	following map[string]*given // the memory that follows, or has, by node
 
 	life context.Context // until Close
 	end  context.CancelFunc
@@ -216,20 +217,6 @@ func (a *Agent) LoadNode(ctx context.Context, _, name string, skeleton *stream.S
 		return err
 	})
 }
-
-// LoadNodeLazily tells that it cannot be done: a host that has joined has no store to
-// ask for pages.
-func (a *Agent) LoadNodeLazily(_ context.Context, _, _ string, _ *stream.Skeleton, lazy agent.Lazy) error {
-	err := fmt.Errorf("host %s: it has joined, and is given memory before its nodes run: %w", a.host.name, qemu.ErrNoPostcopy)
-	lazy.Ended(nil, err)
-	return err
-}
-
-// FollowNode has nothing to do: see LoadNodeLazily.
-func (a *Agent) FollowNode(_, _ string) error { return nil }
-
-// AwaitMemory returns at once: see LoadNodeLazily.
-func (a *Agent) AwaitMemory(context.Context, string, string, func()) error { return nil }
 
 // compressTo has write write to w, compressed.
 func compressTo(w io.Writer, write func(io.Writer) error) error {

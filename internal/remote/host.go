@@ -239,7 +239,7 @@ func (h *Host) takeOver(ctx context.Context, runs []runEntry) {
 	defer h.mu.Unlock()
 	h.agent = a
 	for _, e := range runs {
-		r := &hostRun{id: e.Run, slice: e.Slice, agent: a}
+		r := &hostRun{id: e.Run, slice: e.Slice, agent: a, followers: map[string]*follower{}}
 		r.box.init(h.cfg.Abandon, func() { a.Abandon(r.slice) })
 		if a.InCut(r.slice) {
 			r.box.open()
@@ -391,6 +391,7 @@ type hostRun struct {
 	id, slice string
 	agent     runner
 	box       mailbox
+	followers map[string]*follower // by node; guarded by the host's mu
 }
 
 // running returns what a call is about.
@@ -496,7 +497,7 @@ func (h *Host) Begin(ctx context.Context, req *violinv1.BeginRequest) (*violinv1
 	if err := h.endLocked(old); err != nil {
 		h.log.Error("what ran before was not stopped cleanly", "err", err)
 	}
-	r := &hostRun{id: req.GetRun(), slice: req.GetSlice()}
+	r := &hostRun{id: req.GetRun(), slice: req.GetSlice(), followers: map[string]*follower{}}
 	var err error
 	if r.agent, err = h.begin(ctx, r); err != nil {
 		return nil, errors.Join(err, h.forget(r.id))

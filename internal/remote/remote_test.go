@@ -104,6 +104,8 @@ type host struct {
 	spec      agent.NodeSpec
 	restored  map[string]diskOf
 	exit      agent.GatewaySpec
+	lazy      chan agent.Lazy
+	lazyErr   error
 	ran       []frames.Frame
 	results   agent.HostResult
 	gone      chan struct{}
@@ -111,7 +113,7 @@ type host struct {
 }
 
 func newHost() *host {
-	return &host{arrived: make(chan agent.Order, 64), abandoned: make(chan string, 4), closed: make(chan struct{}), gone: make(chan struct{})}
+	return &host{arrived: make(chan agent.Order, 64), lazy: make(chan agent.Lazy, 4), abandoned: make(chan string, 4), closed: make(chan struct{}), gone: make(chan struct{})}
 }
 
 func (h *host) AddPeer(context.Context, string, fabric.Peer) error          { return nil }
@@ -149,6 +151,17 @@ func (h *host) AddNode(_ context.Context, spec agent.NodeSpec, _ bool) error {
 	}
 	return nil
 }
+
+func (h *host) LoadNodeLazily(_ context.Context, _, _ string, _ *stream.Skeleton, lazy agent.Lazy) error {
+	if h.lazyErr != nil {
+		lazy.Ended(nil, h.lazyErr)
+		return h.lazyErr
+	}
+	h.lazy <- lazy
+	return nil
+}
+
+func (h *host) FollowNode(string, string) error { return nil }
 
 func (h *host) LoadStream(_ context.Context, _, _ string, write func(io.Writer) error) error {
 	var b bytes.Buffer

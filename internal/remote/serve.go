@@ -24,6 +24,7 @@ import (
 	"violin/internal/frames"
 	"violin/internal/hypervisor/qemu"
 	"violin/internal/machine"
+	stream "violin/internal/migration/qemu"
 	"violin/internal/qga"
 )
 
@@ -33,6 +34,8 @@ type runner interface {
 	SetRemotes(ctx context.Context, slice string, remotes []coloring.Remote) error
 	AddGateway(ctx context.Context, spec agent.GatewaySpec) error
 	AddNode(ctx context.Context, spec agent.NodeSpec, incoming bool) error
+	LoadNodeLazily(ctx context.Context, slice, name string, skeleton *stream.Skeleton, lazy agent.Lazy) error
+	FollowNode(slice, name string) error
 	LoadStream(ctx context.Context, slice, name string, write func(io.Writer) error) error
 	RunNode(ctx context.Context, slice, name string, channel []frames.Frame, receivers []frames.Receiver) (time.Time, error)
 	ContinueNode(ctx context.Context, slice, name string) error

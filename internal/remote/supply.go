@@ -35,8 +35,9 @@ type supply struct {
 }
 
 type offer struct {
-	files map[store.Hash]string  // paths
-	disks map[diskKey]diskSource // that are restored
+	files  map[store.Hash]string  // paths
+	disks  map[diskKey]diskSource // that are restored
+	memory map[string]*given      // that follows, by node
 }
 
 var _ violinv1connect.SupplyServiceHandler = (*supply)(nil)
@@ -47,7 +48,7 @@ func (s *supply) change(run string, f func(*offer)) {
 	defer s.mu.Unlock()
 	o := s.runs[run]
 	if o == nil {
-		o = &offer{files: map[store.Hash]string{}, disks: map[diskKey]diskSource{}}
+		o = &offer{files: map[store.Hash]string{}, disks: map[diskKey]diskSource{}, memory: map[string]*given{}}
 		s.runs[run] = o
 	}
 	f(o)

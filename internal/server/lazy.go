@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"violin/internal/hypervisor/qemu"
 	stream "violin/internal/migration/qemu"
 	"violin/internal/pageserver"
+	"violin/internal/remote"
 )
 
 // How the nodes of a snapshot get their memory: before they run, or lazily, while they
@@ -96,9 +98,15 @@ func (s *Server) loadNode(ctx context.Context, sl *slice, snap *catalog.Snapshot
 }
 
 func (s *Server) loadLazily(ctx context.Context, sl *slice, a hostAgent, snap *catalog.Snapshot, n catalog.Node, skeleton *stream.Skeleton) error {
+	return a.LoadNodeLazily(ctx, sl.topo.Slice, n.Name, skeleton, s.lazy(sl, snap, n))
+}
+
+// lazy is how a node gets its memory of a snapshot while it runs. The snapshot is kept
+// until it has.
+func (s *Server) lazy(sl *slice, snap *catalog.Snapshot, n catalog.Node) agent.Lazy {
 	first := s.order(snap.Slice, n.Name)
 	s.following(snap, 1)
-	return a.LoadNodeLazily(ctx, sl.topo.Slice, n.Name, skeleton, agent.Lazy{
+	return agent.Lazy{
 		Open: func(ctx context.Context) (agent.Memory, error) {
 			pages, err := s.store.OpenMemory(ctx, n.Memory)
 			if err != nil {
@@ -119,7 +127,41 @@ func (s *Server) loadLazily(ctx context.Context, sl *slice, a hostAgent, snap *c
 				s.log.Error("a node was stopped, for it could not be given its memory", "slice", sl.topo.Slice, "node", n.Name, "snapshot", snap.Ref(), "err", err)
 			}
 		},
-	})
+	}
+}
+
+// headOf is the snapshot that a slice descends from; nil for none.
+func (s *Server) headOf(ctx context.Context, sl *slice) (*catalog.Snapshot, error) {
+	origin, head := sl.getHead()
+	if head == "" {
+		return nil, nil
+	}
+	snap, err := s.catalog.Resolve(ctx, cmp.Or(origin, sl.topo.Slice)+"@"+head)
+	if errors.Is(err, catalog.ErrNotFound) { // no memory follows of one that was forgotten
+		return nil, nil
+	}
+	return snap, err
+}
+
+// goOnFollowing has the nodes of a slice that was taken over from another server get the
+// memory that still follows: until they have it, no snapshot is newer than that which it
+// is of.
+func (s *Server) goOnFollowing(ctx context.Context, sl *slice) error {
+	snap, err := s.headOf(ctx, sl)
+	if snap == nil {
+		return err
+	}
+	var errs []error
+	for _, n := range snap.Nodes {
+		a, err := sl.agentOf(n.Name)
+		if err != nil {
+			continue // it has another topology by now
+		}
+		if a, ok := a.(*remote.Agent); ok {
+			errs = append(errs, a.GoOnWith(ctx, n.Name, s.lazy(sl, snap, n)))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // following counts the nodes that memory of a snapshot follows to.

@@ -188,6 +188,11 @@ func (s *Server) remember(sl *slice, r *catalog.Run) {
 // then what the server before had begun.
 func (s *Server) awaitHosts(sl *slice) {
 	name := sl.topo.Slice
+	// Memory of it may follow to hosts that are away.
+	if head, err := s.headOf(s.life, sl); err == nil && head != nil {
+		s.following(head, 1)
+		defer s.following(head, -1)
+	}
 	var away []string
 	for _, host := range slices.Sorted(maps.Keys(sl.agents)) {
 		if sl.away(host) != nil {
@@ -199,6 +204,9 @@ func (s *Server) awaitHosts(sl *slice) {
 		if a, ok := a.(*remote.Agent); ok && !a.AwaitConnected(s.life) {
 			return // it is taken down, or the server ends
 		}
+	}
+	if err := s.goOnFollowing(s.life, sl); err != nil && s.life.Err() == nil && !sl.isStopped() {
+		s.log.Error("memory that followed to nodes of a slice when the server before ended does not follow on", "slice", name, "err", err)
 	}
 	s.tell(events.Event{Slice: name, Kind: events.Adopted, Text: "all of its hosts are back"})
 	if err := s.finish(sl); err != nil && s.life.Err() == nil && !sl.isStopped() {

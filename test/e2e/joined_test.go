@@ -177,6 +177,9 @@ func TestJoined(t *testing.T) {
 				t.Errorf("%v: %s", err, refused.said())
 			}
 		}
+		if name == "gamma" {
+			address = longWay(t, office, fmt.Sprintf("10.99.%d.1", i))
+		}
 		agents = append(agents, spawn(t, l.Host(name), args(i, token+"@"+address)...))
 	}
 	connected := func(want int) func() bool {
@@ -214,6 +217,7 @@ func TestJoined(t *testing.T) {
 	sh(t, dirs, "far/n1", "cat /proc/sys/kernel/random/uuid > /run/mark; (ping -i 0.2 10.20.0.3 >/run/ping 2>&1 &)")
 	mark := sh(t, dirs, "far/n1", "cat /run/mark")
 	blocksRun(t, dirs, "far/n1")
+	sh(t, dirs, "far/n3", "head -c 16M /dev/urandom > /run/data && cd /run && md5sum data > sum")
 
 	var snap struct{ ID string }
 	if err := json.Unmarshal(must(t, dirs, "snapshot", "far", "--output", "json"), &snap); err != nil {
@@ -224,12 +228,26 @@ func TestJoined(t *testing.T) {
 	for _, n := range slice(t, dirs, "far").Nodes {
 		kill(t, n.PID)
 	}
-	must(t, dirs, "restore", "far@"+snap.ID)
+	var restored struct {
+		Lazy  bool
+		Notes []string
+	}
+	if err := json.Unmarshal(must(t, dirs, "restore", "far@"+snap.ID, "--output", "json"), &restored); err != nil || !restored.Lazy {
+		t.Errorf("memory does not follow on joined hosts: %v, %q", err, restored.Notes)
+	}
+	// A host is cut off while it does: its node waits for what it does not have.
+	plug(t, office, 2, false)
+	await(t, "the loss is noticed", connected(2))
+	plug(t, office, 2, true)
+	await(t, "the agent is back", connected(3))
 	if got := sh(t, dirs, "far/n1", "cat /run/mark"); got != mark {
 		t.Errorf("the node remembers %q, and was restored to %q", got, mark)
 	}
 	await(t, "frames go from site to site", func() bool { return strings.Contains(sh(t, dirs, "far/n1", "tail -1 /run/ping"), "time=") })
 	right(t, dirs, "far/n1", "restored")
+	if out := sh(t, dirs, "far/n3", "cd /run && md5sum -c sum"); !strings.Contains(out, "data: OK") {
+		t.Errorf("the memory of a node that its host was cut off from: %s", out)
+	}
 
 	besides(t, dirs, dir, snap.ID, func() {
 		_ = agents[0].cmd.Process.Signal(syscall.SIGTERM) // it leaves what runs
@@ -389,6 +407,70 @@ func cable(t *testing.T, office, machine *lab.Host, number int) {
 	}
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// longWay is another address of the server in the office, which is 5 ms away each way.
+func longWay(t *testing.T, office *lab.Host, address string) string {
+	t.Helper()
+	var l net.Listener
+	if err := office.Do(func() (err error) {
+		l, err = net.Listen("tcp", address+":7001")
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			near, err := l.Accept()
+			if err != nil {
+				return
+			}
+			var away net.Conn
+			if err := office.Do(func() (err error) {
+				away, err = net.Dial("tcp", address+":7000")
+				return err
+			}); err != nil {
+				near.Close()
+				continue
+			}
+			go delayed(near, away)
+			go delayed(away, near)
+		}
+	}()
+	return l.Addr().String()
+}
+
+// delayed carries what comes from one connection to another, 5 ms later.
+func delayed(from, to net.Conn) {
+	type piece struct {
+		at   time.Time
+		data []byte
+	}
+	pieces := make(chan piece, 1024)
+	go func() {
+		defer to.Close()
+		defer from.Close()
+		for p := range pieces {
+			time.Sleep(time.Until(p.at))
+			if _, err := to.Write(p.data); err != nil {
+				break
+			}
+		}
+		for range pieces { // until the reader has noticed
+		}
+	}()
+	defer close(pieces)
+	for {
+		b := make([]byte, 64<<10)
+		n, err := from.Read(b)
+		if n > 0 {
+			pieces <- piece{time.Now().Add(5 * time.Millisecond), b[:n]}
+		}
+		if err != nil {
+			return
+		}
 	}
 }
 

@@ -34,7 +34,7 @@ var imports = map[string][]string{
 	"internal/access":  {"api", "internal/trust"},
 	"internal/remote": {
 		"api", "internal/agent", "internal/certificate", "internal/coloring", "internal/cut", "internal/fabric", "internal/frames", "internal/gateway",
-		"internal/hypervisor/qemu", "internal/image", "internal/machine", "internal/migration/qemu", "internal/priority", "internal/qga", "internal/record", "internal/store", "internal/trust",
+		"internal/hypervisor/qemu", "internal/image", "internal/machine", "internal/migration/qemu", "internal/pageserver", "internal/priority", "internal/qga", "internal/record", "internal/store", "internal/trust",
 	},
 	"internal/gateway":         {},
 	"internal/fabric":          {"internal/child", "internal/coloring", "internal/cut", "internal/openflow", "internal/priority", "internal/record"},

@@ -873,6 +873,559 @@ func (x *PutDiskResponse) GetZeroPages() int64 {
 	return 0
 }
 
+type LoadLazilyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Run           string                 `protobuf:"bytes,1,opt,name=run,proto3" json:"run,omitempty"`
+	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	Skeleton      []byte                 `protobuf:"bytes,3,opt,name=skeleton,proto3" json:"skeleton,omitempty"` // as it is in the store
+	First         []*PageRun             `protobuf:"bytes,4,rep,name=first,proto3" json:"first,omitempty"`       // pages that go first of those that the node does not ask for
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadLazilyRequest) Reset() {
+	*x = LoadLazilyRequest{}
+	mi := &file_violin_v1_supply_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadLazilyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadLazilyRequest) ProtoMessage() {}
+
+func (x *LoadLazilyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_supply_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadLazilyRequest.ProtoReflect.Descriptor instead.
+func (*LoadLazilyRequest) Descriptor() ([]byte, []int) {
+	return file_violin_v1_supply_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *LoadLazilyRequest) GetRun() string {
+	if x != nil {
+		return x.Run
+	}
+	return ""
+}
+
+func (x *LoadLazilyRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *LoadLazilyRequest) GetSkeleton() []byte {
+	if x != nil {
+		return x.Skeleton
+	}
+	return nil
+}
+
+func (x *LoadLazilyRequest) GetFirst() []*PageRun {
+	if x != nil {
+		return x.First
+	}
+	return nil
+}
+
+// PageRun is pages that lie side by side.
+type PageRun struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Block         string                 `protobuf:"bytes,1,opt,name=block,proto3" json:"block,omitempty"` // QEMU's name of the RAM block
+	Page          uint64                 `protobuf:"varint,2,opt,name=page,proto3" json:"page,omitempty"`  // number of the first
+	Pages         uint64                 `protobuf:"varint,3,opt,name=pages,proto3" json:"pages,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PageRun) Reset() {
+	*x = PageRun{}
+	mi := &file_violin_v1_supply_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PageRun) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PageRun) ProtoMessage() {}
+
+func (x *PageRun) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_supply_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PageRun.ProtoReflect.Descriptor instead.
+func (*PageRun) Descriptor() ([]byte, []int) {
+	return file_violin_v1_supply_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *PageRun) GetBlock() string {
+	if x != nil {
+		return x.Block
+	}
+	return ""
+}
+
+func (x *PageRun) GetPage() uint64 {
+	if x != nil {
+		return x.Page
+	}
+	return 0
+}
+
+func (x *PageRun) GetPages() uint64 {
+	if x != nil {
+		return x.Pages
+	}
+	return 0
+}
+
+type LoadLazilyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Impossible    string                 `protobuf:"bytes,1,opt,name=impossible,proto3" json:"impossible,omitempty"` // why not, on this host; the node is as it was
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadLazilyResponse) Reset() {
+	*x = LoadLazilyResponse{}
+	mi := &file_violin_v1_supply_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadLazilyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadLazilyResponse) ProtoMessage() {}
+
+func (x *LoadLazilyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_supply_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadLazilyResponse.ProtoReflect.Descriptor instead.
+func (*LoadLazilyResponse) Descriptor() ([]byte, []int) {
+	return file_violin_v1_supply_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *LoadLazilyResponse) GetImpossible() string {
+	if x != nil {
+		return x.Impossible
+	}
+	return ""
+}
+
+type FollowNodeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Run           string                 `protobuf:"bytes,1,opt,name=run,proto3" json:"run,omitempty"`
+	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FollowNodeRequest) Reset() {
+	*x = FollowNodeRequest{}
+	mi := &file_violin_v1_supply_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FollowNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FollowNodeRequest) ProtoMessage() {}
+
+func (x *FollowNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_supply_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FollowNodeRequest.ProtoReflect.Descriptor instead.
+func (*FollowNodeRequest) Descriptor() ([]byte, []int) {
+	return file_violin_v1_supply_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *FollowNodeRequest) GetRun() string {
+	if x != nil {
+		return x.Run
+	}
+	return ""
+}
+
+func (x *FollowNodeRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+type FollowNodeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FollowNodeResponse) Reset() {
+	*x = FollowNodeResponse{}
+	mi := &file_violin_v1_supply_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FollowNodeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FollowNodeResponse) ProtoMessage() {}
+
+func (x *FollowNodeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_supply_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FollowNodeResponse.ProtoReflect.Descriptor instead.
+func (*FollowNodeResponse) Descriptor() ([]byte, []int) {
+	return file_violin_v1_supply_proto_rawDescGZIP(), []int{17}
+}
+
+type AwaitMemoryRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Run           string                 `protobuf:"bytes,1,opt,name=run,proto3" json:"run,omitempty"`
+	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	Look          bool                   `protobuf:"varint,3,opt,name=look,proto3" json:"look,omitempty"` // do not wait
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AwaitMemoryRequest) Reset() {
+	*x = AwaitMemoryRequest{}
+	mi := &file_violin_v1_supply_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AwaitMemoryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AwaitMemoryRequest) ProtoMessage() {}
+
+func (x *AwaitMemoryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_supply_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AwaitMemoryRequest.ProtoReflect.Descriptor instead.
+func (*AwaitMemoryRequest) Descriptor() ([]byte, []int) {
+	return file_violin_v1_supply_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *AwaitMemoryRequest) GetRun() string {
+	if x != nil {
+		return x.Run
+	}
+	return ""
+}
+
+func (x *AwaitMemoryRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *AwaitMemoryRequest) GetLook() bool {
+	if x != nil {
+		return x.Look
+	}
+	return false
+}
+
+type AwaitMemoryResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Follows       bool                   `protobuf:"varint,1,opt,name=follows,proto3" json:"follows,omitempty"` // still, if only a look was asked for
+	Touched       []*PageRun             `protobuf:"bytes,2,rep,name=touched,proto3" json:"touched,omitempty"`  // that the node asked for, in its order
+	Failed        string                 `protobuf:"bytes,3,opt,name=failed,proto3" json:"failed,omitempty"`    // why it does not have all of it
+	Closed        bool                   `protobuf:"varint,4,opt,name=closed,proto3" json:"closed,omitempty"`   // it was taken down before
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AwaitMemoryResponse) Reset() {
+	*x = AwaitMemoryResponse{}
+	mi := &file_violin_v1_supply_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AwaitMemoryResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AwaitMemoryResponse) ProtoMessage() {}
+
+func (x *AwaitMemoryResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_supply_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AwaitMemoryResponse.ProtoReflect.Descriptor instead.
+func (*AwaitMemoryResponse) Descriptor() ([]byte, []int) {
+	return file_violin_v1_supply_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *AwaitMemoryResponse) GetFollows() bool {
+	if x != nil {
+		return x.Follows
+	}
+	return false
+}
+
+func (x *AwaitMemoryResponse) GetTouched() []*PageRun {
+	if x != nil {
+		return x.Touched
+	}
+	return nil
+}
+
+func (x *AwaitMemoryResponse) GetFailed() string {
+	if x != nil {
+		return x.Failed
+	}
+	return ""
+}
+
+func (x *AwaitMemoryResponse) GetClosed() bool {
+	if x != nil {
+		return x.Closed
+	}
+	return false
+}
+
+type ReadPagesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Run           string                 `protobuf:"bytes,1,opt,name=run,proto3" json:"run,omitempty"`
+	Node          string                 `protobuf:"bytes,2,opt,name=node,proto3" json:"node,omitempty"`
+	Ranges        []*PageRange           `protobuf:"bytes,3,rep,name=ranges,proto3" json:"ranges,omitempty"` // of 256 pages in all at most
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadPagesRequest) Reset() {
+	*x = ReadPagesRequest{}
+	mi := &file_violin_v1_supply_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadPagesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadPagesRequest) ProtoMessage() {}
+
+func (x *ReadPagesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_supply_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadPagesRequest.ProtoReflect.Descriptor instead.
+func (*ReadPagesRequest) Descriptor() ([]byte, []int) {
+	return file_violin_v1_supply_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ReadPagesRequest) GetRun() string {
+	if x != nil {
+		return x.Run
+	}
+	return ""
+}
+
+func (x *ReadPagesRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *ReadPagesRequest) GetRanges() []*PageRange {
+	if x != nil {
+		return x.Ranges
+	}
+	return nil
+}
+
+type PageRange struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Block         uint32                 `protobuf:"varint,1,opt,name=block,proto3" json:"block,omitempty"` // index of the RAM block
+	Page          uint64                 `protobuf:"varint,2,opt,name=page,proto3" json:"page,omitempty"`
+	Pages         uint64                 `protobuf:"varint,3,opt,name=pages,proto3" json:"pages,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PageRange) Reset() {
+	*x = PageRange{}
+	mi := &file_violin_v1_supply_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PageRange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PageRange) ProtoMessage() {}
+
+func (x *PageRange) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_supply_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PageRange.ProtoReflect.Descriptor instead.
+func (*PageRange) Descriptor() ([]byte, []int) {
+	return file_violin_v1_supply_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *PageRange) GetBlock() uint32 {
+	if x != nil {
+		return x.Block
+	}
+	return 0
+}
+
+func (x *PageRange) GetPage() uint64 {
+	if x != nil {
+		return x.Page
+	}
+	return 0
+}
+
+func (x *PageRange) GetPages() uint64 {
+	if x != nil {
+		return x.Pages
+	}
+	return 0
+}
+
+type ReadPagesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Content       *Pages                 `protobuf:"bytes,1,opt,name=content,proto3" json:"content,omitempty"` // in the order of the ranges
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadPagesResponse) Reset() {
+	*x = ReadPagesResponse{}
+	mi := &file_violin_v1_supply_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadPagesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadPagesResponse) ProtoMessage() {}
+
+func (x *ReadPagesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_violin_v1_supply_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadPagesResponse.ProtoReflect.Descriptor instead.
+func (*ReadPagesResponse) Descriptor() ([]byte, []int) {
+	return file_violin_v1_supply_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *ReadPagesResponse) GetContent() *Pages {
+	if x != nil {
+		return x.Content
+	}
+	return nil
+}
+
 var File_violin_v1_supply_proto protoreflect.FileDescriptor
 
 const file_violin_v1_supply_proto_rawDesc = "" +
@@ -942,12 +1495,54 @@ const file_violin_v1_supply_proto_rawDesc = "" +
 	"\x05table\x18\x02 \x01(\v2\x0f.violin.v1.BlobR\x05table\x12\x14\n" +
 	"\x05pages\x18\x03 \x01(\x03R\x05pages\x12\x1d\n" +
 	"\n" +
-	"zero_pages\x18\x04 \x01(\x03R\tzeroPages2P\n" +
+	"zero_pages\x18\x04 \x01(\x03R\tzeroPages\"\x7f\n" +
+	"\x11LoadLazilyRequest\x12\x10\n" +
+	"\x03run\x18\x01 \x01(\tR\x03run\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\x12\x1a\n" +
+	"\bskeleton\x18\x03 \x01(\fR\bskeleton\x12(\n" +
+	"\x05first\x18\x04 \x03(\v2\x12.violin.v1.PageRunR\x05first\"I\n" +
+	"\aPageRun\x12\x14\n" +
+	"\x05block\x18\x01 \x01(\tR\x05block\x12\x12\n" +
+	"\x04page\x18\x02 \x01(\x04R\x04page\x12\x14\n" +
+	"\x05pages\x18\x03 \x01(\x04R\x05pages\"4\n" +
+	"\x12LoadLazilyResponse\x12\x1e\n" +
+	"\n" +
+	"impossible\x18\x01 \x01(\tR\n" +
+	"impossible\"9\n" +
+	"\x11FollowNodeRequest\x12\x10\n" +
+	"\x03run\x18\x01 \x01(\tR\x03run\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\"\x14\n" +
+	"\x12FollowNodeResponse\"N\n" +
+	"\x12AwaitMemoryRequest\x12\x10\n" +
+	"\x03run\x18\x01 \x01(\tR\x03run\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\x12\x12\n" +
+	"\x04look\x18\x03 \x01(\bR\x04look\"\x8d\x01\n" +
+	"\x13AwaitMemoryResponse\x12\x18\n" +
+	"\afollows\x18\x01 \x01(\bR\afollows\x12,\n" +
+	"\atouched\x18\x02 \x03(\v2\x12.violin.v1.PageRunR\atouched\x12\x16\n" +
+	"\x06failed\x18\x03 \x01(\tR\x06failed\x12\x16\n" +
+	"\x06closed\x18\x04 \x01(\bR\x06closed\"f\n" +
+	"\x10ReadPagesRequest\x12\x10\n" +
+	"\x03run\x18\x01 \x01(\tR\x03run\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\tR\x04node\x12,\n" +
+	"\x06ranges\x18\x03 \x03(\v2\x14.violin.v1.PageRangeR\x06ranges\"K\n" +
+	"\tPageRange\x12\x14\n" +
+	"\x05block\x18\x01 \x01(\rR\x05block\x12\x12\n" +
+	"\x04page\x18\x02 \x01(\x04R\x04page\x12\x14\n" +
+	"\x05pages\x18\x03 \x01(\x04R\x05pages\"?\n" +
+	"\x11ReadPagesResponse\x12*\n" +
+	"\acontent\x18\x01 \x01(\v2\x10.violin.v1.PagesR\acontent2\xb4\x02\n" +
 	"\x10ProvisionService\x12<\n" +
-	"\x05Fetch\x12\x17.violin.v1.FetchRequest\x1a\x18.violin.v1.FetchResponse0\x012\x9d\x01\n" +
+	"\x05Fetch\x12\x17.violin.v1.FetchRequest\x1a\x18.violin.v1.FetchResponse0\x01\x12I\n" +
+	"\n" +
+	"LoadLazily\x12\x1c.violin.v1.LoadLazilyRequest\x1a\x1d.violin.v1.LoadLazilyResponse\x12I\n" +
+	"\n" +
+	"FollowNode\x12\x1c.violin.v1.FollowNodeRequest\x1a\x1d.violin.v1.FollowNodeResponse\x12L\n" +
+	"\vAwaitMemory\x12\x1d.violin.v1.AwaitMemoryRequest\x1a\x1e.violin.v1.AwaitMemoryResponse2\xe5\x01\n" +
 	"\rSupplyService\x12E\n" +
 	"\bReadFile\x12\x1a.violin.v1.ReadFileRequest\x1a\x1b.violin.v1.ReadFileResponse0\x01\x12E\n" +
-	"\bReadDisk\x12\x1a.violin.v1.ReadDiskRequest\x1a\x1b.violin.v1.ReadDiskResponse0\x01B\x1fZ\x1dviolin/api/violin/v1;violinv1b\x06proto3"
+	"\bReadDisk\x12\x1a.violin.v1.ReadDiskRequest\x1a\x1b.violin.v1.ReadDiskResponse0\x01\x12F\n" +
+	"\tReadPages\x12\x1b.violin.v1.ReadPagesRequest\x1a\x1c.violin.v1.ReadPagesResponseB\x1fZ\x1dviolin/api/violin/v1;violinv1b\x06proto3"
 
 var (
 	file_violin_v1_supply_proto_rawDescOnce sync.Once
@@ -961,21 +1556,31 @@ func file_violin_v1_supply_proto_rawDescGZIP() []byte {
 	return file_violin_v1_supply_proto_rawDescData
 }
 
-var file_violin_v1_supply_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_violin_v1_supply_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_violin_v1_supply_proto_goTypes = []any{
-	(*FetchRequest)(nil),     // 0: violin.v1.FetchRequest
-	(*NodeFile)(nil),         // 1: violin.v1.NodeFile
-	(*FetchResponse)(nil),    // 2: violin.v1.FetchResponse
-	(*ReadFileRequest)(nil),  // 3: violin.v1.ReadFileRequest
-	(*ReadFileResponse)(nil), // 4: violin.v1.ReadFileResponse
-	(*Blob)(nil),             // 5: violin.v1.Blob
-	(*DiskSpec)(nil),         // 6: violin.v1.DiskSpec
-	(*ReadDiskRequest)(nil),  // 7: violin.v1.ReadDiskRequest
-	(*ReadDiskResponse)(nil), // 8: violin.v1.ReadDiskResponse
-	(*Pages)(nil),            // 9: violin.v1.Pages
-	(*DiskResult)(nil),       // 10: violin.v1.DiskResult
-	(*PutDiskRequest)(nil),   // 11: violin.v1.PutDiskRequest
-	(*PutDiskResponse)(nil),  // 12: violin.v1.PutDiskResponse
+	(*FetchRequest)(nil),        // 0: violin.v1.FetchRequest
+	(*NodeFile)(nil),            // 1: violin.v1.NodeFile
+	(*FetchResponse)(nil),       // 2: violin.v1.FetchResponse
+	(*ReadFileRequest)(nil),     // 3: violin.v1.ReadFileRequest
+	(*ReadFileResponse)(nil),    // 4: violin.v1.ReadFileResponse
+	(*Blob)(nil),                // 5: violin.v1.Blob
+	(*DiskSpec)(nil),            // 6: violin.v1.DiskSpec
+	(*ReadDiskRequest)(nil),     // 7: violin.v1.ReadDiskRequest
+	(*ReadDiskResponse)(nil),    // 8: violin.v1.ReadDiskResponse
+	(*Pages)(nil),               // 9: violin.v1.Pages
+	(*DiskResult)(nil),          // 10: violin.v1.DiskResult
+	(*PutDiskRequest)(nil),      // 11: violin.v1.PutDiskRequest
+	(*PutDiskResponse)(nil),     // 12: violin.v1.PutDiskResponse
+	(*LoadLazilyRequest)(nil),   // 13: violin.v1.LoadLazilyRequest
+	(*PageRun)(nil),             // 14: violin.v1.PageRun
+	(*LoadLazilyResponse)(nil),  // 15: violin.v1.LoadLazilyResponse
+	(*FollowNodeRequest)(nil),   // 16: violin.v1.FollowNodeRequest
+	(*FollowNodeResponse)(nil),  // 17: violin.v1.FollowNodeResponse
+	(*AwaitMemoryRequest)(nil),  // 18: violin.v1.AwaitMemoryRequest
+	(*AwaitMemoryResponse)(nil), // 19: violin.v1.AwaitMemoryResponse
+	(*ReadPagesRequest)(nil),    // 20: violin.v1.ReadPagesRequest
+	(*PageRange)(nil),           // 21: violin.v1.PageRange
+	(*ReadPagesResponse)(nil),   // 22: violin.v1.ReadPagesResponse
 }
 var file_violin_v1_supply_proto_depIdxs = []int32{
 	1,  // 0: violin.v1.FetchRequest.files:type_name -> violin.v1.NodeFile
@@ -985,17 +1590,29 @@ var file_violin_v1_supply_proto_depIdxs = []int32{
 	5,  // 4: violin.v1.DiskResult.blocks:type_name -> violin.v1.Blob
 	5,  // 5: violin.v1.PutDiskRequest.before:type_name -> violin.v1.Blob
 	5,  // 6: violin.v1.PutDiskResponse.table:type_name -> violin.v1.Blob
-	0,  // 7: violin.v1.ProvisionService.Fetch:input_type -> violin.v1.FetchRequest
-	3,  // 8: violin.v1.SupplyService.ReadFile:input_type -> violin.v1.ReadFileRequest
-	7,  // 9: violin.v1.SupplyService.ReadDisk:input_type -> violin.v1.ReadDiskRequest
-	2,  // 10: violin.v1.ProvisionService.Fetch:output_type -> violin.v1.FetchResponse
-	4,  // 11: violin.v1.SupplyService.ReadFile:output_type -> violin.v1.ReadFileResponse
-	8,  // 12: violin.v1.SupplyService.ReadDisk:output_type -> violin.v1.ReadDiskResponse
-	10, // [10:13] is the sub-list for method output_type
-	7,  // [7:10] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	14, // 7: violin.v1.LoadLazilyRequest.first:type_name -> violin.v1.PageRun
+	14, // 8: violin.v1.AwaitMemoryResponse.touched:type_name -> violin.v1.PageRun
+	21, // 9: violin.v1.ReadPagesRequest.ranges:type_name -> violin.v1.PageRange
+	9,  // 10: violin.v1.ReadPagesResponse.content:type_name -> violin.v1.Pages
+	0,  // 11: violin.v1.ProvisionService.Fetch:input_type -> violin.v1.FetchRequest
+	13, // 12: violin.v1.ProvisionService.LoadLazily:input_type -> violin.v1.LoadLazilyRequest
+	16, // 13: violin.v1.ProvisionService.FollowNode:input_type -> violin.v1.FollowNodeRequest
+	18, // 14: violin.v1.ProvisionService.AwaitMemory:input_type -> violin.v1.AwaitMemoryRequest
+	3,  // 15: violin.v1.SupplyService.ReadFile:input_type -> violin.v1.ReadFileRequest
+	7,  // 16: violin.v1.SupplyService.ReadDisk:input_type -> violin.v1.ReadDiskRequest
+	20, // 17: violin.v1.SupplyService.ReadPages:input_type -> violin.v1.ReadPagesRequest
+	2,  // 18: violin.v1.ProvisionService.Fetch:output_type -> violin.v1.FetchResponse
+	15, // 19: violin.v1.ProvisionService.LoadLazily:output_type -> violin.v1.LoadLazilyResponse
+	17, // 20: violin.v1.ProvisionService.FollowNode:output_type -> violin.v1.FollowNodeResponse
+	19, // 21: violin.v1.ProvisionService.AwaitMemory:output_type -> violin.v1.AwaitMemoryResponse
+	4,  // 22: violin.v1.SupplyService.ReadFile:output_type -> violin.v1.ReadFileResponse
+	8,  // 23: violin.v1.SupplyService.ReadDisk:output_type -> violin.v1.ReadDiskResponse
+	22, // 24: violin.v1.SupplyService.ReadPages:output_type -> violin.v1.ReadPagesResponse
+	18, // [18:25] is the sub-list for method output_type
+	11, // [11:18] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_violin_v1_supply_proto_init() }
@@ -1009,7 +1626,7 @@ func file_violin_v1_supply_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_violin_v1_supply_proto_rawDesc), len(file_violin_v1_supply_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   13,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -137,6 +137,13 @@ func (vm *VM) loaded(ctx context.Context, failed <-chan error) error {
 	}
 }
 
+// End ends a VM that cannot go on; [VM.Err] says why.
+func (vm *VM) End(why error) {
+	if vm.proc != nil {
+		vm.fail(why)
+	}
+}
+
 // fail ends a VM that must not go on.
 func (vm *VM) fail(why error) {
 	vm.mu.Lock()

@@ -40,16 +40,33 @@ const (
 const (
 	// ProvisionServiceFetchProcedure is the fully-qualified name of the ProvisionService's Fetch RPC.
 	ProvisionServiceFetchProcedure = "/violin.v1.ProvisionService/Fetch"
+	// ProvisionServiceLoadLazilyProcedure is the fully-qualified name of the ProvisionService's
+	// LoadLazily RPC.
+	ProvisionServiceLoadLazilyProcedure = "/violin.v1.ProvisionService/LoadLazily"
+	// ProvisionServiceFollowNodeProcedure is the fully-qualified name of the ProvisionService's
+	// FollowNode RPC.
+	ProvisionServiceFollowNodeProcedure = "/violin.v1.ProvisionService/FollowNode"
+	// ProvisionServiceAwaitMemoryProcedure is the fully-qualified name of the ProvisionService's
+	// AwaitMemory RPC.
+	ProvisionServiceAwaitMemoryProcedure = "/violin.v1.ProvisionService/AwaitMemory"
 	// SupplyServiceReadFileProcedure is the fully-qualified name of the SupplyService's ReadFile RPC.
 	SupplyServiceReadFileProcedure = "/violin.v1.SupplyService/ReadFile"
 	// SupplyServiceReadDiskProcedure is the fully-qualified name of the SupplyService's ReadDisk RPC.
 	SupplyServiceReadDiskProcedure = "/violin.v1.SupplyService/ReadDisk"
+	// SupplyServiceReadPagesProcedure is the fully-qualified name of the SupplyService's ReadPages RPC.
+	SupplyServiceReadPagesProcedure = "/violin.v1.SupplyService/ReadPages"
 )
 
 // ProvisionServiceClient is a client for the violin.v1.ProvisionService service.
 type ProvisionServiceClient interface {
 	// Fetch has the host fetch those of the files that it lacks. It tells how far it is, and ends when it has all.
 	Fetch(context.Context, *v1.FetchRequest) (*connect.ServerStreamForClient[v1.FetchResponse], error)
+	// LoadLazily gives an incoming node its devices. Its memory follows, by SupplyService.ReadPages.
+	LoadLazily(context.Context, *v1.LoadLazilyRequest) (*v1.LoadLazilyResponse, error)
+	// FollowNode lets memory follow that the node has not asked for.
+	FollowNode(context.Context, *v1.FollowNodeRequest) (*v1.FollowNodeResponse, error)
+	// AwaitMemory returns when a node has all its memory, or never will.
+	AwaitMemory(context.Context, *v1.AwaitMemoryRequest) (*v1.AwaitMemoryResponse, error)
 }
 
 // NewProvisionServiceClient constructs a client for the violin.v1.ProvisionService service. By
@@ -69,12 +86,33 @@ func NewProvisionServiceClient(httpClient connect.HTTPClient, baseURL string, op
 			connect.WithSchema(provisionServiceMethods.ByName("Fetch")),
 			connect.WithClientOptions(opts...),
 		),
+		loadLazily: connect.NewClient[v1.LoadLazilyRequest, v1.LoadLazilyResponse](
+			httpClient,
+			baseURL+ProvisionServiceLoadLazilyProcedure,
+			connect.WithSchema(provisionServiceMethods.ByName("LoadLazily")),
+			connect.WithClientOptions(opts...),
+		),
+		followNode: connect.NewClient[v1.FollowNodeRequest, v1.FollowNodeResponse](
+			httpClient,
+			baseURL+ProvisionServiceFollowNodeProcedure,
+			connect.WithSchema(provisionServiceMethods.ByName("FollowNode")),
+			connect.WithClientOptions(opts...),
+		),
+		awaitMemory: connect.NewClient[v1.AwaitMemoryRequest, v1.AwaitMemoryResponse](
+			httpClient,
+			baseURL+ProvisionServiceAwaitMemoryProcedure,
+			connect.WithSchema(provisionServiceMethods.ByName("AwaitMemory")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // provisionServiceClient implements ProvisionServiceClient.
 type provisionServiceClient struct {
-	fetch *connect.Client[v1.FetchRequest, v1.FetchResponse]
+	fetch       *connect.Client[v1.FetchRequest, v1.FetchResponse]
+	loadLazily  *connect.Client[v1.LoadLazilyRequest, v1.LoadLazilyResponse]
+	followNode  *connect.Client[v1.FollowNodeRequest, v1.FollowNodeResponse]
+	awaitMemory *connect.Client[v1.AwaitMemoryRequest, v1.AwaitMemoryResponse]
 }
 
 // Fetch calls violin.v1.ProvisionService.Fetch.
@@ -82,10 +120,43 @@ func (c *provisionServiceClient) Fetch(ctx context.Context, req *v1.FetchRequest
 	return c.fetch.CallServerStream(ctx, connect.NewRequest(req))
 }
 
+// LoadLazily calls violin.v1.ProvisionService.LoadLazily.
+func (c *provisionServiceClient) LoadLazily(ctx context.Context, req *v1.LoadLazilyRequest) (*v1.LoadLazilyResponse, error) {
+	response, err := c.loadLazily.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// FollowNode calls violin.v1.ProvisionService.FollowNode.
+func (c *provisionServiceClient) FollowNode(ctx context.Context, req *v1.FollowNodeRequest) (*v1.FollowNodeResponse, error) {
+	response, err := c.followNode.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// AwaitMemory calls violin.v1.ProvisionService.AwaitMemory.
+func (c *provisionServiceClient) AwaitMemory(ctx context.Context, req *v1.AwaitMemoryRequest) (*v1.AwaitMemoryResponse, error) {
+	response, err := c.awaitMemory.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // ProvisionServiceHandler is an implementation of the violin.v1.ProvisionService service.
 type ProvisionServiceHandler interface {
 	// Fetch has the host fetch those of the files that it lacks. It tells how far it is, and ends when it has all.
 	Fetch(context.Context, *v1.FetchRequest, *connect.ServerStream[v1.FetchResponse]) error
+	// LoadLazily gives an incoming node its devices. Its memory follows, by SupplyService.ReadPages.
+	LoadLazily(context.Context, *v1.LoadLazilyRequest) (*v1.LoadLazilyResponse, error)
+	// FollowNode lets memory follow that the node has not asked for.
+	FollowNode(context.Context, *v1.FollowNodeRequest) (*v1.FollowNodeResponse, error)
+	// AwaitMemory returns when a node has all its memory, or never will.
+	AwaitMemory(context.Context, *v1.AwaitMemoryRequest) (*v1.AwaitMemoryResponse, error)
 }
 
 // NewProvisionServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -101,10 +172,34 @@ func NewProvisionServiceHandler(svc ProvisionServiceHandler, opts ...connect.Han
 		connect.WithSchema(provisionServiceMethods.ByName("Fetch")),
 		connect.WithHandlerOptions(opts...),
 	)
+	provisionServiceLoadLazilyHandler := connect.NewUnaryHandlerSimple(
+		ProvisionServiceLoadLazilyProcedure,
+		svc.LoadLazily,
+		connect.WithSchema(provisionServiceMethods.ByName("LoadLazily")),
+		connect.WithHandlerOptions(opts...),
+	)
+	provisionServiceFollowNodeHandler := connect.NewUnaryHandlerSimple(
+		ProvisionServiceFollowNodeProcedure,
+		svc.FollowNode,
+		connect.WithSchema(provisionServiceMethods.ByName("FollowNode")),
+		connect.WithHandlerOptions(opts...),
+	)
+	provisionServiceAwaitMemoryHandler := connect.NewUnaryHandlerSimple(
+		ProvisionServiceAwaitMemoryProcedure,
+		svc.AwaitMemory,
+		connect.WithSchema(provisionServiceMethods.ByName("AwaitMemory")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/violin.v1.ProvisionService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case ProvisionServiceFetchProcedure:
 			provisionServiceFetchHandler.ServeHTTP(w, r)
+		case ProvisionServiceLoadLazilyProcedure:
+			provisionServiceLoadLazilyHandler.ServeHTTP(w, r)
+		case ProvisionServiceFollowNodeProcedure:
+			provisionServiceFollowNodeHandler.ServeHTTP(w, r)
+		case ProvisionServiceAwaitMemoryProcedure:
+			provisionServiceAwaitMemoryHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -118,12 +213,26 @@ func (UnimplementedProvisionServiceHandler) Fetch(context.Context, *v1.FetchRequ
 	return connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.ProvisionService.Fetch is not implemented"))
 }
 
+func (UnimplementedProvisionServiceHandler) LoadLazily(context.Context, *v1.LoadLazilyRequest) (*v1.LoadLazilyResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.ProvisionService.LoadLazily is not implemented"))
+}
+
+func (UnimplementedProvisionServiceHandler) FollowNode(context.Context, *v1.FollowNodeRequest) (*v1.FollowNodeResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.ProvisionService.FollowNode is not implemented"))
+}
+
+func (UnimplementedProvisionServiceHandler) AwaitMemory(context.Context, *v1.AwaitMemoryRequest) (*v1.AwaitMemoryResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.ProvisionService.AwaitMemory is not implemented"))
+}
+
 // SupplyServiceClient is a client for the violin.v1.SupplyService service.
 type SupplyServiceClient interface {
 	// ReadFile gives a file from an offset on.
 	ReadFile(context.Context, *v1.ReadFileRequest) (*connect.ServerStreamForClient[v1.ReadFileResponse], error)
 	// ReadDisk gives the pages in which a restored disk differs from what is below it, in ascending order.
 	ReadDisk(context.Context, *v1.ReadDiskRequest) (*connect.ServerStreamForClient[v1.ReadDiskResponse], error)
+	// ReadPages gives pages of the memory that follows to a node. DATA_LOSS is of what it can never give.
+	ReadPages(context.Context, *v1.ReadPagesRequest) (*v1.ReadPagesResponse, error)
 }
 
 // NewSupplyServiceClient constructs a client for the violin.v1.SupplyService service. By default,
@@ -149,13 +258,20 @@ func NewSupplyServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(supplyServiceMethods.ByName("ReadDisk")),
 			connect.WithClientOptions(opts...),
 		),
+		readPages: connect.NewClient[v1.ReadPagesRequest, v1.ReadPagesResponse](
+			httpClient,
+			baseURL+SupplyServiceReadPagesProcedure,
+			connect.WithSchema(supplyServiceMethods.ByName("ReadPages")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // supplyServiceClient implements SupplyServiceClient.
 type supplyServiceClient struct {
-	readFile *connect.Client[v1.ReadFileRequest, v1.ReadFileResponse]
-	readDisk *connect.Client[v1.ReadDiskRequest, v1.ReadDiskResponse]
+	readFile  *connect.Client[v1.ReadFileRequest, v1.ReadFileResponse]
+	readDisk  *connect.Client[v1.ReadDiskRequest, v1.ReadDiskResponse]
+	readPages *connect.Client[v1.ReadPagesRequest, v1.ReadPagesResponse]
 }
 
 // ReadFile calls violin.v1.SupplyService.ReadFile.
@@ -168,12 +284,23 @@ func (c *supplyServiceClient) ReadDisk(ctx context.Context, req *v1.ReadDiskRequ
 	return c.readDisk.CallServerStream(ctx, connect.NewRequest(req))
 }
 
+// ReadPages calls violin.v1.SupplyService.ReadPages.
+func (c *supplyServiceClient) ReadPages(ctx context.Context, req *v1.ReadPagesRequest) (*v1.ReadPagesResponse, error) {
+	response, err := c.readPages.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // SupplyServiceHandler is an implementation of the violin.v1.SupplyService service.
 type SupplyServiceHandler interface {
 	// ReadFile gives a file from an offset on.
 	ReadFile(context.Context, *v1.ReadFileRequest, *connect.ServerStream[v1.ReadFileResponse]) error
 	// ReadDisk gives the pages in which a restored disk differs from what is below it, in ascending order.
 	ReadDisk(context.Context, *v1.ReadDiskRequest, *connect.ServerStream[v1.ReadDiskResponse]) error
+	// ReadPages gives pages of the memory that follows to a node. DATA_LOSS is of what it can never give.
+	ReadPages(context.Context, *v1.ReadPagesRequest) (*v1.ReadPagesResponse, error)
 }
 
 // NewSupplyServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -195,12 +322,20 @@ func NewSupplyServiceHandler(svc SupplyServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(supplyServiceMethods.ByName("ReadDisk")),
 		connect.WithHandlerOptions(opts...),
 	)
+	supplyServiceReadPagesHandler := connect.NewUnaryHandlerSimple(
+		SupplyServiceReadPagesProcedure,
+		svc.ReadPages,
+		connect.WithSchema(supplyServiceMethods.ByName("ReadPages")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/violin.v1.SupplyService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case SupplyServiceReadFileProcedure:
 			supplyServiceReadFileHandler.ServeHTTP(w, r)
 		case SupplyServiceReadDiskProcedure:
 			supplyServiceReadDiskHandler.ServeHTTP(w, r)
+		case SupplyServiceReadPagesProcedure:
+			supplyServiceReadPagesHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -216,4 +351,8 @@ func (UnimplementedSupplyServiceHandler) ReadFile(context.Context, *v1.ReadFileR
 
 func (UnimplementedSupplyServiceHandler) ReadDisk(context.Context, *v1.ReadDiskRequest, *connect.ServerStream[v1.ReadDiskResponse]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.SupplyService.ReadDisk is not implemented"))
+}
+
+func (UnimplementedSupplyServiceHandler) ReadPages(context.Context, *v1.ReadPagesRequest) (*v1.ReadPagesResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("violin.v1.SupplyService.ReadPages is not implemented"))
 }
