@@ -64,7 +64,7 @@ func (r machineRoom) join(s *Server, name, site string) (leave func()) {
 	ended := make(chan error, 1)
 	go func() {
 		ended <- remote.ServeHost(ctx, remote.HostConfig{
-			Server: s.hub.Address(), Token: token, Identity: identity, Dir: filepath.Join(r.dir, name, "run"), Device: devices[device].Name,
+			Servers: []string{s.hub.Address()}, Token: token, Identity: identity, Dir: filepath.Join(r.dir, name, "run"), Device: devices[device].Name,
 			Address: netip.MustParsePrefix("127.0.0.1/8"), Site: site, Version: "test", Logger: slog.New(slog.DiscardHandler),
 		})
 		close(ended)
