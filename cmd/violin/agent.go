@@ -231,7 +231,7 @@ func (a *app) hostsCommand() *cobra.Command {
 				return err
 			}
 			return a.print(r, func(w io.Writer) {
-				t := newTable("HOST", "STATE", "SINCE", "FROM", "UNDERLAY", "SLICES", "VERSION")
+				t := newTable("HOST", "SITE", "STATE", "SINCE", "FROM", "UNDERLAY", "SLICES", "VERSION")
 				for _, h := range r.GetHosts() {
 					state := "away"
 					if h.GetConnected() {
@@ -240,7 +240,7 @@ func (a *app) hostsCommand() *cobra.Command {
 					if h.GetCordoned() {
 						state += ", cordoned"
 					}
-					t.row(h.GetName(), state, a.formatTime(h.GetSince()), h.GetAddress(), h.GetUnderlay(), strings.Join(h.GetSlices(), " "), h.GetVersion())
+					t.row(h.GetName(), h.GetSite(), state, a.formatTime(h.GetSince()), h.GetAddress(), h.GetUnderlay(), strings.Join(h.GetSlices(), " "), h.GetVersion())
 				}
 				t.write(w)
 			})

@@ -91,6 +91,8 @@ func TestLifeRequests(t *testing.T) {
 		{[]string{"tag", "pair@x", "y", "--move"}, &violinv1.TagRequest{Snapshot: "pair@x", Tag: "y", Move: true}},
 		{[]string{"tag", "-d", "pair@y"}, &violinv1.TagRequest{Snapshot: "pair@y", Delete: true}},
 		{[]string{"snapshot", "pair", "--clock", "catch-up"}, &violinv1.SnapshotRequest{Slice: "pair", Clock: catchUp}},
+		{[]string{"resume", "pair", "--place", "as-was"}, &violinv1.ResumeRequest{Slice: "pair", Placement: violinv1.PlacementPolicy_PLACEMENT_POLICY_AS_WAS}},
+		{[]string{"fork", "pair@x", "--as", "y", "--on", "a=h,b=i"}, &violinv1.ForkRequest{Snapshot: "pair@x", As: "y", On: map[string]string{"a": "h", "b": "i"}}},
 		{[]string{"restore", "pair@x", "--clock", "frozen", "--overcommit"}, &violinv1.RestoreRequest{Snapshot: "pair@x", Clock: violinv1.ClockPolicy_CLOCK_POLICY_FROZEN, Overcommit: true}},
 		{[]string{"suspend", "pair", "--tag", "x"}, &violinv1.SuspendRequest{Slice: "pair", Tag: "x"}},
 		{[]string{"suspend", "--all", "--host", "h"}, &violinv1.SuspendRequest{All: true, Host: "h"}},

@@ -215,10 +215,17 @@ func (f *fakeServer) Restore(ctx context.Context, request *violinv1.RestoreReque
 	if err := f.fault(ctx, slice); err != nil {
 		return err
 	}
-	return stream.Send(&violinv1.RestoreResponse{Event: &violinv1.RestoreResponse_Restored{Restored: &violinv1.Restored{
+	restored := &violinv1.Restored{
 		Slice: mandelbrot(), Snapshot: firstSnapshot(), Duration: durationpb.New(2100 * time.Millisecond),
 		Skew: durationpb.New(1800 * time.Microsecond), FramesInjected: 14, Lazy: request.GetLazy(),
-	}}})
+	}
+	for node, host := range request.GetOn() {
+		restored.Moves = append(restored.Moves, &violinv1.NodeMove{Node: node, From: "utah-1", To: host})
+	}
+	if request.GetPlacement() == violinv1.PlacementPolicy_PLACEMENT_POLICY_AUTO {
+		restored.Moves = append(restored.Moves, &violinv1.NodeMove{Node: "rank1", From: "utah-1", To: "utah-2", Why: "its agent has not connected"})
+	}
+	return stream.Send(&violinv1.RestoreResponse{Event: &violinv1.RestoreResponse_Restored{Restored: restored}})
 }
 
 func (f *fakeServer) Verify(ctx context.Context, request *violinv1.VerifyRequest) (*violinv1.VerifyResponse, error) {
@@ -528,6 +535,10 @@ func TestTranscripts(t *testing.T) {
 			{why: "by tag", args: []string{"restore", "mandelbrot@before-the-crash"}},
 			{why: "for programs", args: []string{"restore", "mandelbrot@latest", "-o", "json", "-q"}},
 			{why: "memory follows", args: []string{"restore", "--lazy", "mandelbrot@latest", "-q"}},
+			{why: "on other hosts", args: []string{"restore", "mandelbrot@latest", "--on", "rank0=gpo-1", "--place", "auto", "-q"}},
+			{why: "no such way", args: []string{"restore", "mandelbrot@latest", "--place", "anywhere"}},
+			{why: "no host", args: []string{"restore", "mandelbrot@latest", "--on", "rank0"}},
+			{why: "two hosts", args: []string{"restore", "mandelbrot@latest", "--on", "rank0=gpo-1", "--on", "rank1=gpo-2,rank0=utah-2"}},
 			{why: "neither", args: []string{"restore", "--lazy=perhaps", "mandelbrot@latest"}},
 			{why: "not a snapshot's name", args: []string{"restore", "mandelbrot"}},
 			{why: "no such snapshot", args: []string{"restore", "missing@latest"}},

@@ -4,6 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -14,10 +17,43 @@ import (
 // placementFlags are of all verbs that bring a snapshot to life; without --place, otherwise
 // is what the server does.
 func placementFlags(cmd *cobra.Command, policy *violinv1.PlacementPolicy, on *map[string]string, otherwise string) {
-	cmd.Flags().StringToStringVar(on, "on", nil, "the hosts that nodes are to come up on, as `NODE=HOST,...`; all else about them stays as it was")
+	cmd.Flags().Var(&onValue{on}, "on", "the hosts that nodes are to come up on, as `NODE=HOST,...`; all else about them stays as it was")
 	cmd.Flags().Var((*placementValue)(policy), "place", `where nodes come up: as-was (on the hosts that they were on) or auto (there if the host
 takes them and has room, else on another one of the site, else on any); `+otherwise+` if not given`)
 	_ = cmd.RegisterFlagCompletionFunc("place", cobra.FixedCompletions([]string{"as-was", "auto"}, cobra.ShellCompDirectiveNoFileComp))
+}
+
+// onValue is --on, which may be given more than once.
+type onValue struct{ to *map[string]string }
+
+func (v *onValue) Type() string { return "NODE=HOST,..." }
+
+func (v *onValue) String() string {
+	if v.to == nil {
+		return ""
+	}
+	var all []string
+	for _, node := range slices.Sorted(maps.Keys(*v.to)) {
+		all = append(all, node+"="+(*v.to)[node])
+	}
+	return strings.Join(all, ",")
+}
+
+func (v *onValue) Set(text string) error {
+	on := map[string]string{}
+	maps.Copy(on, *v.to)
+	for pair := range strings.SplitSeq(text, ",") {
+		node, host, _ := strings.Cut(pair, "=")
+		switch before, twice := on[node]; {
+		case node == "" || host == "":
+			return fmt.Errorf("%q is no NODE=HOST", pair)
+		case twice && before != host:
+			return fmt.Errorf("node %q is to be on %s and on %s", node, before, host)
+		}
+		on[node] = host
+	}
+	*v.to = on
+	return nil
 }
 
 // placementValue is --place.

@@ -17,8 +17,8 @@ type running struct {
 	Name, Head, Origin string
 	Suspended, Paused  bool
 	Nodes              []struct {
-		Name, State, PID string
-		Interfaces       []struct{ Address, MAC string }
+		Name, State, PID, Host string
+		Interfaces             []struct{ Address, MAC string }
 	}
 }
 
@@ -82,8 +82,11 @@ func TestLife(t *testing.T) {
 	}
 
 	// The fork has the same addresses, and neither sees the other.
-	must(t, dirs, "fork", "pair@one", "--as", "whatif", "--new-genid")
+	must(t, dirs, "fork", "pair@one", "--as", "whatif", "--new-genid", "--on", "left=there-1")
 	original, fork := slice(t, dirs, "pair"), slice(t, dirs, "whatif")
+	if fork.Nodes[0].Host != "there-1" || original.Nodes[0].Host != "here-1" {
+		t.Errorf("the original is %+v, the fork %+v: its left node was to be elsewhere", original, fork)
+	}
 	for i, n := range original.Nodes {
 		if f := fork.Nodes[i]; n.State != "NODE_STATE_RUNNING" || f.State != n.State || f.PID == n.PID || f.Interfaces[0] != n.Interfaces[0] {
 			t.Errorf("original %+v, fork %+v", n, f)
