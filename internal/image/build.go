@@ -34,7 +34,7 @@ var basePackages = []string{"busybox-static", "iproute2", "qemu-guest-agent"}
 
 // systemdPackages are what an image with systemd has besides: what a cloud's image brings a
 // guest up with. busybox is for the initrd.
-var systemdPackages = []string{"systemd-sysv", "systemd-resolved", "udev", "dbus", "kmod", "cloud-init"}
+var systemdPackages = []string{"systemd-sysv", "systemd-resolved", "udev", "dbus", "kmod", "cloud-init", "cloud-guest-utils"}
 
 // virtioModules reach the disk, the network and the hypervisor.
 var virtioModules = []string{

@@ -83,7 +83,7 @@ func (s *Server) build(ctx context.Context, topo *topology.Topology, epoch cut.E
 	if err != nil {
 		return nil, err
 	}
-	g := given{}
+	var g given
 	if snap != nil {
 		g = givenIn(snap)
 	} else if g, err = s.give(ctx, topo, tell); err != nil {

@@ -37,6 +37,7 @@ nodes:
     host: h1
     image: debian
     memory: 512MiB
+    disks: [{name: root, size: 2GiB}]
     interfaces: [{network: lan, address: 10.44.0.1/24}]
     cloud_init:
       ssh_keys: [`+key+`]
@@ -75,12 +76,13 @@ nodes:
 		for script, want := range map[string]string{
 			"hostname":                    "web",
 			"cat /sys/class/net/eth0/mtu": "1400",
-			"ip -4 -o addr show dev eth0 | grep -o 'inet [0-9./]*'": "inet 10.44.0.1/24",
-			"getent hosts built | grep -o '^[0-9.]*'":               "10.44.0.2",
-			"ping -c 1 built >/dev/null && echo there":              "there",
-			"cat /root/told /root/ran-by-user":                      "told by its user\ntold by its user",
-			"cat /root/ran":                                         "as it was\n0",
-			"cat /home/debian/.ssh/authorized_keys":                 key,
+			"ip -4 -o addr show dev eth0 | grep -o 'inet [0-9./]*'":             "inet 10.44.0.1/24",
+			"getent hosts built | grep -o '^[0-9.]*'":                           "10.44.0.2",
+			"ping -c 1 built >/dev/null && echo there":                          "there",
+			"cat /root/told /root/ran-by-user":                                  "told by its user\ntold by its user",
+			"[ $(df -k / | awk 'END { print $2 }') -gt 1600000 ] && echo grown": "grown",
+			"cat /root/ran":                         "as it was\n0",
+			"cat /home/debian/.ssh/authorized_keys": key,
 		} {
 			if got := sh(t, dirs, slice+"/web", script); got != want {
 				t.Errorf("%s: %q, want %q", script, got, want)
@@ -100,6 +102,8 @@ nodes:
 		t.Errorf("its seed is read-only, and of which instance: %q", before)
 	}
 
+	// No snapshot refers to it yet: what the collection takes, the first snapshot has again.
+	must(t, dirs, "store", "gc")
 	var snap struct {
 		Nodes []struct {
 			Name  string
@@ -136,7 +140,7 @@ nodes:
 	verified(t, dirs, "cloud@latest")
 	must(t, dirs, "down", "cloud")
 	out, err := exec.CommandContext(t.Context(), filepath.Join(root, "bin/violin"), append(dirs[:len(dirs):len(dirs)], "up", file)...).CombinedOutput()
-	if err == nil || !strings.Contains(string(out), file+":17:") || !strings.Contains(string(out), "no such file") {
+	if err == nil || !strings.Contains(string(out), file+":18:") || !strings.Contains(string(out), "no such file") {
 		t.Errorf("up without the directory: %v, %s", err, out)
 	}
 }
