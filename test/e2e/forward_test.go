@@ -272,6 +272,14 @@ func TestForward(t *testing.T) {
 	if twin["80/tcp"] != "127.0.0.1:"+chosen || twin["53/udp"] == own["53/udp"] || twin["53/udp"] == "" {
 		t.Errorf("the fork's forwards: %v, the original's %v", twin, own)
 	}
+	// It falls back to where it began, with the edge that it has.
+	kill(t, slice(t, dirs, "twin").Nodes[1].PID)
+	must(t, dirs, "protect", "twin", "--every", "1h")
+	await(t, "the fork is rolled back", func() bool { return strings.Contains(string(must(t, dirs, "events", "twin")), "rolled-back") })
+	must(t, dirs, "unprotect", "twin")
+	if again := forwarded(t, dirs, "twin"); again["80/tcp"] != twin["80/tcp"] || again["53/udp"] != twin["53/udp"] {
+		t.Errorf("the fork's forwards are %v after it fell back, and were %v", again, twin)
+	}
 	sh(t, dirs, "twin/web", "echo twin >/run/mark")
 	for listen, want := range map[string]string{at: "later", twin["80/tcp"]: "twin"} {
 		if got, err := call(t, listen, nil).say("who"); err != nil || got != "2 "+want+" who" {
@@ -418,6 +426,23 @@ func TestForwardJoined(t *testing.T) {
 	}
 	if got, err := call(t, "127.0.0.1:8080", dial).say("who"); err != nil || got != "2 original who" {
 		t.Errorf("with the next agent: %q, %v", got, err)
+	}
+	// So does the next server.
+	_ = server.cmd.Process.Signal(syscall.SIGTERM)
+	<-server.done
+	server = spawn(t, office, append([]string{"server", "--listen", ":7000"}, dirs...)...)
+	await(t, "the next server has the host", func() bool {
+		return strings.Contains(server.said(), "msg=serving") && connected("true")()
+	})
+	if after := forwarded(t, dirs, "svc"); after["80/tcp"] != before["80/tcp"] || after["53/udp"] != before["53/udp"] {
+		t.Errorf("forwards are %v with the next server, and were %v", after, before)
+	}
+	if err := os.WriteFile(file, []byte(strings.Replace(text, "slice: svc", "slice: other", 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err = exec.CommandContext(t.Context(), filepath.Join(root, "bin/violin"), append(slices.Clone(dirs), "up", file)...).CombinedOutput()
+	if err == nil || !strings.Contains(string(out), `slice "svc" forwards it to node "web"`) {
+		t.Errorf("a port that a slice has: %v: %s", err, out)
 	}
 	must(t, dirs, "fork", "svc@one", "--as", "twin")
 	twin := forwarded(t, dirs, "twin")
