@@ -56,9 +56,10 @@ func parseHost(doc []byte, name string) (*Host, error) {
 // PutHost writes what is kept of a host in the place of what was, by one atomic write, or
 // deletes that if there is nothing to keep.
 func (c *Catalog) PutHost(ctx context.Context, h *Host) error {
-	err := word(h.Name)
+	var err error
 	switch {
-	case err != nil:
+	case h.Name == "" || strings.Contains(h.Name, "/"):
+		err = errors.New("no host is called that") // what else a name can't be, the store says
 	case h.Cordoned.IsZero():
 		err = c.st.DeleteDocument(ctx, hostName(h.Name))
 	default:

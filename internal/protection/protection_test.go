@@ -14,10 +14,10 @@ func at(minutes int) time.Time { return start.Add(time.Duration(minutes) * time.
 
 func TestWithDefaults(t *testing.T) {
 	got, err := WithDefaults(catalog.Protection{Every: time.Minute})
-	if err != nil || got.Keep != DefaultKeep || got.MaxRollbacks != DefaultMaxRollbacks || got.Window != DefaultWindow {
+	if err != nil || got.Keep != DefaultKeep || got.MaxRollbacks != DefaultMaxRollbacks || got.Window != DefaultWindow || got.HostTimeout != DefaultHostTimeout {
 		t.Errorf("%+v, %v", got, err)
 	}
-	for _, p := range []catalog.Protection{{}, {Every: time.Millisecond}, {Every: time.Minute, Keep: -1}, {Every: time.Minute, MaxRollbacks: -1}, {Every: time.Minute, Window: -1}} {
+	for _, p := range []catalog.Protection{{}, {Every: time.Millisecond}, {Every: time.Minute, Keep: -1}, {Every: time.Minute, MaxRollbacks: -1}, {Every: time.Minute, Window: -1}, {Every: time.Minute, HostTimeout: time.Millisecond}} {
 		if _, err := WithDefaults(p); err == nil {
 			t.Errorf("%+v is accepted", p)
 		}

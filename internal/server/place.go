@@ -42,7 +42,7 @@ func wishOf(req interface {
 // place places a slice's nodes, as if the slice that it replaces, if any, were gone.
 // admitting is held.
 func (s *Server) place(ctx context.Context, topo *topology.Topology, replaces *slice, w wish) (*topology.Topology, []placement.Move, error) {
-	joined, err := s.whereabouts(topo, w)
+	joined, err := s.whereabouts(topo, replaces, w)
 	if err != nil {
 		return nil, nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("slice %q: %w", topo.Slice, err))
 	}
@@ -91,8 +91,9 @@ func (s *Server) place(ctx context.Context, topo *topology.Topology, replaces *s
 func (w *wish) free(n *topology.Node) bool { return w.on[n.Name] == "" && (w.auto || n.Host == "") }
 
 // whereabouts tells whether a slice is to be on hosts that have joined: those that it has
-// no choice of say so, or else any of its topology.
-func (s *Server) whereabouts(topo *topology.Topology, w wish) (joined bool, err error) {
+// no choice of say so, or else where the slice was that it replaces, or any host of its
+// topology.
+func (s *Server) whereabouts(topo *topology.Topology, replaces *slice, w wish) (joined bool, err error) {
 	if s.hub == nil {
 		return false, nil
 	}
@@ -105,6 +106,9 @@ func (s *Server) whereabouts(topo *topology.Topology, w wish) (joined bool, err 
 	slices.Sort(fixed)
 	if len(fixed) > 0 {
 		return s.hub.Place(slices.Compact(fixed))
+	}
+	if replaces != nil {
+		return replaces.joined, nil
 	}
 	all, err := s.hub.Hosts()
 	if err != nil {
