@@ -120,6 +120,14 @@ func (a *app) serve(ctx context.Context, etcd metadata.Config, listen string, id
 	logger := slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: level}))
 	runtime.GOMAXPROCS(runtime.NumCPU() + spareProcessors)
 	raisePriority(logger)
+	killed, err := killAt(os.Getenv("VIOLIN_TEST_KILL_AT"))
+	if err != nil {
+		return &failure{code: exitUsage, err: err}
+	}
+	var passed func(step string)
+	if killed != nil {
+		passed = func(step string) { killed("", step) }
+	}
 	interrupted := make(chan os.Signal, 1)
 	signal.Notify(interrupted, os.Interrupt)
 	err = daemon.Serve(ctx, daemon.Config{
@@ -130,7 +138,7 @@ func (a *app) serve(ctx context.Context, etcd metadata.Config, listen string, id
 		Logger:   logger,
 		Start: func(ctx context.Context) (daemon.Service, error) {
 			s, err := server.Stand(ctx, server.Config{Etcd: etcd, StateDir: dirs.State, Storage: storage, RunDir: dirs.Run, Logger: logger, Version: violinVersion(), Listen: listen,
-				Leave: func() bool { return len(interrupted) == 0 }})
+				Leave: func() bool { return len(interrupted) == 0 }, Passed: passed})
 			if err != nil {
 				return nil, err
 			}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -35,6 +36,18 @@ type Host interface {
 	Now(ctx context.Context) (time.Time, error)
 }
 
+// noteBound bounds the writing of what is noted.
+const noteBound = 30 * time.Second
+
+// Journal is where a coordinator writes down what one that follows it has to know.
+type Journal interface {
+	// Note writes down where a cut is: before the next orders go out. It must fail for
+	// whoever is not the slice's coordinator any more.
+	Note(ctx context.Context, n cut.Note, halt bool) error
+	// End writes down, instead, where a cut has led to.
+	End(ctx context.Context, d cut.Done, halt bool) error
+}
+
 // Config is a slice as its coordinator finds it.
 type Config struct {
 	Slice    string
@@ -43,7 +56,16 @@ type Config struct {
 	Nodes    map[string][]string // by host
 	Networks map[uint16]string
 	Timing   cut.Timing
-	Logger   *slog.Logger
+	Journal  Journal // nil for a slice that ends with this process
+	// Followed says that the slice had a coordinator before; Lost are the hosts that it
+	// lost.
+	Followed bool
+	Lost     []string
+	// Passed is told of steps of cuts, for tests, which kill this process there: begin,
+	// note, prepare, ordering, ordered, cut, store, drain, collect, seal, sealed, commit,
+	// abort, end, ended. Nil for none.
+	Passed func(step string)
+	Logger *slog.Logger
 }
 
 // Coordinator takes the cuts of one slice, one at a time.
@@ -54,14 +76,50 @@ type Coordinator struct {
 	mu      sync.Mutex // guards the machine
 	machine *cut.Coordinator
 	lost    []string // hosts
+
+	resumed []cut.Effect // of a cut that was under way, until [Coordinator.Finish] takes them
 }
 
 // New returns the idle coordinator of a slice.
 func New(cfg Config) *Coordinator {
-	return &Coordinator{
-		cfg: cfg, origin: time.Now(),
-		machine: cut.NewCoordinator(cut.Config{Epoch: cfg.Epoch, Hosts: cfg.Nodes, Timing: cfg.Timing}),
+	c := assemble(cfg)
+	c.machine = cut.NewCoordinator(c.machineConfig())
+	return c
+}
+
+// Resume returns the coordinator of a slice whose coordinator before was in a cut: noted
+// is what that one wrote down last. The slice is busy until [Coordinator.Finish] has ended the cut.
+func Resume(cfg Config, noted cut.Note, visible bool) *Coordinator {
+	cfg.Followed = true
+	c := assemble(cfg)
+	c.machine, c.resumed = cut.Resume(time.Since(c.origin), c.machineConfig(), noted, visible)
+	return c
+}
+
+func assemble(cfg Config) *Coordinator {
+	if cfg.Passed == nil {
+		cfg.Passed = func(string) {}
 	}
+	return &Coordinator{cfg: cfg, origin: time.Now(), lost: slices.Clone(cfg.Lost)}
+}
+
+func (c *Coordinator) machineConfig() cut.Config {
+	return cut.Config{Epoch: c.cfg.Epoch, Hosts: c.cfg.Nodes, Timing: c.cfg.Timing, Followed: c.cfg.Followed}
+}
+
+// Finish ends the cut that the coordinator resumed. It returns nil if that is committed,
+// and an error with [ErrAborted] if it is aborted, on all hosts that answer in time. If
+// ctx ends, it is left to the next coordinator.
+func (c *Coordinator) Finish(ctx context.Context, halt bool) error {
+	c.mu.Lock()
+	effects := c.resumed
+	c.resumed = nil
+	id := c.machine.Cut()
+	c.mu.Unlock()
+	r := c.newRun(Cut{ID: id, Halt: halt, Progress: func(_, _, _ string) {}})
+	r.resumed = true
+	defer close(r.gone)
+	return r.loop(ctx, effects)
 }
 
 // Cutting tells whether a cut runs.
@@ -110,7 +168,7 @@ func (c *Coordinator) Take(ctx context.Context, req Cut) error {
 	if req.Progress == nil {
 		req.Progress = func(_, _, _ string) {}
 	}
-	r := &run{c: c, req: req, witness: newWitness(), events: make(chan cut.Event, 64), gone: make(chan struct{}), log: c.cfg.Logger.With("slice", c.cfg.Slice, "cut", req.ID)}
+	r := c.newRun(req)
 	defer close(r.gone)
 	if err := r.agree(ctx); err != nil {
 		return fmt.Errorf("snapshot slice %q: %w", c.cfg.Slice, err)
@@ -120,6 +178,13 @@ func (c *Coordinator) Take(ctx context.Context, req Cut) error {
 		return fmt.Errorf("snapshot slice %q: %w", c.cfg.Slice, err)
 	}
 	return r.loop(ctx, effects)
+}
+
+func (c *Coordinator) newRun(req Cut) *run {
+	return &run{
+		c: c, req: req, witness: newWitness(), events: make(chan cut.Event, 64), gone: make(chan struct{}), told: map[string]bool{},
+		log: c.cfg.Logger.With("slice", c.cfg.Slice, "cut", req.ID),
+	}
 }
 
 func (c *Coordinator) step(ev cut.Event) ([]cut.Effect, error) {
@@ -139,6 +204,8 @@ type run struct {
 	sealed  error
 	witness *witness
 	local   map[string]time.Time // the agreed instant, by host and its clock
+	told    map[string]bool      // steps that Passed was told of
+	resumed bool                 // from a coordinator before
 }
 
 func (r *run) report(ev cut.Event) {
@@ -176,9 +243,13 @@ func (r *run) loop(ctx context.Context, effects []cut.Effect) error {
 		case <-timer:
 			ev = cut.Tick{}
 		case <-cancelled:
+			if r.resumed {
+				return ctx.Err()
+			}
 			cancelled = nil
 			ev = cut.Cancel{Cut: r.req.ID, Reason: "cancelled"}
 		}
+		r.passed(ev)
 		r.witness.event(ev)
 		if r.log.Enabled(ctx, slog.LevelDebug) { // there are thousands, and to print one costs more than to take it in
 			r.log.DebugContext(ctx, "event", "event", fmt.Sprintf("%T%+v", ev, ev))
@@ -193,6 +264,15 @@ func (r *run) loop(ctx context.Context, effects []cut.Effect) error {
 func (r *run) apply(ctx context.Context, effects []cut.Effect) (bool, error) {
 	for _, ef := range effects {
 		switch e := ef.(type) {
+		case cut.Note:
+			if err := r.note(ctx, e); err != nil {
+				r.log.Error("what the cut has come to cannot be noted", "err", err)
+				instead, stepErr := r.c.step(cut.NoteFailed{Cut: e.Cut, Reason: err.Error()})
+				if stepErr != nil {
+					return true, stepErr
+				}
+				return r.apply(ctx, instead) // and not what follows
+			}
 		case cut.Seal:
 			r.lost = e.Lost
 			r.req.Progress("seal", "", "")
@@ -205,6 +285,7 @@ func (r *run) apply(ctx context.Context, effects []cut.Effect) (bool, error) {
 				r.c.lost = append(r.c.lost, e.Left...)
 				r.c.mu.Unlock()
 			}
+			r.end(ctx, e)
 			if e.Outcome == cut.OutcomeCommitted {
 				return true, nil
 			}
@@ -218,6 +299,66 @@ func (r *run) apply(ctx context.Context, effects []cut.Effect) (bool, error) {
 		}
 	}
 	return false, nil
+}
+
+// note writes down where the cut is. It is not given up for being cancelled: that is an
+// event, and comes next.
+func (r *run) note(ctx context.Context, n cut.Note) error {
+	before, after := "begin", "note"
+	if n.Ordered {
+		before, after = "ordering", "ordered"
+	}
+	r.c.cfg.Passed(before)
+	if r.c.cfg.Journal != nil {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), noteBound)
+		defer cancel()
+		if err := r.c.cfg.Journal.Note(ctx, n, r.req.Halt); err != nil {
+			return err
+		}
+	}
+	r.c.cfg.Passed(after)
+	return nil
+}
+
+// end writes down where the cut has led to. If it cannot be, whoever follows ends the cut
+// once more, to the same effect.
+func (r *run) end(ctx context.Context, d cut.Done) {
+	r.c.cfg.Passed("end")
+	if r.c.cfg.Journal != nil {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), noteBound)
+		defer cancel()
+		if err := r.c.cfg.Journal.End(ctx, d, r.req.Halt); err != nil {
+			r.log.Error("the end of a cut cannot be noted", "err", err)
+		}
+	}
+	r.c.cfg.Passed("ended")
+}
+
+// passed tells of the first answer to each kind of order.
+func (r *run) passed(ev cut.Event) {
+	step := ""
+	switch ev.(type) {
+	case cut.Prepared:
+		step = "prepare"
+	case cut.NodeCut:
+		step = "cut"
+	case cut.Stored:
+		step = "store"
+	case cut.Counters:
+		step = "drain"
+	case cut.Collected:
+		step = "collect"
+	case cut.Sealed:
+		step = "sealed"
+	case cut.Committed:
+		step = "commit"
+	case cut.Aborted:
+		step = "abort"
+	}
+	if step != "" && !r.told[step] {
+		r.told[step] = true
+		r.c.cfg.Passed(step)
+	}
 }
 
 func (r *run) send(ef cut.Effect) {
@@ -262,6 +403,7 @@ func (r *run) seal(ctx context.Context, drained Drained) cut.Event {
 		}
 		all = append(all, result)
 	}
+	r.c.cfg.Passed("seal")
 	if err := r.req.Seal(ctx, all, r.lost, drained); err != nil {
 		r.sealed = err
 		return cut.SealFailed{Cut: r.req.ID, Reason: err.Error()}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -233,5 +234,137 @@ func TestAgreedInstant(t *testing.T) {
 				t.Errorf("host %s is to cut at %s by its clock, off by %s", h.name, o.At, off)
 			}
 		}
+	}
+}
+
+// book is a [Journal], and what it was told, in words.
+type book struct {
+	mu    sync.Mutex
+	notes []string
+	last  cut.Note
+	fail  func(cut.Note) error
+}
+
+func (b *book) Note(_ context.Context, n cut.Note, halt bool) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.fail != nil {
+		if err := b.fail(n); err != nil {
+			return err
+		}
+	}
+	b.last = n
+	b.notes = append(b.notes, fmt.Sprintf("%s to %d ordered %t halt %t", n.Cut, n.To, n.Ordered, halt))
+	return nil
+}
+
+func (b *book) End(_ context.Context, d cut.Done, halt bool) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.notes = append(b.notes, fmt.Sprintf("%s %s in %d halt %t", d.Cut, d.Outcome, d.Epoch, halt))
+	return nil
+}
+
+// What is noted is noted before the hosts hear of it, and what can't be is not ordered.
+func TestJournal(t *testing.T) {
+	c, a, b := newCoordinator()
+	j := &book{}
+	c.cfg.Journal = j
+	early := func(effect cut.Effect, answers []cut.Event) []cut.Event {
+		j.mu.Lock()
+		defer j.mu.Unlock()
+		if _, ok := effect.(cut.SendPrepare); ok && j.last.Cut != cutOf(effect) {
+			t.Error("a host is to prepare before that is noted")
+		}
+		if _, ok := effect.(cut.SendCut); ok && !j.last.Ordered {
+			t.Error("a host is to cut before that is noted")
+		}
+		return answers
+	}
+	a.answer, b.answer = early, early
+	if _, err := take(t.Context(), c, "c"); err != nil {
+		t.Fatal(err)
+	}
+	full := errors.New("the disk is full")
+	j.fail = func(cut.Note) error { return full }
+	orders := len(a.orders)
+	if _, err := take(t.Context(), c, "d"); !errors.Is(err, ErrAborted) || !strings.Contains(err.Error(), full.Error()) {
+		t.Error(err)
+	}
+	if len(a.orders) != orders || c.Epoch() != 0 {
+		t.Errorf("%d orders of a cut that is not noted; epoch %d", len(a.orders)-orders, c.Epoch())
+	}
+	fails := 3
+	j.fail = func(n cut.Note) error {
+		if n.Ordered || n.Cut == "e" && j.last.Cut == "e" && fails > 0 {
+			fails--
+			return full
+		}
+		return nil
+	}
+	if _, err := take(t.Context(), c, "e"); !errors.Is(err, ErrAborted) || c.Epoch() != 0 {
+		t.Error(c.Epoch(), err)
+	}
+	want := []string{
+		"c to 0 ordered false halt false", "c to 0 ordered true halt false", "c committed in 0 halt false",
+		"d aborted in 0 halt false",
+		"e to 1 ordered false halt false", "e to 1 ordered false halt false", "e aborted in 0 halt false",
+	}
+	if !slices.Equal(j.notes, want) {
+		t.Errorf("noted:\n%s\nwant:\n%s", strings.Join(j.notes, "\n"), strings.Join(want, "\n"))
+	}
+}
+
+func cutOf(e cut.Effect) string {
+	if p, ok := e.(cut.SendPrepare); ok {
+		return p.Cut
+	}
+	return ""
+}
+
+// Who follows ends the cut of the one before, on hosts that come back late, and goes on.
+func TestResume(t *testing.T) {
+	for _, test := range []struct {
+		ordered, visible bool
+		epoch            cut.Epoch
+	}{{false, false, 255}, {true, false, 0}, {true, true, 0}} {
+		before, a, b := newCoordinator()
+		cfg := before.cfg
+		j := &book{}
+		cfg.Journal = j
+		away := 3
+		b.answer = func(_ cut.Effect, answers []cut.Event) []cut.Event {
+			if away--; away >= 0 {
+				return []cut.Event{cut.Failed{Cut: "c", Host: "b", Reason: "its agent has not connected"}}
+			}
+			return answers
+		}
+		c := Resume(cfg, cut.Note{Cut: "c", To: 0, Ordered: test.ordered}, test.visible)
+		if _, err := take(t.Context(), c, "d"); !errors.Is(err, cut.ErrBusy) {
+			t.Errorf("%+v: a cut beside the one before: %v", test, err)
+		}
+		if err := c.Finish(t.Context(), true); test.visible != (err == nil) || !test.visible && !errors.Is(err, ErrAborted) {
+			t.Errorf("%+v: %v", test, err)
+		}
+		if c.Epoch() != test.epoch || len(j.notes) != 1 || !strings.HasSuffix(j.notes[0], fmt.Sprintf("in %d halt true", test.epoch)) {
+			t.Errorf("%+v: epoch %d, noted %q", test, c.Epoch(), j.notes)
+		}
+		if want := 1; len(a.orders) != want {
+			t.Errorf("%+v: host a was told %d times, and answered once", test, len(a.orders))
+		}
+		if _, err := take(t.Context(), c, "d"); err != nil {
+			t.Errorf("%+v: the next cut: %v", test, err)
+		}
+	}
+	// A server that ends meanwhile leaves it to the next.
+	before, _, b := newCoordinator()
+	b.answer = func(cut.Effect, []cut.Event) []cut.Event { return nil }
+	cfg := before.cfg
+	cfg.Journal = &book{}
+	c := Resume(cfg, cut.Note{Cut: "c", To: 0, Ordered: true}, false)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := c.Finish(ctx, false); !errors.Is(err, context.Canceled) || len(cfg.Journal.(*book).notes) > 0 {
+		t.Error(err, cfg.Journal)
 	}
 }

@@ -50,6 +50,9 @@ type Config struct {
 	Epoch  Epoch               // of all nodes
 	Hosts  map[string][]string // the slice's nodes by host; a node's name is unique in the slice
 	Timing Timing
+	// Followed says that the slice had another coordinator before, which may have aborted a
+	// cut just now: the first cut waits for the quiet time.
+	Followed bool
 }
 
 // Coordinator takes the nodes of one slice from cut to cut. It lives as long as
@@ -75,6 +78,7 @@ type Coordinator struct {
 	drain    drain
 	retry    time.Duration // next repetition of a commit or abort
 	reason   string        // of the abort
+	unnoted  bool          // what was noted may be that an abort leads elsewhere
 }
 
 type set map[string]struct{}
@@ -88,7 +92,40 @@ func NewCoordinator(cfg Config) *Coordinator {
 			c.hosts[h] = slices.Sorted(slices.Values(nodes))
 		}
 	}
+	if cfg.Followed {
+		c.settled = c.timing.Quiet
+	}
 	return c
+}
+
+// Resume returns the coordinator of a slice whose coordinator before it died, or was
+// followed, in a cut: noted is what that one had noted last, and cfg.Epoch what the cut
+// began in. The effects end the cut on all hosts, wherever they are in it: by a commit if
+// the snapshot is visible, and else by an abort. Nothing can make it visible any more.
+//
+// All that has to be known is in what was noted before the first order to prepare, and
+// before the first to cut. The rest, repetitions included, is the same whoever orders it.
+func Resume(now time.Duration, cfg Config, noted Note, visible bool) (*Coordinator, []Effect) {
+	cfg.Followed = true
+	c := NewCoordinator(cfg)
+	c.settled += now
+	c.cut, c.last, c.to, c.left = noted.Cut, noted.Cut, noted.To, set{}
+	var effects []Effect
+	switch {
+	case visible:
+		effects = c.enter(now, PhaseCommit)
+		effects = append(effects, c.advance(now)...)
+	case noted.Ordered:
+		c.phase = PhaseCut
+		effects = c.abort(now, "its coordinator died")
+	default:
+		c.phase = PhasePrepare
+		effects = c.abort(now, "its coordinator died")
+	}
+	if c.phase != PhaseIdle {
+		c.deadline = now + c.timing.Return
+	}
+	return c, effects
 }
 
 func (t Timing) withDefaults() Timing {
@@ -98,6 +135,7 @@ func (t Timing) withDefaults() Timing {
 		Store:   cmp.Or(t.Store, 10*time.Minute),
 		Ack:     cmp.Or(t.Ack, 30*time.Second),
 		Retry:   cmp.Or(t.Retry, time.Second),
+		Return:  cmp.Or(t.Return, time.Minute),
 		Poll:    cmp.Or(t.Poll, 20*time.Millisecond),
 		Quiet:   cmp.Or(t.Quiet, time.Second),
 	}
@@ -207,6 +245,8 @@ func (c *Coordinator) Step(now time.Duration, ev Event) ([]Effect, error) {
 			}
 			return c.abort(now, fmt.Sprintf("%s: %s: %s", c.phase, who, ev.Reason)), nil
 		}
+	case NoteFailed:
+		return c.noteFailed(now, ev), nil
 	case Cancel:
 		if c.answers(ev.Cut, PhasePrepare, PhaseCut, PhaseDrain) {
 			return c.abort(now, ev.Reason), nil
@@ -245,9 +285,9 @@ func (c *Coordinator) enter(now time.Duration, p Phase) []Effect {
 	case PhasePrepare:
 		c.deadline = now + c.timing.Prepare
 		c.waiting = newSet(maps.Keys(c.hosts))
-		return c.each(func(h string) Effect {
+		return append([]Effect{Note{Cut: c.cut, To: c.to}}, c.each(func(h string) Effect {
 			return SendPrepare{Cut: c.cut, Host: h, From: c.epoch, To: c.to}
-		})
+		})...)
 	case PhaseCut:
 		c.deadline = now + c.hold
 		c.waiting = set{}
@@ -257,9 +297,9 @@ func (c *Coordinator) enter(now time.Duration, p Phase) []Effect {
 			}
 		}
 		c.unstored = maps.Clone(c.waiting)
-		return c.each(func(h string) Effect {
+		return append([]Effect{Note{Cut: c.cut, To: c.to, Ordered: true}}, c.each(func(h string) Effect {
 			return SendCut{Cut: c.cut, Host: h, Nodes: slices.Clone(c.hosts[h]), To: c.to}
-		})
+		})...)
 	case PhaseDrain:
 		// Only now may counters be read: what is counted as sent in the old epoch
 		// has stopped growing, on every host.
@@ -323,6 +363,10 @@ func (c *Coordinator) abort(now time.Duration, reason string) []Effect {
 func (c *Coordinator) tell(now time.Duration) []Effect {
 	c.retry = now + c.timing.Retry
 	var effects []Effect
+	if c.unnoted {
+		c.unnoted = false
+		effects = append(effects, Note{Cut: c.cut, To: c.epoch.Next()})
+	}
 	for _, h := range slices.Sorted(maps.Keys(c.waiting)) {
 		if c.phase == PhaseCommit {
 			effects = append(effects, SendCommit{Cut: c.cut, Host: h})
@@ -331,6 +375,28 @@ func (c *Coordinator) tell(now time.Duration) []Effect {
 		}
 	}
 	return effects
+}
+
+// noteFailed goes on without the orders that were to follow on what could not be noted.
+// Whether it is noted is not known.
+func (c *Coordinator) noteFailed(now time.Duration, ev NoteFailed) []Effect {
+	if ev.Cut != c.cut {
+		return nil
+	}
+	switch c.phase {
+	case PhasePrepare: // no host has heard of the cut
+		c.reason, c.to, c.phase = "note: "+ev.Reason, c.epoch, PhaseAbort
+		return c.end(now)
+	case PhaseCut:
+		// No node has been cut, so all may stay where they are. But who comes after this
+		// coordinator must not believe otherwise, once the first has been told to.
+		c.unnoted, c.phase = true, PhasePrepare
+		return c.abort(now, "note: "+ev.Reason)
+	case PhaseAbort:
+		c.unnoted = true
+		c.retry, c.deadline = now+c.timing.Retry, now+c.timing.Ack
+	}
+	return nil
 }
 
 func (c *Coordinator) end(now time.Duration) []Effect {
@@ -346,7 +412,7 @@ func (c *Coordinator) end(now time.Duration) []Effect {
 		d.Outcome, d.Reason, d.Lost = OutcomeAborted, c.reason, nil
 	}
 	c.phase, c.cut = PhaseIdle, ""
-	c.waiting, c.unstored, c.left, c.drain = nil, nil, nil, drain{}
+	c.waiting, c.unstored, c.left, c.drain, c.unnoted = nil, nil, nil, drain{}, false
 	return []Effect{d}
 }
 

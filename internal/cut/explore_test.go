@@ -116,7 +116,16 @@ func TestExplore(t *testing.T) {
 		{false, rules{name: "two cuts", hostOf: apart, frames: 1, cuts: 2}},
 		{false, rules{name: "a host dies", hostOf: apart, frames: 1, cuts: 1, deaths: 1}},
 		{false, rules{name: "a gate overflows", hostOf: apart, frames: 1, cuts: 1, limits: Limits{Bytes: 1}}},
+		{false, rules{name: "the coordinator dies", hostOf: apart, frames: 1, cuts: 1, crashes: 1}},
+		{false, rules{name: "the coordinator dies between two cuts", hostOf: apart, frames: 1, cuts: 2, crashes: 1, between: true}},
+		{true, rules{name: "the coordinator dies after an abort", hostOf: apart, frames: 1, cuts: 2, cancels: 1, crashes: 1, between: true}},
 
+		{true, rules{name: "the coordinator dies, two frames", hostOf: apart, frames: 2, cuts: 1, crashes: 1}},
+		{true, rules{name: "the coordinator dies twice", hostOf: apart, frames: 1, cuts: 1, crashes: 2}},
+		{true, rules{name: "the coordinator dies, then another cut", hostOf: apart, frames: 1, cuts: 2, crashes: 1}},
+		{true, rules{name: "the coordinator dies, and a write or step fails", hostOf: apart, frames: 1, cuts: 1, crashes: 1, failures: 1}},
+		{true, rules{name: "the coordinator and a host die", hostOf: apart, frames: 1, cuts: 1, crashes: 1, deaths: 1}},
+		{true, rules{name: "the coordinator of three hosts dies", hostOf: three, frames: 1, cuts: 1, crashes: 1}},
 		{true, rules{name: "newer frames trigger, two frames", hostOf: apart, frames: 2, cuts: 1, trigger: true}},
 		{true, rules{name: "one host, two frames", hostOf: []int{0, 0}, frames: 2, cuts: 1}},
 		{true, rules{name: "three frames", hostOf: apart, frames: 3, cuts: 1}},
@@ -177,6 +186,7 @@ func TestRandomWalks(t *testing.T) {
 		{name: "calm", hostOf: []int{0, 1, 2}, frames: 8, cuts: 3},
 		{name: "one host of two nodes", hostOf: []int{0, 0, 1}, frames: 8, cuts: 3, trigger: true},
 		{name: "trouble", hostOf: []int{0, 1, 2}, frames: 8, cuts: 4, reorder: true, losses: 2, deaths: 1, cancels: 1, failures: 1},
+		{name: "trouble, and the coordinator dies", hostOf: []int{0, 1, 2}, frames: 8, cuts: 4, reorder: true, losses: 2, deaths: 1, cancels: 1, failures: 1, crashes: 2},
 		{name: "trouble, and nodes that need not read", hostOf: []int{0, 1, 2}, frames: 8, cuts: 4, reorder: true, losses: 2, deaths: 1, cancels: 1, failures: 1, unread: true},
 	} {
 		t.Run(r.name, func(t *testing.T) {

@@ -77,6 +77,10 @@ type Failed struct{ Cut, Host, Node, Reason string }
 // HostDown says that a host and its nodes are gone. It is no longer of the slice.
 type HostDown struct{ Host, Reason string }
 
+// NoteFailed says, before anything else is, that what [Note] asks for was not written
+// down, or may not have been. The effects after it were not carried out.
+type NoteFailed struct{ Cut, Reason string }
+
 // Cancel asks for an abort. A snapshot that is being sealed is past it.
 type Cancel struct{ Cut, Reason string }
 
@@ -103,6 +107,7 @@ func (Committed) event()  {}
 func (Aborted) event()    {}
 func (Failed) event()     {}
 func (HostDown) event()   {}
+func (NoteFailed) event() {}
 func (Cancel) event()     {}
 func (Join) event()       {}
 func (Leave) event()      {}
@@ -112,6 +117,16 @@ func (Tick) event()       {}
 // one host must reach it in the order in which they were given; those on
 // different hosts, and Seal, may be carried out at once.
 type Effect interface{ effect() }
+
+// Note asks that what [Resume] takes be written down, in the place of what was, before
+// any of the effects after it is carried out; if that fails they are not, and
+// [NoteFailed] says so. Who is not the slice's coordinator any more must not be able to
+// write it, nor to carry out Seal.
+type Note struct {
+	Cut     string
+	To      Epoch // where the cut leads
+	Ordered bool  // hosts may have been ordered to cut, so that an abort leads to To as well
+}
 
 // SendPrepare asks a host to get ready; answered by [Prepared] or [Failed].
 type SendPrepare struct {
@@ -159,7 +174,7 @@ type SendAbort struct {
 	To        Epoch
 }
 
-// Done ends a cut.
+// Done ends a cut. With its epoch noted, what was noted of it may be forgotten.
 type Done struct {
 	Cut     string
 	Outcome Outcome
@@ -177,6 +192,7 @@ type ChannelLoss struct {
 	Frames uint64
 }
 
+func (Note) effect()        {}
 func (SendPrepare) effect() {}
 func (SendCut) effect()     {}
 func (SendPoll) effect()    {}
@@ -213,6 +229,9 @@ type Timing struct {
 	Store   time.Duration // from the last node's cut until its state is stored and the channels are drained; 10 min
 	Ack     time.Duration // for hosts to answer a commit or abort; then they are left out; 30 s
 	Retry   time.Duration // between repetitions of a commit or abort; 1 s
+	// Return is Ack for a coordinator that resumes another one's cut, to which hosts have
+	// to find the way first; 1 min.
+	Return time.Duration
 
 	// Poll is from the end of one round of counters to the start of the next; 20 ms.
 	Poll time.Duration

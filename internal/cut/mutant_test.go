@@ -45,6 +45,14 @@ const (
 	flawLatePrepare
 	flawStaleCommit
 
+	// A coordinator that follows another.
+	flawNoteLate
+	flawResumeBack
+	flawResumeForward
+	flawResumeAbort
+	flawFollowAtOnce
+	flawNoTerm
+
 	// No flaws: see TestNoMatter.
 	sameFlipAfterCapture
 	sameCaptureBeforeFlush
@@ -58,6 +66,8 @@ func TestMutants(t *testing.T) {
 		twice    = rules{hostOf: []int{0, 1}, frames: 1, cuts: 2}
 		again    = rules{hostOf: []int{0, 1}, frames: 1, cuts: 2, cancels: 1}
 		repeated = rules{hostOf: []int{0, 1}, frames: 1, cuts: 2, timeouts: 1}
+		crash    = rules{hostOf: []int{0, 1}, frames: 1, cuts: 1, crashes: 1}
+		between  = rules{hostOf: []int{0, 1}, frames: 1, cuts: 2, cancels: 1, crashes: 1, between: true}
 	)
 	const (
 		orphan   = "but not sent in"          // received, or recorded, and never sent
@@ -68,6 +78,7 @@ func TestMutants(t *testing.T) {
 		epochs   = "is in epoch"              // nodes in two epochs
 		counts   = "are reported lost"        // the count of lost frames is wrong
 		failed   = "though nothing was wrong" // no snapshot
+		still    = "is still in a cut"        // and nobody ends it
 	)
 	for _, m := range []struct {
 		flaw  flaw
@@ -105,6 +116,13 @@ func TestMutants(t *testing.T) {
 		{flawNoQuiet, "a cut follows on an abort at once", again, missing},
 		{flawLatePrepare, "a host says that it counts before it does", twice, counts},
 		{flawStaleCommit, "a host obeys a late repetition of an earlier cut's order", repeated, ""},
+
+		{flawNoteLate, "what a coordinator knows is noted after its orders, not before", crash, still},
+		{flawResumeBack, "who follows takes a cut that was ordered for one that was not", crash, ""},
+		{flawResumeForward, "and the other way round", crash, epochs},
+		{flawResumeAbort, "who follows aborts a cut whose snapshot is visible", crash, "its snapshot visible: true"},
+		{flawFollowAtOnce, "who follows on an abort begins a cut at once", between, missing},
+		{flawNoTerm, "hosts obey a coordinator that was followed", crash, still},
 	} {
 		t.Run(m.what, func(t *testing.T) {
 			if m.flaw == flawStaleCommit && !long() {

@@ -120,6 +120,14 @@ func (tr *transcript) do(t *testing.T, f []string) string {
 	case "stats":
 		return fmt.Sprintf("%+v, %d held now\n", tr.gate.Stats(), tr.gate.Held())
 
+	case "resume": // the cut noted, at the slice's epoch
+		n := Note{Cut: arg(1), To: Epoch(options["to"]), Ordered: slices.Contains(f, "ordered")}
+		cfg := Config{Epoch: tr.coord.Epoch(), Hosts: tr.coord.hosts}
+		var effects []Effect
+		tr.coord, effects = Resume(tr.now, cfg, n, slices.Contains(f, "visible"))
+		return tr.say(effects)
+	case "note-failed":
+		return tr.step(NoteFailed{Cut: arg(1), Reason: rest(2)})
 	case "slice":
 		cfg := Config{Epoch: Epoch(options["epoch"]), Hosts: map[string][]string{}}
 		for _, o := range f[1:] {
@@ -219,9 +227,19 @@ func (tr *transcript) step(ev Event) string {
 	if err != nil {
 		return fail(err)
 	}
+	return tr.say(effects)
+}
+
+func (tr *transcript) say(effects []Effect) string {
 	var b strings.Builder
 	for _, e := range effects {
 		switch e := e.(type) {
+		case Note:
+			fmt.Fprintf(&b, "note %s, to epoch %d", e.Cut, e.To)
+			if e.Ordered {
+				b.WriteString(", ordered")
+			}
+			b.WriteByte('\n')
 		case SendPrepare:
 			fmt.Fprintf(&b, "to %s: prepare %s, from epoch %d to %d\n", e.Host, e.Cut, e.From, e.To)
 		case SendCut:

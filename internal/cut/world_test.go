@@ -54,6 +54,7 @@ type node struct {
 	plan  []Step           // what is left of the cut or its abort
 	micro uint8            // parts of plan[0] that are done
 	begun Step             // last step of a cut that was begun
+	to    Epoch            // where the plan leads
 	abort bool             // the plan is that of an abort
 	snap  [2]uint8         // sent and received as captured
 	took  bool             // captured
@@ -75,6 +76,9 @@ type host struct {
 	alive    bool
 	detected bool     // the coordinator knows it is not
 	down     []Effect // orders under way to it
+	stale    []Effect // those of a coordinator that was followed
+	obeys    bool     // the one that followed has been heard of
+	cut      string   // the cut that it takes part in; "" for none
 	counted  uint8    // epochs that it counts, as bits modulo 8
 	sent     [maxNodes][8]uint8
 	received [maxNodes][8]uint8
@@ -102,14 +106,16 @@ type rules struct {
 	losses   int // frames the network may lose
 	deaths   int // hosts that may die
 	cancels  int
-	failures int // steps of nodes, or seals, that may fail
-	timeouts int // deadlines that may pass though all is well
+	failures int  // steps of nodes, or seals, that may fail
+	timeouts int  // deadlines that may pass though all is well
+	crashes  int  // of the coordinator, which another one follows
+	between  bool // only between two cuts
 	flaw     flaw
 }
 
 // calm tells whether nothing can go wrong but on the network.
 func (r *rules) calm() bool {
-	return r.deaths+r.cancels+r.failures+r.timeouts == 0 && r.limits == Limits{}
+	return r.deaths+r.cancels+r.failures+r.timeouts+r.crashes == 0 && r.limits == Limits{}
 }
 
 // alike tells whether every node has a host of its own.
@@ -124,32 +130,38 @@ func (r *rules) alike() bool {
 
 // world is one state. It is copied by clone; what a copy shares is never changed in place.
 type world struct {
-	r      *rules
-	nodes  [maxNodes]node
-	hosts  [maxNodes]host
-	net    [maxNodes][maxNodes]queue
-	coord  *Coordinator
-	asKey  string // of coord
-	now    time.Duration
-	cutID  int
-	seal   *Seal
-	begun  int
-	ended  int
-	frames int
-	src    [maxFrames]uint8
-	dst    [maxFrames]uint8
-	stamp  [maxFrames]Epoch
-	left   uint8 // frames that were stamped
-	placed uint8 // frames that reached rx
-	lost   uint8 // by the network or with a host
-	astray uint8 // by the network
+	r     *rules
+	nodes [maxNodes]node
+	hosts [maxNodes]host
+	net   [maxNodes][maxNodes]queue
+	coord *Coordinator
+	asKey string // of coord
+	now   time.Duration
+	cutID int
+	seal  *Seal
+	begun int
 
-	losses, deaths, cancels, failures, timeouts int
+	todo    []Effect            // of the coordinator, not carried out yet
+	noted   Note                // of the cut that runs
+	settled Epoch               // as noted when the last cut ended
+	members map[string][]string // ditto
+	visible string              // the snapshot that was sealed last
+	ended   int
+	frames  int
+	src     [maxFrames]uint8
+	dst     [maxFrames]uint8
+	stamp   [maxFrames]Epoch
+	left    uint8 // frames that were stamped
+	placed  uint8 // frames that reached rx
+	lost    uint8 // by the network or with a host
+	astray  uint8 // by the network
+
+	losses, deaths, cancels, failures, timeouts, crashes int
 }
 
 // timing: one unit is the time between two rounds. A frame may be under way
 // for at most one of them, so two are quiet.
-var exploreTiming = Timing{Prepare: 1000, Cut: 1000, Store: 1000, Ack: 15, Retry: 10, Poll: 1, Quiet: 2}
+var exploreTiming = Timing{Prepare: 1000, Cut: 1000, Store: 1000, Ack: 15, Return: 15, Retry: 10, Poll: 1, Quiet: 2}
 
 func newWorld(r *rules) *world {
 	w := &world{r: r}
@@ -160,6 +172,7 @@ func newWorld(r *rules) *world {
 		w.hosts[h].counted = 1 << (255 % 8)
 		hosts[hostName(h)] = append(hosts[hostName(h)], nodeName(i))
 	}
+	w.settled, w.members = 255, hosts
 	w.coord = NewCoordinator(Config{Epoch: 255, Hosts: hosts, Timing: exploreTiming}) // so that it wraps
 	return w
 }
@@ -204,6 +217,11 @@ const (
 	opDetect      // and the coordinator learns of it
 	opCancel
 	opLate // host a begins to count (flawLatePrepare)
+
+	opEffect   // the coordinator's next effect is carried out
+	opNoteFail // or is a note that cannot be written, or for a=1 cannot be told to be
+	opCrash    // the coordinator dies, and another follows; for a=1 the seal was carried out
+	opStale    // host a takes an order of the coordinator that was followed
 )
 
 type action struct{ op, a, b, c uint8 }
@@ -253,6 +271,14 @@ func (x action) String() string {
 		return "the cut is cancelled"
 	case opLate:
 		return "host " + h + " begins to count"
+	case opEffect:
+		return "the coordinator does the next thing"
+	case opNoteFail:
+		return "the coordinator cannot write its note"
+	case opCrash:
+		return "the coordinator dies, and another follows"
+	case opStale:
+		return "host " + h + " takes an order of the coordinator before"
 	}
 	return "?"
 }
@@ -266,10 +292,24 @@ func (x action) String() string {
 // can hit or prevent is not tried alone.
 func (w *world) actions() []action {
 	var as []action
+	if len(w.todo) > 0 {
+		as = append(as, action{op: uint8(opEffect)})
+		if _, note := w.todo[0].(Note); note && w.failures < w.r.failures {
+			as = append(as, action{op: uint8(opNoteFail)}, action{op: uint8(opNoteFail), a: 1})
+		}
+		if w.mayCrash() {
+			as = append(as, action{op: uint8(opCrash)})
+		}
+		return as
+	}
 	calm := w.r.calm()
 	last := w.begun == w.r.cuts
 	if !last && w.coord.phase == PhaseIdle && len(w.coord.hosts) > 0 {
-		return []action{{op: uint8(opBegin)}} // no frame and no host knows of it yet
+		as = append(as, action{op: uint8(opBegin)}) // no frame and no host knows of it yet
+		if w.begun > 0 && w.crashes < w.r.crashes {
+			as = append(as, action{op: uint8(opCrash)})
+		}
+		return as
 	}
 	for i := range w.r.hostOf {
 		n := &w.nodes[i]
@@ -339,6 +379,9 @@ func (w *world) actions() []action {
 		if h.alive && len(h.down) > 0 {
 			add(opOrder, a)
 		}
+		if h.alive && len(h.stale) > 0 {
+			add(opStale, a)
+		}
 		if h.alive && h.polling {
 			add(opCount, a)
 		}
@@ -402,6 +445,12 @@ func (w *world) actions() []action {
 	if w.seal != nil && w.failures < w.r.failures {
 		add(opSealFail)
 	}
+	if w.mayCrash() {
+		add(opCrash)
+		if w.seal != nil {
+			add(opCrash, 1)
+		}
+	}
 	if w.cancels < w.r.cancels && w.coord.phase != PhaseIdle {
 		add(opCancel)
 	}
@@ -411,6 +460,9 @@ func (w *world) actions() []action {
 	}
 	return as
 }
+
+// mayCrash tells whether the coordinator may die in a cut.
+func (w *world) mayCrash() bool { return w.crashes < w.r.crashes && !w.r.between }
 
 func (w *world) deadUnknown(a int) bool {
 	h := &w.hosts[a]
@@ -515,7 +567,28 @@ func (w *world) apply(x action) {
 	case opOrder:
 		order := h.down[0]
 		h.down = slices.Clone(h.down[1:])
+		h.obeys = w.crashes > 0
 		w.order(a, order)
+	case opStale:
+		order := h.stale[0]
+		h.stale = slices.Clone(h.stale[1:])
+		if !h.obeys || w.r.flaw == flawNoTerm {
+			w.order(a, order)
+		}
+	case opEffect:
+		e := w.todo[0]
+		w.todo = slices.Clone(w.todo[1:])
+		w.carryOut(e)
+	case opNoteFail:
+		w.failures++
+		if a == 1 {
+			w.noted = w.todo[0].(Note)
+		}
+		w.todo = nil
+		w.step(NoteFailed{Cut: w.cut(), Reason: "it broke"})
+	case opCrash:
+		w.crashes++
+		w.follow(a == 1)
 	case opStep:
 		w.part(a)
 	case opFail:
@@ -528,7 +601,7 @@ func (w *world) apply(x action) {
 	case opCount:
 		w.count(a)
 	case opSeal:
-		w.seal = nil
+		w.seal, w.visible = nil, w.cut()
 		w.step(Sealed{Cut: w.cut()})
 	case opSealFail:
 		w.failures++
@@ -585,24 +658,80 @@ func (w *world) step(ev Event) {
 	effects, err := w.coord.Step(w.now, ev)
 	w.asKey = string(w.coord.key(nil, w.now))
 	w.must(err == nil, "refused: %v", err)
-	for _, e := range effects {
-		switch e := e.(type) {
-		case Seal:
-			w.seal = &e
-			w.check(e)
-		case Done:
-			w.ended++
-			w.must(e.Outcome == OutcomeCommitted || !w.r.calm(), "the cut is aborted though nothing was wrong: %s", e.Reason)
-			w.age() // what is under way now will not be for another quiet time
-			for _, name := range e.Left {
-				w.must(!w.hosts[hostIndex(name)].alive || w.timeouts > 0, "host %s is left out, but alive", name)
-			}
-		default:
-			h := &w.hosts[hostIndex(hostOfEffect(e))]
-			if h.alive {
-				h.down = append(slices.Clone(h.down), e)
-			}
+	if w.r.flaw == flawNoteLate && len(effects) > 1 {
+		if n, ok := effects[0].(Note); ok {
+			effects = append(slices.Clone(effects[1:]), n)
 		}
+	}
+	if w.mayCrash() || w.failures < w.r.failures {
+		w.todo = append(slices.Clone(w.todo), effects...) // one by one: see actions
+		return
+	}
+	for _, e := range effects {
+		w.carryOut(e)
+	}
+}
+
+func (w *world) carryOut(e Effect) {
+	switch e := e.(type) {
+	case Note:
+		w.noted = e
+	case Seal:
+		w.seal = &e
+		w.check(e)
+	case Done:
+		w.ended++
+		w.must(e.Outcome == OutcomeCommitted || !w.r.calm(), "the cut is aborted though nothing was wrong: %s", e.Reason)
+		w.must((e.Outcome == OutcomeCommitted) == (w.visible == e.Cut), "the cut is %s, and its snapshot visible: %t", e.Outcome, w.visible == e.Cut)
+		w.age() // what is under way now will not be for another quiet time
+		for _, name := range e.Left {
+			w.must(!w.hosts[hostIndex(name)].alive || w.timeouts > 0, "host %s is left out, but alive", name)
+		}
+		w.noted, w.settled, w.members = Note{}, e.Epoch, maps.Clone(w.coord.hosts)
+	default:
+		h := &w.hosts[hostIndex(hostOfEffect(e))]
+		if h.alive {
+			h.down = append(slices.Clone(h.down), e)
+		}
+	}
+}
+
+// follow has another coordinator take the place of the one that died, of which it knows
+// what was noted, and whether the snapshot is visible.
+func (w *world) follow(sealed bool) {
+	if sealed {
+		w.visible = w.cut()
+	}
+	w.seal, w.todo = nil, nil
+	for a := range w.hosts {
+		h := &w.hosts[a]
+		if h.obeys {
+			h.stale = nil // it refuses them from now on
+		}
+		h.stale, h.down, h.obeys = slices.Concat(h.stale, h.down), nil, false
+	}
+	cfg := Config{Epoch: w.settled, Hosts: w.members, Timing: exploreTiming, Followed: w.r.flaw != flawFollowAtOnce}
+	if w.noted == (Note{}) {
+		w.coord = NewCoordinator(cfg)
+		w.coord.settled += w.now
+		w.ended = w.begun // nobody has heard of one that is not noted, or it has ended
+		w.asKey = string(w.coord.key(nil, w.now))
+		return
+	}
+	n, visible := w.noted, w.visible == w.cut()
+	switch w.r.flaw {
+	case flawResumeBack:
+		n.Ordered = false
+	case flawResumeForward:
+		n.Ordered = true
+	case flawResumeAbort:
+		visible = false
+	}
+	var effects []Effect
+	w.coord, effects = Resume(w.now, cfg, n, visible)
+	w.asKey = string(w.coord.key(nil, w.now))
+	for _, e := range effects {
+		w.carryOut(e)
 	}
 }
 
@@ -722,7 +851,7 @@ func (w *world) judge(i int, f frame) {
 		w.step(Failed{Cut: w.cut(), Host: hostName(w.r.hostOf[i]), Node: nodeName(i), Reason: err.Error()})
 	}
 	if v.Newer && w.r.trigger && n.begun == 0 && !n.abort && w.coord.phase == PhaseCut {
-		n.plan = w.steps()
+		n.plan, n.to = w.steps(), w.coord.to
 	}
 }
 
@@ -774,17 +903,26 @@ func (w *world) order(a int, e Effect) {
 		} else {
 			h.counted |= 1 << (e.To % 8)
 		}
+		h.cut = e.Cut
 		w.step(Prepared{Cut: e.Cut, Host: name})
 	case SendCut:
+		if h.cut != e.Cut {
+			return
+		}
 		for _, s := range e.Nodes {
 			n := &w.nodes[nodeIndex(s)]
-			if n.begun == 0 && len(n.plan) == 0 { // else it was triggered
-				n.plan, n.micro = w.steps(), 0
+			if n.begun == 0 && len(n.plan) == 0 && !n.abort { // else it was triggered
+				n.plan, n.micro, n.to = w.steps(), 0, e.To
 			}
 		}
 	case SendPoll:
-		h.polling, h.poll, h.half = true, e, false
+		if h.cut == e.Cut {
+			h.polling, h.poll, h.half = true, e, false
+		}
 	case SendCollect:
+		if h.cut != e.Cut {
+			return
+		}
 		for i := range w.r.hostOf {
 			if w.r.hostOf[i] == a {
 				w.ownGate(i).StopRecording()
@@ -795,6 +933,7 @@ func (w *world) order(a int, e Effect) {
 		if e.Cut != w.cut() && w.r.flaw != flawStaleCommit {
 			return // said again, and heard after the next cut has begun
 		}
+		h.cut = ""
 		h.counted = 1 << (w.coord.to % 8)
 		for i := range w.r.hostOf {
 			if w.r.hostOf[i] == a {
@@ -811,6 +950,10 @@ func (w *world) order(a int, e Effect) {
 
 func (w *world) abortHost(a int, e SendAbort) {
 	h := &w.hosts[a]
+	if h.cut != e.Cut {
+		w.step(Aborted{Cut: e.Cut, Host: hostName(a)}) // it has been, or never took part
+		return
+	}
 	h.polling = false
 	busy := false
 	for i := range w.r.hostOf {
@@ -823,6 +966,7 @@ func (w *world) abortHost(a int, e SendAbort) {
 			n.took = false
 			n.micro = 0
 			n.plan = nil
+			n.to = e.To
 			w.ownGate(i).StopRecording()
 			if e.To != w.coord.epoch {
 				n.plan = AbortSteps(n.begun)
@@ -834,8 +978,15 @@ func (w *world) abortHost(a int, e SendAbort) {
 		busy = busy || len(n.plan) > 0
 	}
 	if !busy {
-		w.step(Aborted{Cut: e.Cut, Host: hostName(a)})
+		w.aborted(a)
 	}
+}
+
+// aborted says that a host has aborted its cut.
+func (w *world) aborted(a int) {
+	id := w.hosts[a].cut
+	w.hosts[a].cut = ""
+	w.step(Aborted{Cut: id, Host: hostName(a)})
 }
 
 // part does one part of a node's step.
@@ -894,7 +1045,7 @@ func (w *world) part(i int) {
 			return
 		}
 	}
-	w.step(Aborted{Cut: w.cut(), Host: hostName(w.r.hostOf[i])})
+	w.aborted(w.r.hostOf[i])
 }
 
 // takeBack empties the queue to a node that does not read it.
@@ -924,7 +1075,7 @@ func (w *world) flipTo(n *node) Epoch {
 	if n.abort && w.r.flaw == flawAbortBack {
 		return w.coord.epoch
 	}
-	return w.coord.to
+	return n.to
 }
 
 // open releases what the gate holds.
@@ -1033,6 +1184,7 @@ func (w *world) checkEnd() {
 			continue
 		}
 		who := nodeName(i)
+		w.must(w.hosts[w.r.hostOf[i]].cut == "", "host %s is still in a cut", hostName(w.r.hostOf[i]))
 		w.must(n.running, "%s does not run", who)
 		w.must(len(n.gate.held) == 0, "%s's gate still holds %d frames", who, len(n.gate.held))
 		w.must(!n.gate.closed && !n.color.closed, "%s's gate is closed", who)
@@ -1136,10 +1288,12 @@ func (w *world) key(b []byte) []byte {
 		h := &w.hosts[a]
 		flag(h.alive, h.detected, h.polling, h.half, h.polling && h.poll.Round == w.coord.drain.round, h.prepare != nil)
 		b = append(b, h.counted, h.early, byte(len(h.down)))
-		for _, e := range h.down {
+		flag(h.obeys, h.cut != "")
+		b = append(b, byte(len(h.stale)))
+		for _, e := range slices.Concat(h.down, h.stale) {
 			switch e := e.(type) {
 			case SendPrepare:
-				b = append(b, 'p')
+				b = append(b, 'p', e.Cut[len(e.Cut)-1])
 			case SendCut:
 				b = append(b, 'c')
 			case SendPoll:
@@ -1166,7 +1320,20 @@ func (w *world) key(b []byte) []byte {
 			q(w.net[a][x])
 		}
 	}
-	flag(w.seal != nil)
+	flag(w.seal != nil, w.visible == w.cut(), w.noted != Note{}, w.noted.Ordered)
+	b = append(b, byte(w.settled), byte(len(w.members)), byte(w.crashes), byte(len(w.todo)))
+	for _, e := range w.todo {
+		switch e.(type) {
+		case Note:
+			b = append(b, 'n')
+		case Seal:
+			b = append(b, 's')
+		case Done:
+			b = append(b, 'd')
+		default:
+			b = append(b, 'o', hostOfEffect(e)[0])
+		}
+	}
 	b = append(b, byte(w.begun), byte(w.ended), byte(w.frames), w.left, w.placed, w.lost, w.astray)
 	for id := range w.frames {
 		b = append(b, w.src[id], w.dst[id], byte(w.stamp[id]))

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -63,11 +64,34 @@ func (s *Server) noteUp(ctx context.Context, sl *slice) error {
 	})
 }
 
-// noteEpoch notes where a cut has led to.
-func (s *Server) noteEpoch(ctx context.Context, sl *slice) error {
-	return s.note(ctx, sl, func(r *catalog.Run) {
-		r.Epoch = uint8(sl.coord.Epoch())
-		r.Origin, r.Head = sl.getHead()
+// journal is the [coordinator.Journal] of a slice: part of its note.
+type journal struct {
+	s  *Server
+	sl *slice
+}
+
+// Note implements [coordinator.Journal].
+func (j journal) Note(ctx context.Context, n cut.Note, halt bool) error {
+	return j.s.note(ctx, j.sl, func(r *catalog.Run) {
+		c := &catalog.RunCut{ID: n.Cut, To: uint8(n.To), Ordered: n.Ordered, Halt: halt, Began: time.Now()}
+		if r.Cut != nil && r.Cut.ID == c.ID {
+			c.Began = r.Cut.Began
+		}
+		r.Cut, r.Epoch = c, uint8(n.To-1)
+	})
+}
+
+// End implements [coordinator.Journal].
+func (j journal) End(ctx context.Context, d cut.Done, halt bool) error {
+	return j.s.note(ctx, j.sl, func(r *catalog.Run) {
+		if r.Cut == nil || r.Cut.ID != d.Cut {
+			return // the next one has begun already
+		}
+		r.Cut, r.Epoch = nil, uint8(d.Epoch)
+		r.Lost = append(slices.Clone(r.Lost), d.Left...)
+		if d.Outcome == cut.OutcomeCommitted {
+			r.Head, r.Origin, r.Halted = d.Cut, "", halt
+		}
 	})
 }
 
@@ -119,10 +143,10 @@ func hubRuns(noted map[string]*catalog.Run) (runs []remote.Run) {
 // adopt goes on with slices that servers before this one have left running. Those of
 // their hosts that do not come back in time are lost, like any host that is away for so
 // long.
-func (s *Server) adopt(noted map[string]*catalog.Run) error {
+func (s *Server) adopt(ctx context.Context, noted map[string]*catalog.Run) error {
 	var all []*slice
 	for _, name := range slices.Sorted(maps.Keys(noted)) {
-		sl, err := s.adopted(noted[name])
+		sl, err := s.adopted(ctx, noted[name])
 		if err != nil {
 			return fmt.Errorf("go on with slice %q: %w", name, err)
 		}
@@ -136,7 +160,7 @@ func (s *Server) adopt(noted map[string]*catalog.Run) error {
 }
 
 // adopted makes a slice of its note.
-func (s *Server) adopted(r *catalog.Run) (*slice, error) {
+func (s *Server) adopted(ctx context.Context, r *catalog.Run) (*slice, error) {
 	topo, err := topology.Parse("note of slice "+r.Slice, []byte(r.Topology))
 	if err != nil {
 		return nil, err
@@ -162,9 +186,52 @@ func (s *Server) adopted(r *catalog.Run) (*slice, error) {
 	if w := r.Waiting; w != nil {
 		sl.waiting = &waiting{snapshot: w.Snapshot, clock: w.Clock, begun: w.Begun}
 	}
-	sl.coord = coordinator.New(s.coordination(sl, cut.Epoch(r.Epoch)))
 	s.remember(sl, r)
+	cfg := s.coordination(sl, cut.Epoch(r.Epoch))
+	cfg.Followed, cfg.Lost = true, r.Lost
+	if r.Cut == nil {
+		sl.coord = coordinator.New(cfg)
+		return sl, nil
+	}
+	// Its snapshot's document is what decides, and nobody writes it any more.
+	visible, err := s.visible(ctx, r.Slice, r.Cut.ID)
+	if err != nil {
+		return nil, err
+	}
+	if visible {
+		sl.setHead(r.Slice, r.Cut.ID)
+	}
+	sl.coord = coordinator.Resume(cfg, cut.Note{Cut: r.Cut.ID, To: cut.Epoch(r.Cut.To), Ordered: r.Cut.Ordered}, visible)
 	return sl, nil
+}
+
+// visible tells whether there is a snapshot.
+func (s *Server) visible(ctx context.Context, slice, id string) (bool, error) {
+	_, err := s.catalog.Get(ctx, slice, id)
+	if errors.Is(err, catalog.ErrNotFound) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// finishCut ends the cut that was under way, if one was, and tells how.
+func (s *Server) finishCut(sl *slice) string {
+	sl.noting.Lock()
+	r := sl.noted
+	sl.noting.Unlock()
+	if r == nil || r.Cut == nil {
+		return ""
+	}
+	err := sl.coord.Finish(s.life, r.Cut.Halt)
+	switch {
+	case err == nil:
+		s.noteHead(context.WithoutCancel(s.life), sl)
+		return "; the cut that was under way is committed: " + r.Cut.ID
+	case errors.Is(err, coordinator.ErrAborted):
+		return "; the cut that was under way is aborted: " + r.Cut.ID
+	}
+	s.log.Error("the cut that was under way has not ended", "slice", r.Slice, "cut", r.Cut.ID, "err", err)
+	return ""
 }
 
 // remember says what is noted of a slice, or is about to be. When the slice is closed it
@@ -200,15 +267,18 @@ func (s *Server) awaitHosts(sl *slice) {
 		}
 	}
 	s.tell(events.Event{Slice: name, Kind: events.ServerReturned, Text: "the server before had ended; the slice waits for the agents of its hosts: " + strings.Join(away, " ")})
+	how := make(chan string, 1) // the hosts that are back need not wait for the others
+	go func() { how <- s.finishCut(sl) }()
 	for _, a := range sl.agents {
 		if a, ok := a.(*remote.Agent); ok && !a.AwaitConnected(s.life) {
+			<-how
 			return // it is taken down, or the server ends
 		}
 	}
 	if err := s.goOnFollowing(s.life, sl); err != nil && s.life.Err() == nil && !sl.isStopped() {
 		s.log.Error("memory that followed to nodes of a slice when the server before ended does not follow on", "slice", name, "err", err)
 	}
-	s.tell(events.Event{Slice: name, Kind: events.Adopted, Text: "all of its hosts are back"})
+	s.tell(events.Event{Slice: name, Kind: events.Adopted, Text: "all of its hosts are back" + <-how})
 	if err := s.finish(sl); err != nil && s.life.Err() == nil && !sl.isStopped() {
 		s.log.Error("what the server before had begun with a slice is not finished", "slice", name, "err", err)
 	}

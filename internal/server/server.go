@@ -54,6 +54,9 @@ type Config struct {
 	// Leave, at the end, tells whether what runs on hosts that have joined is left to the
 	// next server; nil for no.
 	Leave func() bool
+	// Passed is told of the steps of cuts ([coordinator.Config.Passed], and "packed": a
+	// snapshot's pages are stored, and it is not visible yet), for tests. Nil for none.
+	Passed func(step string)
 }
 
 // Server implements the API. It holds the slices that run.
@@ -163,7 +166,7 @@ func take(ctx context.Context, config Config, led *metadata.Leadership) (*Server
 		err = s.listen(ctx, hubRuns(noted))
 	}
 	if err == nil {
-		err = s.adopt(noted)
+		err = s.adopt(ctx, noted)
 	}
 	if err != nil {
 		s.leaveRuns()

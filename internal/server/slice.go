@@ -69,7 +69,8 @@ func newSlice(topo *topology.Topology) *slice {
 // coordination is what a slice's coordinator finds.
 func (s *Server) coordination(sl *slice, epoch cut.Epoch) coordinator.Config {
 	return coordinator.Config{
-		Slice: sl.topo.Slice, Epoch: epoch, Hosts: sl.hosts(), Nodes: sl.nodesByHost(), Networks: sl.networks(), Logger: s.log,
+		Slice: sl.topo.Slice, Epoch: epoch, Hosts: sl.hosts(), Nodes: sl.nodesByHost(), Networks: sl.networks(),
+		Journal: journal{s, sl}, Passed: s.cfg.Passed, Logger: s.log,
 	}
 }
 
@@ -455,6 +456,13 @@ func (sl *slice) paused() bool {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()
 	return sl.waiting != nil
+}
+
+// waitsAt tells whether the slice waits to be continued from a snapshot.
+func (sl *slice) waitsAt(ref string) bool {
+	sl.mu.Lock()
+	defer sl.mu.Unlock()
+	return sl.waiting != nil && sl.waiting.snapshot == ref
 }
 
 // message is the slice as the API tells it.

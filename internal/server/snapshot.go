@@ -136,16 +136,11 @@ func (s *Server) take(ctx context.Context, sl *slice, req *violinv1.SnapshotRequ
 			return s.seal(ctx, sl, snap, session, began, hosts, lost, drained)
 		},
 	})
-	if err == nil {
-		sl.setHead(snap.Slice, id)
-	}
-	if err := s.noteEpoch(context.WithoutCancel(ctx), sl); err != nil {
-		s.log.Error("the end of a cut is not noted", "slice", sl.topo.Slice, "err", err)
-	}
 	if err != nil {
 		return nil, err
 	}
 	release(context.WithoutCancel(ctx))
+	sl.setHead(snap.Slice, id)
 	s.noteHead(context.WithoutCancel(ctx), sl)
 	return snap, nil
 }
@@ -224,6 +219,9 @@ func (s *Server) seal(ctx context.Context, sl *slice, snap *catalog.Snapshot, se
 	return session.Commit(ctx, func(ctx context.Context) error {
 		snap.Created = time.Now()
 		snap.Totals.Duration = snap.Created.Sub(began)
+		if s.cfg.Passed != nil {
+			s.cfg.Passed("packed")
+		}
 		return s.catalog.Put(ctx, snap)
 	})
 }

@@ -282,6 +282,11 @@ func (s *Server) needed(snap *catalog.Snapshot) string {
 	if s.followed[snap.Ref()] > 0 {
 		return "its memory still follows to nodes that run"
 	}
+	for name, sl := range s.slices {
+		if sl != nil && sl.waitsAt(snap.Ref()) {
+			return fmt.Sprintf("slice %q is paused at it", name)
+		}
+	}
 	return ""
 }
 

@@ -16,8 +16,10 @@ import (
 type running struct {
 	Name, Head, Origin string
 	Suspended, Paused  bool
+	Cutting            bool
 	Nodes              []struct {
 		Name, State, PID, Host string
+		Epoch                  int
 		Interfaces             []struct{ Address, MAC string }
 	}
 }
