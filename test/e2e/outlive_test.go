@@ -147,6 +147,12 @@ func (o *outlive) snapshot() string {
 // the machines' devices as they were before.
 func newOutlive(t *testing.T) (_ *outlive, devices map[string][]string) {
 	t.Helper()
+	return newOutliveBy(t, func(o *outlive) { o.serve() }, "7000")
+}
+
+// newOutliveBy is newOutlive with servers at ports, which serve starts.
+func newOutliveBy(t *testing.T, serve func(*outlive), ports ...string) (_ *outlive, devices map[string][]string) {
+	t.Helper()
 	dirs, dir := begin(t)
 	l, err := lab.New(t.Context(), lab.Config{
 		Sites:  []lab.Site{{Name: "west", Hosts: []string{"alpha", "beta", "office"}}},
@@ -174,10 +180,10 @@ func newOutlive(t *testing.T) (_ *outlive, devices map[string][]string) {
 			t.Fatal(err)
 		}
 	}
-	o.serve()
+	serve(o)
 	token := strings.TrimSpace(string(must(t, dirs, "token", "create", "--ttl", "1h")))
 	for i := range o.hosts {
-		o.join = append(o.join, fmt.Sprintf("%s@10.99.%d.1:7000", token, i))
+		o.join = append(o.join, token+"@"+addresses(i, ports))
 		o.start(i)
 	}
 	o.await(2)
@@ -189,6 +195,16 @@ func newOutlive(t *testing.T) (_ *outlive, devices map[string][]string) {
 	must(t, dirs, "up", file)
 	o.underWay()
 	return o, devices
+}
+
+// addresses are those of the servers at ports, as a machine with a cable to the office
+// reaches them.
+func addresses(i int, ports []string) string {
+	var all []string
+	for _, port := range ports {
+		all = append(all, fmt.Sprintf("10.99.%d.1:%s", i, port))
+	}
+	return strings.Join(all, ",")
 }
 
 // serve starts the server.
