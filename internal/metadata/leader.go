@@ -190,7 +190,8 @@ func (l *Leadership) keep(granted time.Time) {
 			return
 		}
 		began := time.Now()
-		ctx, cancel := context.WithTimeout(l.life, min(left, ttl/3))
+		// The member that is asked may wait for one that has just died.
+		ctx, cancel := context.WithTimeout(l.life, min(left, ttl/5))
 		_, err := c.etcd.KeepAliveOnce(ctx, l.lease)
 		cancel()
 		switch {

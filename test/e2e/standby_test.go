@@ -98,7 +98,7 @@ func TestStandby(t *testing.T) {
 	_ = servers[0].cmd.Process.Kill()
 	<-servers[0].done
 	o.dirs = dirs[1]
-	await(t, "the other leads", func() bool { return strings.Contains(servers[1].said(), "this server leads") })
+	await(t, "the other leads", func() bool { return strings.Contains(servers[1].said(), `msg="this server leads"`) })
 	t.Logf("the other leads after %s", time.Since(began).Round(time.Millisecond))
 	check("the leader was killed")
 	t.Logf("and has a new snapshot after %s", time.Since(began).Round(time.Millisecond))
@@ -112,7 +112,7 @@ func TestStandby(t *testing.T) {
 		t.Errorf("without a leader %d of %d nodes run", n, len(o.nodes))
 	}
 	cluster.Run(t, 1)
-	await(t, "it leads again", func() bool { return strings.Count(servers[1].said(), "this server leads") == 2 })
+	await(t, "it leads again", func() bool { return strings.Count(servers[1].said(), `msg="this server leads"`) == 2 })
 	check("there was no quorum")
 
 	// The first is back, and stands by for the one that was second.
