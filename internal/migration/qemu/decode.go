@@ -237,6 +237,9 @@ func (d *Decoder) header() error {
 	if err != nil {
 		return err
 	}
+	if m == multifdMagic {
+		return d.errorf(0, section, "a connection of multifd, which carries pages beside the stream, is not read; switch off the migration capability multifd")
+	}
 	if m != magic {
 		return d.errorf(0, section, "magic %#08x is not QEMU's (%#08x): not a migration stream", m, magic)
 	}

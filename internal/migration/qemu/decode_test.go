@@ -210,6 +210,7 @@ func TestDecodeRefuses(t *testing.T) {
 		want    string
 	}{
 		{"other format", func(b *streamBuilder) { b.bytes("\x7fELF----") }, "header", 0, "not a migration stream"},
+		{"a connection of multifd", func(b *streamBuilder) { b.u32(0x11223344); b.u32(1) }, "header", 0, "switch off the migration capability multifd"},
 		{"version", func(b *streamBuilder) { b.bytes("QEVM"); b.u32(2) }, "header", 4, "stream version 2"},
 		{"no configuration", func(b *streamBuilder) { b.bytes("QEVM"); b.u32(3); b.u8(1) }, "configuration", 8, "machine type"},
 		{"machine name", func(b *streamBuilder) { b.bytes("QEVM"); b.u32(3); b.u8(7); b.u32(1 << 31) }, "configuration", 8, "2147483648 bytes"},
@@ -227,7 +228,7 @@ func TestDecodeRefuses(t *testing.T) {
 			b.u32(1)
 			b.u32(1)
 			b.counted("mapped-ram")
-		}, "configuration", 17, `capability "mapped-ram"`},
+		}, "configuration", 17, `capability "mapped-ram" lays pages out at places of their own in a file and is not read; switch it off`},
 		{"configuration of a later version", func(b *streamBuilder) {
 			b.header()
 			b.u8(5)

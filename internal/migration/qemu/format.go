@@ -8,6 +8,7 @@ const PageSize = 4096
 
 const (
 	magic         = 0x5145564d // "QEVM"
+	multifdMagic  = 0x11223344 // at the start of a connection of multifd
 	streamVersion = 3
 	ramVersion    = 4
 	ramName       = "ram"
@@ -99,5 +100,12 @@ func refusedCommand(cmd uint16) error {
 // refusedCapability is refusedFlag for a capability named in the
 // configuration section.
 func refusedCapability(name string) error {
-	return fmt.Errorf("capability %q changes how memory is sent and is not read; switch it off", name)
+	why := "changes how memory is sent"
+	switch name {
+	case "mapped-ram": // QEMU 9.0 and later
+		why = "lays pages out at places of their own in a file"
+	case "x-ignore-shared":
+		why = "leaves shared memory out"
+	}
+	return fmt.Errorf("migration capability %q %s and is not read; switch it off (migrate-set-capabilities)", name, why)
 }
