@@ -17,6 +17,7 @@ import (
 	"violin/internal/machine"
 	migration "violin/internal/migration/qemu"
 	"violin/internal/pageserver"
+	"violin/internal/priority"
 	"violin/internal/store"
 )
 
@@ -327,7 +328,8 @@ func (n *benchNode) snapshot(ctx context.Context) (took Run, err error) {
 	if err := n.closeStore(); err != nil {
 		return Run{}, err
 	}
-	opts := store.Options{Logger: n.log}
+	// As in a server: what takes a state in comes behind QEMU.
+	opts := store.Options{Logger: n.log, StartWorker: func() { priority.Background(n.log) }}
 	if !n.plain {
 		opts.Key = store.NewKey()
 	}
@@ -349,6 +351,7 @@ func (n *benchNode) snapshot(ctx context.Context) (took Run, err error) {
 	}()
 	var w *store.PageWriter
 	_, err = n.capture(ctx, func(r io.Reader) (err error) {
+		priority.Background(n.log)
 		n.skeleton, err = migration.Decode(r, func(blocks []migration.RAMBlock) (migration.PageSink, error) {
 			regions := make([]store.Region, len(blocks))
 			for i, b := range blocks {

@@ -46,7 +46,7 @@ var imports = map[string][]string{
 	"internal/share":           {},
 	"internal/catalog":         {"internal/store"},
 	"internal/transfer":        {"internal/catalog", "internal/store"},
-	"internal/bench":           {"api", "internal/agent", "internal/coordinator", "internal/cut", "internal/hypervisor/qemu", "internal/machine", "internal/migration/qemu", "internal/pageserver", "internal/store"},
+	"internal/bench":           {"api", "internal/agent", "internal/coordinator", "internal/cut", "internal/hypervisor/qemu", "internal/machine", "internal/migration/qemu", "internal/pageserver", "internal/priority", "internal/store"},
 	"internal/certificate":     {"internal/topology"}, // it shares nothing with what it checks
 	"internal/store":           {"internal/pagehash"},
 	"internal/store/storetest": {"internal/store"},
