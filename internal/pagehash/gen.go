@@ -51,12 +51,29 @@ func write(name string, f func(*out)) {
 	}
 }
 
-type out struct{ bytes.Buffer }
+type out struct {
+	bytes.Buffer
+	macro bool // what is written now is one
+}
 
 func (o *out) p(format string, args ...any) { fmt.Fprintf(o, format+"\n", args...) }
 
 // i writes an instruction.
-func (o *out) i(format string, args ...any) { o.p("\t"+format, args...) }
+func (o *out) i(format string, args ...any) {
+	if o.macro {
+		format += "; \\"
+	}
+	o.p("\t"+format, args...)
+}
+
+// define writes a macro of what f writes.
+func (o *out) define(name string, f func()) {
+	o.p("#define %s \\", name)
+	o.macro = true
+	f()
+	o.macro = false
+	o.p("")
+}
 
 // data writes a constant of 32-bit words.
 func (o *out) data(name string, words ...uint32) {
@@ -97,7 +114,7 @@ func avx512(o *out) {
 		o.i("VPBROADCASTD BX, Z14")
 		o.i("VPBROADCASTD AX, Z15")
 	}
-	rounds := func() {
+	o.define("ROUNDS", func() {
 		for _, m := range schedule() {
 			for half := range 2 {
 				four := quarters[4*half : 4*half+4]
@@ -129,7 +146,7 @@ func avx512(o *out) {
 		for w := range 8 {
 			o.i("VPXORD Z%d, Z%d, Z%d", 8+w, w, w)
 		}
-	}
+	})
 	store := func() {
 		for w := range 8 {
 			o.i("VMOVDQU32 Z%d, %d(DI)", w, 64*w)
@@ -170,7 +187,7 @@ func avx512(o *out) {
 		o.i("VPUNPCKHQDQ Z15, Z13, Z%d", m+3)
 	}
 	rest(true)
-	rounds()
+	o.i("ROUNDS")
 	o.i("ADDQ $64, SI")
 	o.i("XORL AX, AX")
 	o.i("MOVL $%d, DX", flagChunkEnd)
@@ -200,7 +217,7 @@ func avx512(o *out) {
 		o.i("VPBROADCASTD iv<>+%d(SB), Z%d", 4*w, w)
 	}
 	rest(false)
-	rounds()
+	o.i("ROUNDS")
 	store()
 }
 
@@ -233,7 +250,7 @@ func avx2(o *out) {
 		o.i("VMOVD AX, X15")
 		o.i("VPBROADCASTD X15, Y15")
 	}
-	rounds := func() {
+	o.define("ROUNDS", func() {
 		for _, m := range schedule() {
 			for n, q := range quarters {
 				a, b, c, d := q[0], q[1], q[2], q[3]
@@ -260,7 +277,7 @@ func avx2(o *out) {
 		for w := 1; w < 8; w++ {
 			o.i("VPXOR Y%d, Y%d, Y%d", 8+w, w, w)
 		}
-	}
+	})
 	store := func() {
 		for w := range 8 {
 			o.i("VMOVDQU Y%d, %d(DI)", w, 32*w)
@@ -297,7 +314,7 @@ func avx2(o *out) {
 		}
 	}
 	rest(true)
-	rounds()
+	o.i("ROUNDS")
 	o.i("ADDQ $64, SI")
 	o.i("XORL AX, AX")
 	o.i("MOVL $%d, DX", flagChunkEnd)
@@ -328,6 +345,6 @@ func avx2(o *out) {
 		o.i("VPBROADCASTD iv2<>+%d(SB), Y%d", 4*w, w)
 	}
 	rest(false)
-	rounds()
+	o.i("ROUNDS")
 	store()
 }
