@@ -20,6 +20,7 @@ import (
 
 	"violin/internal/catalog"
 	"violin/internal/frames"
+	"violin/internal/metadata"
 	"violin/internal/store"
 )
 
@@ -76,6 +77,8 @@ type soak struct {
 	nodes  []string
 	loses  bool                    // the WAN does
 	lossy  func(from, to int) bool // on the way between which nodes
+
+	closing func() // of what a reading has opened; nil for nothing
 
 	history []*taken
 	began   time.Time
@@ -343,6 +346,30 @@ func (s *soak) kill(withServer bool) {
 	}
 }
 
+// lead opens the metadata of a server that is gone, until the caller's store is closed.
+func (s *soak) lead() *metadata.Leadership {
+	s.t.Helper()
+	config := metadata.Config{Dir: filepath.Join(s.own, "etcd"), Logger: slog.New(slog.DiscardHandler)}
+	etcd, err := metadata.Open(s.t.Context(), config)
+	for deadline := time.Now().Add(30 * time.Second); err != nil && time.Now().Before(deadline); {
+		time.Sleep(50 * time.Millisecond)
+		etcd, err = metadata.Open(s.t.Context(), config)
+	}
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.closing = func() {
+		if err := etcd.Close(); err != nil {
+			s.t.Error(err)
+		}
+	}
+	led, _, err := etcd.Lead(s.t.Context())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return led
+}
+
 // read takes the snapshots out of the store, checks each, and forgets some of all
 // if nobody else has the store.
 func (s *soak) read(ids []string, later ledger, writable bool) {
@@ -354,19 +381,40 @@ func (s *soak) read(ids []string, later ledger, writable bool) {
 		s.t.Fatal(err)
 	}
 	options := store.Options{ReadOnly: !writable, Logger: slog.New(slog.DiscardHandler), Key: key}
+	var led *metadata.Leadership
+	if writable {
+		// As the next server; beside one that runs, the documents' copies are read.
+		led = s.lead()
+		options.Documents, options.Copied = led, catalog.Directories()
+	}
 	st, err := store.Open(ctx, filepath.Join(s.own, "store"), options)
 	// A killed process gives its command line up before its locks.
 	for deadline := time.Now().Add(30 * time.Second); errors.Is(err, store.ErrLocked) && time.Now().Before(deadline); {
 		time.Sleep(50 * time.Millisecond)
 		st, err = store.Open(ctx, filepath.Join(s.own, "store"), options)
 	}
+	if err == nil && led != nil {
+		err = led.Bind(ctx, st.ID(), 0, func(context.Context) error { return errors.New("the servers have left no metadata") })
+	}
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	defer st.Close()
+	defer func() {
+		if err := st.Close(); err != nil {
+			s.t.Error(err)
+		}
+		if s.closing != nil {
+			s.closing()
+			s.closing = nil
+		}
+	}()
 	cat := catalog.New(st)
 	for _, id := range ids {
 		snap, err := cat.Get(ctx, "ledger", id)
+		for deadline := time.Now().Add(30 * time.Second); !writable && errors.Is(err, catalog.ErrNotFound) && time.Now().Before(deadline); {
+			time.Sleep(50 * time.Millisecond) // copies are written behind
+			snap, err = cat.Get(ctx, "ledger", id)
+		}
 		if err != nil {
 			s.t.Fatal(err)
 		}
