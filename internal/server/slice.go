@@ -70,6 +70,7 @@ func newSlice(topo *topology.Topology) *slice {
 func (s *Server) coordination(sl *slice, epoch cut.Epoch) coordinator.Config {
 	return coordinator.Config{
 		Slice: sl.topo.Slice, Epoch: epoch, Hosts: sl.hosts(), Nodes: sl.nodesByHost(), Networks: sl.networks(),
+		Timing:  cut.Timing{Return: max(time.Minute, s.hostTimeout(sl.topo.Slice))},
 		Journal: journal{s, sl}, Passed: s.cfg.Passed, Logger: s.log,
 	}
 }
