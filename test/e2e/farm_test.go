@@ -77,17 +77,20 @@ func (f *farm) start(name string) *process {
 // await waits until so many agents are connected.
 func (f *farm) await(want int) {
 	f.t.Helper()
-	await(f.t, fmt.Sprintf("%d agents are connected", want), func() bool {
-		var list struct{ Hosts []struct{ Connected bool } }
-		if err := json.Unmarshal(must(f.t, f.dirs, "hosts", "--output", "json"), &list); err != nil {
-			f.t.Fatal(err)
+	await(f.t, fmt.Sprintf("%d agents are connected", want), func() bool { return connected(f.t, f.dirs) == want })
+}
+
+// connected is how many agents are.
+func connected(t *testing.T, dirs []string) (n int) {
+	t.Helper()
+	var list struct{ Hosts []struct{ Connected bool } }
+	if err := json.Unmarshal(must(t, dirs, "hosts", "--output", "json"), &list); err != nil {
+		t.Fatal(err)
+	}
+	for _, h := range list.Hosts {
+		if h.Connected {
+			n++
 		}
-		n := 0
-		for _, h := range list.Hosts {
-			if h.Connected {
-				n++
-			}
-		}
-		return n == want
-	})
+	}
+	return n
 }

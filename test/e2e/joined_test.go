@@ -183,19 +183,7 @@ func TestJoined(t *testing.T) {
 		agents = append(agents, spawn(t, l.Host(name), args(i, token+"@"+address)...))
 	}
 	connected := func(want int) func() bool {
-		return func() bool {
-			var list struct{ Hosts []struct{ Connected bool } }
-			if err := json.Unmarshal(must(t, dirs, "hosts", "--output", "json"), &list); err != nil {
-				t.Fatal(err)
-			}
-			n := 0
-			for _, h := range list.Hosts {
-				if h.Connected {
-					n++
-				}
-			}
-			return n == want
-		}
+		return func() bool { return connected(t, dirs) == want }
 	}
 	await(t, "all agents are connected", connected(3))
 

@@ -90,19 +90,7 @@ func (o *outlive) kill(name string, how os.Signal) {
 // await waits until so many agents are connected.
 func (o *outlive) await(want int) {
 	o.t.Helper()
-	await(o.t, fmt.Sprintf("%d agents are connected", want), func() bool {
-		var list struct{ Hosts []struct{ Connected bool } }
-		if err := json.Unmarshal(must(o.t, o.dirs, "hosts", "--output", "json"), &list); err != nil {
-			o.t.Fatal(err)
-		}
-		n := 0
-		for _, h := range list.Hosts {
-			if h.Connected {
-				n++
-			}
-		}
-		return n == want
-	})
+	await(o.t, fmt.Sprintf("%d agents are connected", want), func() bool { return connected(o.t, o.dirs) == want })
 }
 
 // running are the nodes' processes; all must run. (One that does not say at once how it
