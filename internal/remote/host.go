@@ -42,6 +42,7 @@ const (
 	// but each has dialLeast.
 	dialBound, dialLeast  = 10 * time.Second, 3 * time.Second
 	firstRetry, lastRetry = 250 * time.Millisecond, 10 * time.Second
+	cutRetry              = time.Second // the longest in a cut, in which frames may wait for what the server orders
 )
 
 // HostConfig describes the agent's end.
@@ -148,6 +149,9 @@ func ServeHost(ctx context.Context, cfg HostConfig) error {
 		if time.Since(began) > lastRetry {
 			retry = firstRetry
 		}
+		if h.inCut() {
+			retry = min(retry, cutRetry)
+		}
 		h.log.Warn("not connected to the server; trying again", "server", h.server(), "in", retry, "err", err)
 		select {
 		case <-time.After(retry):
@@ -164,6 +168,18 @@ func ServeHost(ctx context.Context, cfg HostConfig) error {
 		return nil
 	}
 	return h.endOthers(nil)
+}
+
+// inCut tells whether a cut has not ended on the host.
+func (h *Host) inCut() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, r := range h.runs {
+		if r.agent.InCut(r.slice) {
+			return true
+		}
+	}
+	return false
 }
 
 // lock sees to it that there is one agent a directory.
