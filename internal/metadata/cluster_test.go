@@ -22,7 +22,7 @@ func TestMain(m *testing.M) {
 }
 
 func candidate(t *testing.T, cluster *etcdtest.Cluster, name string) *Client {
-	return open(t, Config{Endpoints: cluster.Endpoints(), Name: name, Address: name + ":7000", Lease: 4 * time.Second})
+	return open(t, Config{Endpoints: cluster.Endpoints(), Name: name, Address: name + ":7000"})
 }
 
 // elected is a candidate's leadership; the cluster may just have lost a member.
@@ -67,6 +67,7 @@ func TestClusterDocuments(t *testing.T) {
 // Of candidates one leads. When it resigns another does, at once, under a higher term;
 // when it is gone, once its lease has ended.
 func TestElection(t *testing.T) {
+	t.Parallel()
 	cluster := etcdtest.Start(t, 1, nil)
 	alpha, beta := candidate(t, cluster, "alpha"), candidate(t, cluster, "beta")
 	first := elected(t, alpha)
@@ -86,7 +87,7 @@ func TestElection(t *testing.T) {
 	if err := first.Create(t.Context(), "a/b", nil); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(5 * time.Second) // longer than the lease, which is renewed
+	time.Sleep(DefaultLease + time.Second) // it is renewed
 	select {
 	case err := <-vacant:
 		t.Fatalf("nobody leads any more: %v", err)
@@ -137,6 +138,7 @@ func (l *Leadership) keepNot(t *testing.T) {
 // what was not certain can be tried again. Without a quorum the leader gives up, before
 // another can be elected, and there is one again when the quorum is back.
 func TestMembersFail(t *testing.T) {
+	t.Parallel()
 	cluster := etcdtest.Start(t, 3, nil)
 	c := open(t, Config{Endpoints: cluster.Endpoints(), Name: "alpha"})
 	l := elected(t, c)

@@ -114,7 +114,7 @@ func (c *Client) Lead(ctx context.Context) (*Leadership, Leader, error) {
 	if err != nil {
 		return nil, Leader{}, err
 	}
-	bound, cancel := context.WithTimeout(ctx, writeBound)
+	bound, cancel := context.WithTimeout(ctx, c.bound())
 	defer cancel()
 	l := &Leadership{client: c}
 	began := time.Now()
@@ -263,7 +263,7 @@ func (l *Leadership) write(ctx context.Context, conditions []clientv3.Cmp, ops .
 	c := l.client
 	l.writing.Lock()
 	defer l.writing.Unlock()
-	ctx, cancel := context.WithTimeout(ctx, writeBound)
+	ctx, cancel := context.WithTimeout(ctx, c.bound())
 	defer cancel()
 	defer context.AfterFunc(l.life, cancel)()
 	turn := []byte(rand.Text())
@@ -276,7 +276,7 @@ func (l *Leadership) write(ctx context.Context, conditions []clientv3.Cmp, ops .
 		if c.own != nil && c.own.failure() != nil {
 			return false, errors.Join(c.explain(c.own.failure()), uncertain)
 		}
-		attempt, cancel := context.WithTimeout(ctx, attemptBound)
+		attempt, cancel := context.WithTimeout(ctx, c.attempt())
 		all := append([]clientv3.Cmp{l.guard(), clientv3.Compare(clientv3.ModRevision(c.key(turnKey)), "=", l.turn)}, conditions...)
 		r, err := c.etcd.Txn(attempt).If(all...).Then(ops...).
 			Else(clientv3.OpGet(c.key(leaderKey), clientv3.WithKeysOnly()), clientv3.OpGet(c.key(turnKey))).Commit()

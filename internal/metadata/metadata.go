@@ -51,9 +51,11 @@ const (
 	// DefaultLease is how long a leader is one without having renewed it.
 	DefaultLease = 10 * time.Second
 
-	// readBound is how long a read may take, and writeBound a write with its repetitions.
-	readBound, writeBound = 5 * time.Second, 10 * time.Second
-	// attemptBound is how long one request is waited for before it is sent again.
+	// slowBound is how long a read, or a write, may take in an etcd of this process: there
+	// is nobody else to go to if its disk is slow. In a cluster it is the lease.
+	slowBound = 30 * time.Second
+	// attemptBound is how long one request to a cluster is waited for before it is sent
+	// again.
 	attemptBound = 3 * time.Second
 	retryAfter   = 200 * time.Millisecond
 
@@ -200,6 +202,22 @@ func (c *Client) where() string {
 	return strings.Join(c.cfg.Endpoints, ",")
 }
 
+// bound is how long a read may take, or a write with its repetitions.
+func (c *Client) bound() time.Duration {
+	if c.own != nil {
+		return slowBound
+	}
+	return c.cfg.Lease
+}
+
+// attempt is how long one request is waited for.
+func (c *Client) attempt() time.Duration {
+	if c.own != nil {
+		return slowBound
+	}
+	return attemptBound
+}
+
 func (c *Client) key(name string) string { return c.cfg.Prefix + "/" + name }
 
 // explain says where a request failed, and what is to be done.
@@ -247,7 +265,7 @@ func (c *Client) get(ctx context.Context, key string, opts ...clientv3.OpOption)
 	if c.own != nil && c.own.failure() != nil {
 		return nil, c.explain(c.own.failure())
 	}
-	ctx, cancel := context.WithTimeout(ctx, readBound)
+	ctx, cancel := context.WithTimeout(ctx, c.bound())
 	defer cancel()
 	r, err := c.etcd.Get(ctx, key, opts...)
 	if err != nil {
