@@ -94,6 +94,8 @@ type Agent struct {
 	uses  map[string]use      // by slice
 	taps  int                 // taps made so far, for their names
 	exits []*exit
+
+	unfollowed []*node // whose memory followed from an agent before this one
 }
 
 // Start brings the host's switch up.

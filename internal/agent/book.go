@@ -97,8 +97,9 @@ func (p *page) exit(tap string) *exitEntry {
 	return &exitEntry{}
 }
 
-// errUnfollowed: what a VM has not got yet nobody sends it any more.
-var errUnfollowed = errors.New("its memory still followed since a restore when its agent ended; restore the slice again")
+// followedBound bounds the wait for the hypervisor of a node whose memory followed from an
+// agent that has died.
+const followedBound = 10 * time.Second
 
 // Find takes a host over from an agent that has died: its switch, its nodes with the
 // frames that waited at their gates, and its cut. Nodes run on as they are, and what
@@ -164,13 +165,18 @@ func (a *Agent) findNode(ctx context.Context, e nodeEntry) error {
 		}
 	}
 	var err error
-	if n.vm, err = qemu.Find(ctx, spec, e.Stored, a.log); err != nil {
+	finding, cancel := ctx, func() {}
+	if e.Follows { // QEMU answers nothing while it waits for a page itself
+		finding, cancel = context.WithTimeout(ctx, followedBound)
+	}
+	defer cancel()
+	if n.vm, err = qemu.Find(finding, spec, e.Stored, a.log); err != nil {
 		return err
 	}
 	a.keep(n.vm)
 	a.nodes[key] = n
 	if e.Follows {
-		n.vm.End(errUnfollowed)
+		a.unfollowed = append(a.unfollowed, n)
 	}
 	if problem := n.vm.Err(); problem != nil && e.Whole {
 		a.log.Warn("a node has ended", "node", e.Spec.Name, "err", problem)

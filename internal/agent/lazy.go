@@ -5,6 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
+	"sync"
 
 	"violin/internal/coloring"
 	"violin/internal/hypervisor/qemu"
@@ -60,33 +63,13 @@ func (a *Agent) LoadNodeLazily(ctx context.Context, slice, name string, skeleton
 		Skeleton: skeleton, Source: memory, First: lazy.First, Cluster: lazy.Cluster,
 		StartWorker: func() { priority.Background(a.log) },
 	})
-	n.mu.Lock()
-	n.following = f
-	n.mu.Unlock()
-	go func() {
-		select {
-		case <-n.vm.Done():
-		case <-f.done:
-		}
-		cancel()
-	}()
-	if err := a.noteFollows(n, true); err != nil {
+	if err := a.noteFollows(n, skeleton, true); err != nil {
 		cancel()
 		err = errors.Join(err, memory.Close())
 		lazy.Ended(nil, err)
 		return err
 	}
-	err = n.vm.LoadLazily(ctx, f.server.Serve, func(err error) {
-		if cerr := memory.Close(); err == nil {
-			err = cerr
-		}
-		if err == nil || errors.Is(err, qemu.ErrNoPostcopy) {
-			err = errors.Join(err, a.noteFollows(n, false))
-		}
-		f.err = err
-		lazy.Ended(f.server.Touched(), err)
-		close(f.done)
-	})
+	err = n.vm.LoadLazily(ctx, f.server.Serve, a.follows(n, f, memory, lazy, cancel))
 	if errors.Is(err, qemu.ErrNoPostcopy) {
 		n.mu.Lock()
 		n.following = nil
@@ -98,8 +81,93 @@ func (a *Agent) LoadNodeLazily(ctx context.Context, slice, name string, skeleton
 	return nil
 }
 
+// follows says of a node that memory follows to it, and returns what is to be called when
+// that has ended.
+func (a *Agent) follows(n *node, f *following, memory Memory, lazy Lazy, cancel func()) (ended func(error)) {
+	n.mu.Lock()
+	n.following = f
+	n.mu.Unlock()
+	go func() {
+		select {
+		case <-n.vm.Done():
+		case <-f.done:
+		}
+		cancel()
+	}()
+	return func(err error) {
+		if cerr := memory.Close(); err == nil {
+			err = cerr
+		}
+		if err == nil || errors.Is(err, qemu.ErrNoPostcopy) {
+			err = errors.Join(err, a.noteFollows(n, nil, false))
+		}
+		f.err = err
+		lazy.Ended(f.server.Touched(), err)
+		close(f.done)
+	}
+}
+
+// errUnfollowed is of a VM that waits for pages which nobody sends it any more.
+var errUnfollowed = errors.New("its memory still followed since a restore when its agent ended, and could not follow on; restore the slice again")
+
+// FollowOn goes on with the memory of nodes that it followed to from an agent before this
+// one, as far as their hypervisors let it: a node that is in the middle of waiting for a
+// page may not answer. Those are ended, and say why. lazy says where memory comes from.
+func (a *Agent) FollowOn(ctx context.Context, lazy func(slice, node string, blocks []stream.RAMBlock) Lazy) {
+	var all sync.WaitGroup
+	for _, n := range a.unfollowed {
+		all.Go(func() {
+			ctx, cancel := context.WithTimeout(ctx, followedBound)
+			defer cancel()
+			if err := a.followOn(ctx, n, lazy); err != nil {
+				a.log.Warn("a node is lost", "node", n.spec.Name, "err", err)
+				n.vm.End(fmt.Errorf("%w: %w", errUnfollowed, err))
+			}
+		})
+	}
+	all.Wait()
+	a.unfollowed = nil
+}
+
+func (a *Agent) followOn(ctx context.Context, n *node, lazy func(slice, node string, blocks []stream.RAMBlock) Lazy) error {
+	b, err := os.ReadFile(a.skeletonOf(n))
+	if err != nil {
+		return err
+	}
+	var skeleton stream.Skeleton
+	if err := skeleton.UnmarshalBinary(b); err != nil {
+		return err
+	}
+	l := lazy(n.spec.Slice, n.spec.Name, skeleton.Blocks)
+	reading, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	memory, err := l.Open(reading)
+	if err != nil {
+		cancel()
+		l.Ended(nil, err)
+		return err
+	}
+	f := &following{done: make(chan struct{})}
+	f.server = pageserver.New(pageserver.Config{
+		Skeleton: &skeleton, Source: memory, Cluster: l.Cluster, StartWorker: func() { priority.Background(a.log) },
+	})
+	f.server.Follow()
+	return n.vm.GoOnLazily(ctx, f.server.Resume, a.follows(n, f, memory, l, cancel))
+}
+
+// skeletonOf is the file of what an agent that takes over needs of a node's state.
+func (a *Agent) skeletonOf(n *node) string { return filepath.Join(a.dirOf(n.spec), "skeleton") }
+
 // noteFollows writes down whether memory follows to a node.
-func (a *Agent) noteFollows(n *node, follows bool) error {
+func (a *Agent) noteFollows(n *node, skeleton *stream.Skeleton, follows bool) error {
+	if skeleton != nil && a.cfg.Keeper != nil {
+		b, err := skeleton.MarshalBinary()
+		if err == nil {
+			err = os.WriteFile(a.skeletonOf(n), b, 0o600)
+		}
+		if err != nil {
+			return fmt.Errorf("node %q: %w", n.spec.Name, err)
+		}
+	}
 	return a.book.write(func(p *page) {
 		p.node(coloring.NodeKey{Slice: n.spec.Slice, Node: n.spec.Name}).Follows = follows
 	})

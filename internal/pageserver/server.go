@@ -57,6 +57,8 @@ type Server struct {
 	stopped chan struct{} // closed when serving ends, for good or ill
 	begin   sync.Once
 
+	r *qemu.ReturnReader
+
 	out  sync.Mutex // guards what follows
 	w    *qemu.PostcopyWriter
 	sent []pageSet // by RAM block
@@ -97,11 +99,43 @@ func (s *Server) Follow() { s.begin.Do(func() { close(s.follow) }) }
 // read ends it with the source's error: the VM then never gets that page, so that
 // whatever needs it stands still. Serve is called once.
 func (s *Server) Serve(conn io.ReadWriteCloser) error {
-	s.conn = conn
+	return s.serve(conn, func() error { return s.w.Start() })
+}
+
+// Resume is Serve for a VM that another server has served before, over a connection that
+// broke: it gives it those pages that it does not have.
+func (s *Server) Resume(conn io.ReadWriteCloser) error {
+	return s.serve(conn, func() error {
+		if err := s.w.Ask(); err != nil {
+			return err
+		}
+		for block, b := range s.cfg.Skeleton.Blocks {
+			if b.Length == 0 {
+				continue
+			}
+			bits, err := s.r.Received(block)
+			if err != nil {
+				return err
+			}
+			for n := range b.Pages() {
+				if bits[n/8]&(1<<(n%8)) != 0 && s.sent[block].add(n) {
+					s.left--
+				}
+			}
+		}
+		if err := s.w.Resume(); err != nil {
+			return err
+		}
+		return s.r.Resumed()
+	})
+}
+
+func (s *Server) serve(conn io.ReadWriteCloser, begin func() error) error {
+	s.conn, s.r = conn, qemu.NewReturnReader(conn, s.cfg.Skeleton.Blocks)
 	w, err := qemu.NewPostcopyWriter(conn, s.cfg.Skeleton)
 	if err == nil {
 		s.w = w
-		err = w.Start()
+		err = begin()
 	}
 	if err != nil {
 		s.stop(err)
@@ -134,9 +168,8 @@ func (s *Server) stop(err error) {
 
 // listen takes the VM's requests.
 func (s *Server) listen() {
-	r := qemu.NewReturnReader(s.conn, s.cfg.Skeleton.Blocks)
 	for {
-		q, err := r.Next()
+		q, err := s.r.Next()
 		if err != nil {
 			s.out.Lock()
 			left := s.left

@@ -326,3 +326,71 @@ func TestServeLost(t *testing.T) {
 		t.Errorf("QEMU said goodbye: %v", err)
 	}
 }
+
+// A server that goes on where another was cut off asks what the VM has, and gives it the
+// rest: each page once, and those that it waits for first.
+func TestResume(t *testing.T) {
+	ours, theirs := net.Pipe()
+	t.Cleanup(func() { ours.Close(); theirs.Close() })
+	s := pageserver.New(pageserver.Config{Skeleton: skeleton(t), Source: memory{bad: -1}})
+	served := make(chan error, 1)
+	go func() { served <- s.Resume(ours) }()
+	read := func(n int) []byte {
+		t.Helper()
+		b := make([]byte, n)
+		if _, err := io.ReadFull(theirs, b); err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	if got, want := read(10), []byte("\x08\x00\x0a\x00\x05\x04ram0"); !bytes.Equal(got, want) {
+		t.Fatalf("asked %x, want %x", got, want)
+	}
+	// It has all but pages 3 and 20.
+	answer := []byte("\x00\x05\x00\x05\x04ram0\x00\x00\x00\x00\x00\x00\x00\x08\xf7\xff\xef\xff\xff\x00\x00\x00\x01\x23\x45\x67\x89\xab\xcd\xef")
+	if _, err := theirs.Write(answer); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := read(5), []byte("\x08\x00\x09\x00\x00"); !bytes.Equal(got, want) {
+		t.Fatalf("told %x, want %x", got, want)
+	}
+	if _, err := theirs.Write([]byte("\x00\x06\x00\x04\x00\x00\x00\x01")); err != nil {
+		t.Fatal(err)
+	}
+	(&peer{t: t, conn: theirs}).ask(20)
+	if got := read(1 + 4 + 8 + 5 + qemu.PageSize); !bytes.Equal(got[18:], content(20)) {
+		t.Errorf("page 20 is %x...", got[:32])
+	}
+	s.Follow()
+	if got := read(9); got[0] != 0 || got[6] != 0x30 || got[8] != 0 { // page 3, of zeros
+		t.Errorf("page 3 is %x", got)
+	}
+	go io.Copy(io.Discard, theirs) //nolint:errcheck // that these are all
+	if err := (&peer{conn: theirs}).goodbye(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-served; err != nil {
+		t.Error(err)
+	}
+}
+
+// A VM that does not answer as one ends it.
+func TestResumeRefused(t *testing.T) {
+	for what, answer := range map[string]string{
+		"another block":  "\x00\x05\x00\x05\x04ram1",
+		"too few pages":  "\x00\x05\x00\x05\x04ram0\x00\x00\x00\x00\x00\x00\x00\x00",
+		"another end":    "\x00\x05\x00\x05\x04ram0\x00\x00\x00\x00\x00\x00\x00\x08\xff\xff\xff\xff\xff\x00\x00\x00\x01\x23\x45\x67\x89\xab\xcd\xee",
+		"something else": "\x00\x06\x00\x04\x00\x00\x00\x01",
+	} {
+		ours, theirs := net.Pipe()
+		s := pageserver.New(pageserver.Config{Skeleton: skeleton(t), Source: memory{bad: -1}})
+		served := make(chan error, 1)
+		go func() { served <- s.Resume(ours) }()
+		go io.Copy(io.Discard, theirs)      //nolint:errcheck // until it is closed
+		_, _ = theirs.Write([]byte(answer)) // it may be refused before its end
+		if err := <-served; err == nil {
+			t.Errorf("%s was taken", what)
+		}
+		theirs.Close()
+	}
+}

@@ -26,6 +26,7 @@ import (
 	"violin/api/violin/v1/violinv1connect"
 	"violin/internal/agent"
 	"violin/internal/machine"
+	stream "violin/internal/migration/qemu"
 	"violin/internal/priority"
 	"violin/internal/record"
 	"violin/internal/store"
@@ -252,8 +253,8 @@ func (h *Host) takeOver(ctx context.Context, runs []runEntry) {
 		return
 	}
 	h.mu.Lock()
-	defer h.mu.Unlock()
 	h.agent = a
+	bySlice := map[string]*hostRun{}
 	for _, e := range runs {
 		r := &hostRun{id: e.Run, slice: e.Slice, agent: a, followers: map[string]*follower{}}
 		r.box.init(h.cfg.Abandon, func() { a.Abandon(r.slice) })
@@ -261,9 +262,17 @@ func (h *Host) takeOver(ctx context.Context, runs []runEntry) {
 			r.box.open()
 			r.box.detach(r.box.attach()) // the server has not come yet
 		}
-		h.runs[r.id] = r
+		h.runs[r.id], bySlice[r.slice] = r, r
 		h.log.Info("taken over from the agent before", "slice", r.slice)
 	}
+	h.mu.Unlock()
+	a.FollowOn(ctx, func(slice, node string, blocks []stream.RAMBlock) agent.Lazy {
+		r := bySlice[slice]
+		if r == nil { // of no run that is known: the server ends it
+			r = &hostRun{followers: map[string]*follower{}}
+		}
+		return h.lazy(r, node, blocks, nil)
+	})
 }
 
 func (h *Host) agentConfig() agent.Config {

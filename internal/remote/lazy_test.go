@@ -316,3 +316,33 @@ func TestLazyFails(t *testing.T) {
 	}
 	l.Ended(nil, qemu.ErrClosed)
 }
+
+// An agent that takes over goes on with memory that followed when the one before it died,
+// and the server hears of its end.
+func TestLazyTakeOver(t *testing.T) {
+	w := newLazyWorld(t)
+	if err := w.load(t); err != nil {
+		t.Fatal(err)
+	}
+	<-w.host.lazy
+	w.leave.Store(true)
+	if err := w.end(); err != nil {
+		t.Fatal(err)
+	}
+	w.await(t, false)
+	w.host.interrupted, w.host.blocks = true, decoded(t).Blocks
+	w.serve()
+	l := <-w.host.lazy
+	memory, err := l.Open(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := readAll(memory, w.host.blocks, nil, 100); err != nil {
+		t.Error(err)
+	}
+	l.Ended(lazyFirst, nil)
+	if err := within(t, w.ended); err != nil || !reflect.DeepEqual(w.asked, lazyFirst) {
+		t.Error(err, w.asked)
+	}
+	w.leave.Store(false)
+}

@@ -106,10 +106,13 @@ type host struct {
 	exit      agent.GatewaySpec
 	lazy      chan agent.Lazy
 	lazyErr   error
-	ran       []frames.Frame
-	results   agent.HostResult
-	gone      chan struct{}
-	left      []string // slices, in their order
+
+	interrupted bool // memory followed when the agent died
+	blocks      []stream.RAMBlock
+	ran         []frames.Frame
+	results     agent.HostResult
+	gone        chan struct{}
+	left        []string // slices, in their order
 }
 
 func newHost() *host {
@@ -162,6 +165,12 @@ func (h *host) LoadNodeLazily(_ context.Context, _, _ string, _ *stream.Skeleton
 }
 
 func (h *host) FollowNode(string, string) error { return nil }
+
+func (h *host) FollowOn(_ context.Context, lazy func(slice, node string, blocks []stream.RAMBlock) agent.Lazy) {
+	if h.interrupted {
+		h.lazy <- lazy("s", "n", h.blocks)
+	}
+}
 
 func (h *host) LoadStream(_ context.Context, _, _ string, write func(io.Writer) error) error {
 	var b bytes.Buffer

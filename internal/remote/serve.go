@@ -36,6 +36,7 @@ type runner interface {
 	AddNode(ctx context.Context, spec agent.NodeSpec, incoming bool) error
 	LoadNodeLazily(ctx context.Context, slice, name string, skeleton *stream.Skeleton, lazy agent.Lazy) error
 	FollowNode(slice, name string) error
+	FollowOn(ctx context.Context, lazy func(slice, node string, blocks []stream.RAMBlock) agent.Lazy)
 	LoadStream(ctx context.Context, slice, name string, write func(io.Writer) error) error
 	RunNode(ctx context.Context, slice, name string, channel []frames.Frame, receivers []frames.Receiver) (time.Time, error)
 	ContinueNode(ctx context.Context, slice, name string) error

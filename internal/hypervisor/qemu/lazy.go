@@ -58,6 +58,17 @@ func (vm *VM) LoadLazily(ctx context.Context, serve func(io.ReadWriteCloser) err
 		ended(err)
 		return err
 	}
+	failed := vm.serveLazily(conn, events, serve, ended)
+	if err := vm.loaded(ctx, failed); err != nil {
+		vm.fail(err)
+		return fmt.Errorf("load: %w%s", err, vm.logTail())
+	}
+	return nil
+}
+
+// serveLazily serves a VM in the background. The channel has the error, if it was ended
+// for one.
+func (vm *VM) serveLazily(conn io.ReadWriteCloser, events *qmp.Subscription, serve func(io.ReadWriteCloser) error, ended func(error)) <-chan error {
 	failed := make(chan error, 1)
 	go func() {
 		defer events.Close()
@@ -76,11 +87,54 @@ func (vm *VM) LoadLazily(ctx context.Context, serve func(io.ReadWriteCloser) err
 		}
 		ended(err)
 	}()
-	if err := vm.loaded(ctx, failed); err != nil {
-		vm.fail(err)
-		return fmt.Errorf("load: %w%s", err, vm.logTail())
+	return failed
+}
+
+// GoOnLazily has a VM that was found get the memory that it has not got from the process
+// that it was found from: serve plays the source of a post-copy that goes on. Otherwise it
+// is as LoadLazily; the VM may run already.
+func (vm *VM) GoOnLazily(ctx context.Context, serve func(io.ReadWriteCloser) error, ended func(error)) error {
+	conn, events, err := vm.recover(ctx)
+	if err != nil {
+		err = fmt.Errorf("go on to give it its memory: %w", err)
+		vm.End(err)
+		ended(err)
+		return err
 	}
+	if conn == nil { // it had all of it
+		ended(nil)
+		return nil
+	}
+	vm.serveLazily(conn, events, serve, ended)
 	return nil
+}
+
+// recover has the VM wait for a post-copy that broke to go on. The connection is nil if it
+// did not break, but had ended.
+func (vm *VM) recover(ctx context.Context) (io.ReadWriteCloser, *qmp.Subscription, error) {
+	if vm.qmp == nil {
+		return nil, nil, errors.Join(errors.New("it has ended"), vm.Err())
+	}
+	for {
+		var m struct{ Status string }
+		if err := vm.qmp.Execute(ctx, "query-migrate", nil, &m); err != nil {
+			return nil, nil, err
+		}
+		switch m.Status {
+		case "postcopy-paused":
+			return vm.take(ctx, "migrate-recover")
+		case "completed":
+			return nil, nil, nil
+		case "postcopy-active", "postcopy-recover": // it has not noticed yet
+		default:
+			return nil, nil, fmt.Errorf("QEMU says that its migration is %q", m.Status)
+		}
+		select {
+		case <-time.After(recoverPoll):
+		case <-ctx.Done():
+			return nil, nil, ctx.Err()
+		}
+	}
 }
 
 // beginLazily has the VM wait for a post-copy on a connection.
@@ -91,7 +145,12 @@ func (vm *VM) beginLazily(ctx context.Context) (io.ReadWriteCloser, *qmp.Subscri
 	if err := vm.setCapabilities(ctx, []string{"postcopy-ram"}); err != nil {
 		return nil, nil, fmt.Errorf("%w: %w", ErrNoPostcopy, err)
 	}
-	ours, events, err := vm.incoming(ctx)
+	return vm.take(ctx, "migrate-incoming")
+}
+
+// take has the VM take a post-copy in, or on, by a command of QMP.
+func (vm *VM) take(ctx context.Context, command string) (io.ReadWriteCloser, *qmp.Subscription, error) {
+	ours, events, err := vm.incoming(ctx, command)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -100,6 +159,9 @@ func (vm *VM) beginLazily(ctx context.Context) (io.ReadWriteCloser, *qmp.Subscri
 	}
 	return ours, events, nil
 }
+
+// recoverPoll is how often a VM is asked whether it has noticed that a connection broke.
+const recoverPoll = 5 * time.Millisecond
 
 // shrink sets the size of a socket's buffer.
 func shrink(f *os.File, size int) error {

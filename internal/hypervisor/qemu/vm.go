@@ -438,7 +438,7 @@ func (vm *VM) Resume(ctx context.Context) (time.Time, error) {
 // Load gives an incoming VM its state: write writes a migration stream. The
 // vCPUs stay stopped.
 func (vm *VM) Load(ctx context.Context, write func(io.Writer) error) error {
-	ours, events, err := vm.incoming(ctx)
+	ours, events, err := vm.incoming(ctx, "migrate-incoming")
 	if err != nil {
 		return fmt.Errorf("load: %w", err)
 	}
@@ -473,7 +473,7 @@ func (vm *VM) LoadFrom(ctx context.Context, uri string) error {
 
 // incoming has an incoming VM take a migration in, which comes over the connection. The
 // events are those of the migration. The caller closes both.
-func (vm *VM) incoming(ctx context.Context) (*os.File, *qmp.Subscription, error) {
+func (vm *VM) incoming(ctx context.Context, command string) (*os.File, *qmp.Subscription, error) {
 	ours, theirs, err := socketpair()
 	if err != nil {
 		return nil, nil, err
@@ -482,7 +482,7 @@ func (vm *VM) incoming(ctx context.Context) (*os.File, *qmp.Subscription, error)
 	events := vm.qmp.Subscribe(64, "MIGRATION")
 	err = vm.qmp.ExecuteWithFD(ctx, "getfd", map[string]string{"fdname": "incoming"}, nil, theirs)
 	if err == nil {
-		err = vm.qmp.Execute(ctx, "migrate-incoming", map[string]string{"uri": "fd:incoming"}, nil)
+		err = vm.qmp.Execute(ctx, command, map[string]string{"uri": "fd:incoming"}, nil)
 	}
 	if err != nil {
 		events.Close()

@@ -68,6 +68,26 @@ func (p *PostcopyWriter) Start() error {
 	return p.write(b)
 }
 
+// Ask begins to go on with a post-copy that broke, on a new connection: it asks which
+// pages the VM has. [ReturnReader.Received] reads the answer for each block of some length,
+// in the order of the blocks; then comes [PostcopyWriter.Resume].
+func (p *PostcopyWriter) Ask() error {
+	var b []byte
+	for _, blk := range p.s.Blocks {
+		if blk.Length > 0 {
+			b = append(b, secCommand)
+			b = binary.BigEndian.AppendUint16(b, cmdRecvBitmap)
+			b = binary.BigEndian.AppendUint16(b, uint16(1+len(blk.ID)))
+			b = append(b, byte(len(blk.ID)))
+			b = append(b, blk.ID...)
+		}
+	}
+	return p.write(b)
+}
+
+// Resume has the VM go on, which it acknowledges: see [ReturnReader.Resumed].
+func (p *PostcopyWriter) Resume() error { return p.write(appendCommand(nil, cmdPostcopyResume)) }
+
 // appendCommand appends a command with 64-bit arguments.
 func appendCommand(b []byte, cmd uint16, args ...uint64) []byte {
 	b = append(b, secCommand)
@@ -163,6 +183,14 @@ const (
 	returnPong       = 2
 	returnPagesNamed = 3
 	returnPages      = 4
+	returnReceived   = 5
+	returnResumed    = 6
+)
+
+// The ends of what is sent when a post-copy goes on.
+const (
+	receivedEnd  = 0x0123456789abcdef
+	resumedValue = 1
 )
 
 // maxReturn is the longest message that is read: a request with a block's name.
@@ -223,6 +251,65 @@ func (r *ReturnReader) Next() (Request, error) {
 			return q, nil
 		}
 		return Request{}, r.errorf(at, fmt.Errorf("unknown message type %d: a QEMU newer than this program may send it", typ))
+	}
+}
+
+// Received reads which pages of a block the VM has: bit n%8 of byte n/8 is set for page n.
+func (r *ReturnReader) Received(block int) ([]byte, error) {
+	at := r.off
+	b, err := r.expect(returnReceived)
+	if err != nil {
+		return nil, r.errorf(at, err)
+	}
+	blk := r.blocks[block]
+	if len(b) != 1+len(blk.ID) || string(b[1:]) != blk.ID {
+		return nil, r.errorf(at, fmt.Errorf("what it has received of RAM block %q, want of %q", b, blk.ID))
+	}
+	var n [8]byte
+	if err := r.read(n[:]); err != nil {
+		return nil, r.errorf(at, err)
+	}
+	if got, want := binary.BigEndian.Uint64(n[:]), (blk.Pages()+63)/64*8; got != want {
+		return nil, r.errorf(at, fmt.Errorf("%d bytes for the pages of RAM block %q, want %d", got, blk.ID, want))
+	}
+	bits := make([]byte, (blk.Pages()+63)/64*8)
+	if err := r.read(bits); err != nil {
+		return nil, r.errorf(at, err)
+	}
+	if err := r.read(n[:]); err != nil {
+		return nil, r.errorf(at, err)
+	}
+	if binary.BigEndian.Uint64(n[:]) != receivedEnd {
+		return nil, r.errorf(at, fmt.Errorf("the pages of RAM block %q end with %x", blk.ID, n))
+	}
+	return bits, nil
+}
+
+// Resumed reads that the VM goes on.
+func (r *ReturnReader) Resumed() error {
+	at := r.off
+	b, err := r.expect(returnResumed)
+	if err == nil && (len(b) != 4 || binary.BigEndian.Uint32(b) != resumedValue) {
+		err = fmt.Errorf("QEMU does not go on: %x", b)
+	}
+	if err != nil {
+		return r.errorf(at, err)
+	}
+	return nil
+}
+
+// expect reads a message of one type.
+func (r *ReturnReader) expect(want uint16) ([]byte, error) {
+	for {
+		typ, b, err := r.message()
+		switch {
+		case err != nil:
+			return nil, err
+		case typ == want:
+			return b, nil
+		case typ != returnPong:
+			return nil, fmt.Errorf("message type %d, want %d", typ, want)
+		}
 	}
 }
 
