@@ -272,6 +272,39 @@ func (l *Lab) Host(name string) *Host { return l.names[name] }
 // Hosts returns all hosts in the order of the configuration.
 func (l *Lab) Hosts() []*Host { return append([]*Host(nil), l.hosts...) }
 
+// Part keeps two hosts' underlays from each other (true), or brings them together again
+// (false); both reach all others. At one site that holds for as few as two hosts: any
+// that are parted from somebody there are parted from each other.
+func (l *Lab) Part(a, b string, apart bool) error {
+	fail := func(err error) error { return fmt.Errorf("part hosts %q and %q (%t): %w", a, b, apart, err) }
+	one, other := l.Host(a), l.Host(b)
+	switch {
+	case one == nil || other == nil || one == other:
+		return fail(errors.New("they are not two hosts of the lab"))
+	case one.site != other.site && l.wan == nil:
+		return nil // no path joins them
+	case one.site != other.site:
+		l.wan.part(mac(one.UnderlayMAC), mac(other.UnderlayMAC), apart)
+		return nil
+	}
+	err := one.site.do(func() error {
+		for _, h := range []*Host{one, other} {
+			link, err := netlink.LinkByName(h.port)
+			if err != nil {
+				return err
+			}
+			if err := netlink.LinkSetIsolated(link, apart); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fail(err)
+	}
+	return nil
+}
+
 // WAN returns the link between two sites, given in either order, or nil.
 func (l *Lab) WAN(a, b string) *Link {
 	if l.wan == nil {

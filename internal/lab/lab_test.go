@@ -262,6 +262,34 @@ func TestUnplug(t *testing.T) {
 	roundTrip(t, listen(t, h), listen(t, l.Host("gpo-1")), []byte("back"))
 }
 
+// Two hosts that are parted do not reach each other, and both reach the third.
+func TestPart(t *testing.T) {
+	needRoot(t)
+	l := build(t, twoSites(Shape{}))
+	conns := map[string]*net.UDPConn{}
+	for _, h := range l.Hosts() {
+		conns[h.Name] = listen(t, h)
+	}
+	for _, pair := range [][3]string{{"utah-1", "utah-2", "gpo-1"}, {"utah-1", "gpo-1", "utah-2"}} {
+		a, b, third := conns[pair[0]], conns[pair[1]], conns[pair[2]]
+		roundTrip(t, a, b, []byte("resolve the addresses"))
+		if err := l.Part(pair[0], pair[1], true); err != nil {
+			t.Fatal(err)
+		}
+		send(t, a, b, []byte("lost"))
+		send(t, b, a, []byte("lost"))
+		roundTrip(t, a, third, []byte("with the third"))
+		roundTrip(t, b, third, []byte("with the third"))
+		if err := l.Part(pair[0], pair[1], false); err != nil {
+			t.Fatal(err)
+		}
+		roundTrip(t, a, b, []byte("together again"))
+	}
+	if err := l.Part("utah-1", "nobody", true); err == nil {
+		t.Error("a host was parted from one that there is not")
+	}
+}
+
 func TestStartRunsInsideTheHost(t *testing.T) {
 	needRoot(t)
 	l := build(t, twoSites(Shape{}))

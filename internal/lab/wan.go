@@ -39,6 +39,7 @@ type wan struct {
 	taps    []*os.File // by site
 	pipes   []*shaper  // 2i carries from A to B of link i, 2i+1 from B to A
 	learned map[mac]int
+	parted  map[[2]mac]bool // by who sends, and to whom
 	alarm   *alarm
 	closed  bool
 }
@@ -54,7 +55,7 @@ func newWAN(cfg Config, lay *layout, log *slog.Logger) (*wan, error) {
 	}
 	w := &wan{
 		log: log, created: time.Now(), ends: lay.ends, next: lay.next, alarm: a,
-		taps: make([]*os.File, len(cfg.Sites)), learned: make(map[mac]int),
+		taps: make([]*os.File, len(cfg.Sites)), learned: make(map[mac]int), parted: make(map[[2]mac]bool),
 	}
 	for i, hosts := range lay.hosts {
 		for _, h := range hosts {
@@ -92,6 +93,19 @@ func (w *wan) close() {
 	w.alarm.close()
 	w.mu.Unlock()
 	w.running.Wait()
+}
+
+// part drops what two addresses send each other (true), or does so no more.
+func (w *wan) part(a, b mac, apart bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, way := range [][2]mac{{a, b}, {b, a}} {
+		if apart {
+			w.parted[way] = true
+		} else {
+			delete(w.parted, way)
+		}
+	}
 }
 
 func (w *wan) now() instant { return time.Since(w.created) }
@@ -139,6 +153,9 @@ func (w *wan) enter(site int, data []byte) {
 
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.parted[[2]mac{src, dst}] {
+		return
+	}
 	// A switch on a host may have addresses of its own beside the host's.
 	if _, known := w.learned[src]; (known || len(w.learned) < maxLearned) && !src.multicast() {
 		w.learned[src] = site
