@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/exec"
@@ -15,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/etcd/client/pkg/v3/transport"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/zap"
 )
@@ -24,6 +26,8 @@ const memberVariable = "VIOLIN_TEST_ETCD_MEMBER"
 // member is what a process that is one is told.
 type member struct {
 	Name, Dir, Client, Peer, Cluster string
+
+	CA, Cert, Key string // files of a member that speaks TLS; its clients must have certificates, too
 }
 
 // Main makes this process a member of a cluster, if it was started as one, and does not
@@ -58,6 +62,10 @@ func run(text string) error {
 		}
 		*u.to = []url.URL{*parsed}
 	}
+	if m.CA != "" {
+		tls := transport.TLSInfo{CertFile: m.Cert, KeyFile: m.Key, TrustedCAFile: m.CA, ClientCertAuth: true}
+		c.ClientTLSInfo, c.PeerTLSInfo = tls, tls
+	}
 	c.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.NewNop())
 	e, err := embed.StartEtcd(c)
 	if err != nil {
@@ -68,9 +76,18 @@ func run(text string) error {
 
 // Cluster is a cluster of etcd.
 type Cluster struct {
+	// CA, Cert and Key are files for clients of a cluster that speaks TLS.
+	CA, Cert, Key string
+
 	members   []member
 	processes []*exec.Cmd // nil for one that does not run
-	start     func(*exec.Cmd) error
+	start     []func(*exec.Cmd) error
+}
+
+// Place is a machine, or what stands for one, that has a member of its own.
+type Place struct {
+	Address netip.Addr
+	Start   func(*exec.Cmd) error
 }
 
 // Start starts a cluster of n members on the loopback device that start's processes
@@ -80,15 +97,42 @@ func Start(t *testing.T, n int, start func(*exec.Cmd) error) *Cluster {
 	if start == nil {
 		start = (*exec.Cmd).Start
 	}
-	c := &Cluster{start: start, members: make([]member, n), processes: make([]*exec.Cmd, n)}
+	c := &Cluster{}
+	for range n {
+		c.members = append(c.members, member{Client: "http://" + free(t), Peer: "http://" + free(t)})
+		c.start = append(c.start, start)
+	}
+	c.run(t, t.TempDir())
+	return c
+}
+
+// StartAt starts a cluster with a member at each place, which speak TLS, at both ends with
+// certificates. It ends with the test.
+func StartAt(t *testing.T, places ...Place) *Cluster {
+	t.Helper()
 	dir := t.TempDir()
+	a := newAuthority(t, dir)
+	c := &Cluster{CA: a.file}
+	c.Cert, c.Key = a.issue(t, "client")
+	for i, p := range places {
+		m := member{CA: a.file, Client: "https://" + netip.AddrPortFrom(p.Address, 2379).String(), Peer: "https://" + netip.AddrPortFrom(p.Address, 2380).String()}
+		m.Cert, m.Key = a.issue(t, fmt.Sprint("member", i), p.Address)
+		c.members, c.start = append(c.members, m), append(c.start, p.Start)
+	}
+	c.run(t, dir)
+	return c
+}
+
+// run starts all members, until the test ends.
+func (c *Cluster) run(t *testing.T, dir string) {
+	t.Helper()
+	c.processes = make([]*exec.Cmd, len(c.members))
 	var cluster []string
 	for i := range c.members {
-		c.members[i] = member{
-			Name: fmt.Sprintf("m%d", i), Dir: filepath.Join(dir, fmt.Sprint(i)),
-			Client: "http://" + free(t), Peer: "http://" + free(t),
-		}
-		cluster = append(cluster, c.members[i].Name+"="+c.members[i].Peer)
+		m := &c.members[i]
+		m.Name = fmt.Sprintf("m%d", i)
+		m.Dir = filepath.Join(dir, m.Name)
+		cluster = append(cluster, m.Name+"="+m.Peer)
 	}
 	for i := range c.members {
 		c.members[i].Cluster = strings.Join(cluster, ",")
@@ -99,7 +143,6 @@ func Start(t *testing.T, n int, start func(*exec.Cmd) error) *Cluster {
 			c.Kill(i)
 		}
 	})
-	return c
 }
 
 // free is an address that nobody listens at now.
@@ -133,7 +176,7 @@ func (c *Cluster) Run(t *testing.T, i int) {
 	cmd.Stderr = os.Stderr
 	// Whoever ends the test ends it, too.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := c.start(cmd); err != nil {
+	if err := c.start[i](cmd); err != nil {
 		t.Fatal(err)
 	}
 	c.processes[i] = cmd
