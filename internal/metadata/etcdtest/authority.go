@@ -15,29 +15,32 @@ import (
 	"time"
 )
 
-// authority makes the certificates of a cluster's members and clients.
-type authority struct {
-	dir, file string
-	cert      *x509.Certificate
-	key       *ecdsa.PrivateKey
+// Authority makes the certificates of a cluster's members and clients.
+type Authority struct {
+	File string // its certificate
+
+	dir  string
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
 }
 
-func newAuthority(t *testing.T, dir string) *authority {
+// NewAuthority makes one, with its files in a directory, and what begins their names.
+func NewAuthority(t *testing.T, dir, name string) *Authority {
 	t.Helper()
-	a := &authority{dir: dir}
+	a := &Authority{dir: dir}
 	template := &x509.Certificate{IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
 	var der []byte
-	der, a.key = a.sign(t, template, "etcd")
+	der, a.key = a.sign(t, template, name)
 	var err error
 	if a.cert, err = x509.ParseCertificate(der); err != nil {
 		t.Fatal(err)
 	}
-	a.file = a.write(t, "ca.pem", "CERTIFICATE", der)
+	a.File = a.write(t, name+".pem", "CERTIFICATE", der)
 	return a
 }
 
-// issue makes a certificate, for members of an address, and returns its file and its key's.
-func (a *authority) issue(t *testing.T, name string, addresses ...netip.Addr) (cert, key string) {
+// Issue makes a certificate, for members of an address, and returns its file and its key's.
+func (a *Authority) Issue(t *testing.T, name string, addresses ...netip.Addr) (cert, key string) {
 	t.Helper()
 	template := &x509.Certificate{ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}, KeyUsage: x509.KeyUsageDigitalSignature}
 	for _, address := range addresses {
@@ -52,7 +55,7 @@ func (a *authority) issue(t *testing.T, name string, addresses ...netip.Addr) (c
 }
 
 // sign signs a certificate for a fresh key; the authority's own by itself.
-func (a *authority) sign(t *testing.T, template *x509.Certificate, name string) ([]byte, *ecdsa.PrivateKey) {
+func (a *Authority) sign(t *testing.T, template *x509.Certificate, name string) ([]byte, *ecdsa.PrivateKey) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -74,7 +77,7 @@ func (a *authority) sign(t *testing.T, template *x509.Certificate, name string) 
 	return der, key
 }
 
-func (a *authority) write(t *testing.T, name, kind string, der []byte) string {
+func (a *Authority) write(t *testing.T, name, kind string, der []byte) string {
 	t.Helper()
 	file := filepath.Join(a.dir, name)
 	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {

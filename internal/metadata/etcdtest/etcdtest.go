@@ -99,7 +99,7 @@ func Start(t *testing.T, n int, start func(*exec.Cmd) error) *Cluster {
 	}
 	c := &Cluster{}
 	for range n {
-		c.members = append(c.members, member{Client: "http://" + free(t), Peer: "http://" + free(t)})
+		c.members = append(c.members, member{Client: "http://" + free(t).String(), Peer: "http://" + free(t).String()})
 		c.start = append(c.start, start)
 	}
 	c.run(t, t.TempDir())
@@ -111,12 +111,12 @@ func Start(t *testing.T, n int, start func(*exec.Cmd) error) *Cluster {
 func StartAt(t *testing.T, places ...Place) *Cluster {
 	t.Helper()
 	dir := t.TempDir()
-	a := newAuthority(t, dir)
-	c := &Cluster{CA: a.file}
-	c.Cert, c.Key = a.issue(t, "client")
+	a := NewAuthority(t, dir, "ca")
+	c := &Cluster{CA: a.File}
+	c.Cert, c.Key = a.Issue(t, "client")
 	for i, p := range places {
-		m := member{CA: a.file, Client: "https://" + netip.AddrPortFrom(p.Address, 2379).String(), Peer: "https://" + netip.AddrPortFrom(p.Address, 2380).String()}
-		m.Cert, m.Key = a.issue(t, fmt.Sprint("member", i), p.Address)
+		m := member{CA: a.File, Client: "https://" + netip.AddrPortFrom(p.Address, free(t).Port()).String(), Peer: "https://" + netip.AddrPortFrom(p.Address, free(t).Port()).String()}
+		m.Cert, m.Key = a.Issue(t, fmt.Sprint("member", i), p.Address)
 		c.members, c.start = append(c.members, m), append(c.start, p.Start)
 	}
 	c.run(t, dir)
@@ -145,15 +145,15 @@ func (c *Cluster) run(t *testing.T, dir string) {
 	})
 }
 
-// free is an address that nobody listens at now.
-func free(t *testing.T) string {
+// free is a loopback address and port that nobody listens at now.
+func free(t *testing.T) netip.AddrPort {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	return l.Addr().String()
+	return l.Addr().(*net.TCPAddr).AddrPort()
 }
 
 // Endpoints are the members' URLs.
