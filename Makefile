@@ -59,7 +59,7 @@ fuzz:
 e2e: image
 	bin/violin --state-dir $(STATE) image build disk -f images/disk/image.yaml
 	bin/violin --state-dir $(STATE) image build cloud -f images/cloud/image.yaml
-	VIOLIN_E2E=1 VIOLIN_STATE_DIR=$(STATE) $(GO) test -p 1 -timeout 30m ./internal/store ./internal/lab ./internal/openflow ./internal/fabric ./internal/gateway ./internal/qmp ./internal/migration/... ./internal/hypervisor/... ./internal/agent ./test/...
+	VIOLIN_E2E=1 VIOLIN_STATE_DIR=$(STATE) $(GO) test -p 1 -timeout 50m ./internal/store ./internal/lab ./internal/openflow ./internal/fabric ./internal/gateway ./internal/qmp ./internal/migration/... ./internal/hypervisor/... ./internal/agent ./test/...
 
 # The long forms: a thousand cuts of real VMs under load (more than an hour), a hundred of
 # a VM that writes to its disks, and the protocol's exploration. VIOLIN_SEED=N, from a run's log, repeats its choices.

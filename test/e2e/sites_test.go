@@ -22,6 +22,7 @@ import (
 const ledgerSites = `version: 1
 slice: ledger
 sites: {west: {hosts: [alpha, beta]}, east: {hosts: [gamma]}}
+wan: [{between: [west, east], delay: 10ms}]
 networks:
   lan: {subnet: 10.30.0.0/24}
 nodes:
