@@ -188,7 +188,15 @@ func TestJoined(t *testing.T) {
 	await(t, "all agents are connected", connected(3))
 
 	file := filepath.Join(dir, "far.yaml")
-	if err := os.WriteFile(file, []byte(far), 0o600); err != nil {
+	shared := strings.Replace(far, "{host: gamma,", "{host: gamma, shares: [{name: tools, directory: tools}],", 1)
+	if err := os.WriteFile(file, []byte(shared), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	tools := filepath.Join(dir, "tools")
+	if err := os.Mkdir(tools, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(tools, "told"), []byte("as it was\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(filepath.Join(dir, "base.img"), blocksBase(), 0o600); err != nil {
@@ -200,6 +208,18 @@ func TestJoined(t *testing.T) {
 	}
 	for _, n := range []string{"far/n1", "far/n2", "far/n3"} {
 		booted(t, dirs, n)
+	}
+	// A directory of the server's came with the node; what there is of it is of the snapshot.
+	const read = `echo 3 >/proc/sys/vm/drop_caches; mkdir -p /run/tools; for d in /sys/block/vd*; do
+		[ "$(cat $d/serial)" != tools ] || mountpoint -q /run/tools || mount -t squashfs -o ro /dev/${d##*/} /run/tools; done; cat /run/tools/told`
+	if got := sh(t, dirs, "far/n3", read); got != "as it was" {
+		t.Errorf("on a joined host the node is shown %q", got)
+	}
+	if err := os.RemoveAll(tools); err != nil {
+		t.Fatal(err)
+	}
+	if printed := string(must(t, dirs, "console", "far/n3", "--log")); !strings.Contains(printed, "violin: n3 is up") {
+		t.Errorf("the console's log of a node on a joined host: %q", printed)
 	}
 	// A count that goes on, and frames all the time.
 	sh(t, dirs, "far/n1", "cat /proc/sys/kernel/random/uuid > /run/mark; (ping -i 0.2 10.20.0.3 >/run/ping 2>&1 &)")
@@ -230,6 +250,9 @@ func TestJoined(t *testing.T) {
 	await(t, "the agent is back", connected(3))
 	if got := sh(t, dirs, "far/n1", "cat /run/mark"); got != mark {
 		t.Errorf("the node remembers %q, and was restored to %q", got, mark)
+	}
+	if got := sh(t, dirs, "far/n3", read); got != "as it was" {
+		t.Errorf("on a joined host the node is shown %q after a restore", got)
 	}
 	await(t, "frames go from site to site", func() bool { return strings.Contains(sh(t, dirs, "far/n1", "tail -1 /run/ping"), "time=") })
 	right(t, dirs, "far/n1", "restored")
