@@ -15,6 +15,9 @@ import (
 	"violin/internal/lab"
 )
 
+// gatewayOf is the way out of the slice's network. It is where n1 is.
+const gatewayOf = "10.20.0.254"
+
 // elsewhere is the slice far on machines that die, or are cut off.
 type elsewhere struct {
 	t    *testing.T
@@ -90,7 +93,7 @@ func (e *elsewhere) goesOn(what string, marks map[string]string) {
 	last := func() string { return sh(e.t, e.dirs, "far/n1", "tail -1 /run/ping") }
 	began := last()
 	await(e.t, what+": the ping from n1 to n3 goes on", func() bool { s := last(); return s != began && strings.Contains(s, "time=") })
-	for _, pair := range [][2]string{{"n1", "10.20.0.2"}, {"n2", "10.20.0.3"}, {"n3", "10.20.0.1"}} {
+	for _, pair := range [][2]string{{"n1", "10.20.0.2"}, {"n2", "10.20.0.3"}, {"n3", "10.20.0.1"}, {"n2", gatewayOf}} {
 		out := sh(e.t, e.dirs, "far/"+pair[0], "ping -c 3 -i 0.3 -W 10 "+pair[1])
 		if !strings.Contains(out, " 3 received") && !strings.Contains(out, " 3 packets received") || strings.Contains(out, "DUP") {
 			e.t.Errorf("%s: from %s to %s: %s", what, pair[0], pair[1], out)
@@ -157,7 +160,8 @@ func TestElsewhere(t *testing.T) {
 	}
 	f.await(3)
 	file := filepath.Join(dir, "far.yaml")
-	if err := os.WriteFile(file, []byte(far), 0o600); err != nil {
+	outside := strings.Replace(far, "subnet: 10.20.0.0/24", "subnet: 10.20.0.0/24, gateway: {nat: "+gatewayOf+"}", 1)
+	if err := os.WriteFile(file, []byte(outside), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(filepath.Join(dir, "base.img"), blocksBase(), 0o600); err != nil {
