@@ -27,7 +27,7 @@ var serverKills = []struct {
 	{at: "drain"}, {at: "collect"}, {at: "seal"}, {at: "packed"},
 	{at: "sealed", sealed: true, always: true}, {at: "commit", sealed: true}, {at: "end", sealed: true}, {at: "ended", sealed: true},
 	{at: "prepare", args: precopy}, {at: "ordered", args: precopy}, {at: "cut", args: precopy}, {at: "sealed", args: precopy, sealed: true},
-	{at: "prepare", agent: "prepare"}, {at: "cut", agent: "alice/stop"}, {at: "cut", agent: "alice/resume"}, {at: "sealed", agent: "commit", sealed: true},
+	{at: "prepare", agent: "prepare"}, {at: "abort", agent: "alice/stop"}, {at: "abort", agent: "alice/resume"}, {at: "sealed", agent: "commit", sealed: true},
 }
 
 // A server is killed, or told to end, and another comes back: what joined hosts run goes
