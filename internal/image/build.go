@@ -18,6 +18,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -214,6 +215,9 @@ func (w *builder) run(ctx context.Context, dir string, stdout io.Writer, name st
 	if cmd.Stdout = stdout; stdout == nil {
 		cmd.Stdout = tail
 	}
+	// The kernel ends it with the thread that starts it, which is to stay until then.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	if err := cmd.Run(); err != nil {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -88,6 +89,9 @@ func Make(ctx context.Context, dir string, to *os.File) error {
 	cmd.WaitDelay = 5 * time.Second
 	var said bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &said, &said
+	// The kernel ends it with the thread that starts it, which is to stay until then.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	switch err := cmd.Run(); {
 	case errors.Is(err, exec.ErrNotFound):
 		return fmt.Errorf("make a file system of %s: %w: install squashfs-tools", dir, err)

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -80,8 +81,14 @@ type Cluster struct {
 	CA, Cert, Key string
 
 	members   []member
-	processes []*exec.Cmd // nil for one that does not run
+	processes []*process // nil for one that does not run
 	start     []func(*exec.Cmd) error
+}
+
+// process is a member that runs.
+type process struct {
+	cmd   *exec.Cmd
+	ended chan struct{} // closed when it has
 }
 
 // Place is a machine, or what stands for one, that has a member of its own.
@@ -126,7 +133,7 @@ func StartAt(t *testing.T, places ...Place) *Cluster {
 // run starts all members, until the test ends.
 func (c *Cluster) run(t *testing.T, dir string) {
 	t.Helper()
-	c.processes = make([]*exec.Cmd, len(c.members))
+	c.processes = make([]*process, len(c.members))
 	var cluster []string
 	for i := range c.members {
 		m := &c.members[i]
@@ -174,28 +181,41 @@ func (c *Cluster) Run(t *testing.T, i int) {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), memberVariable+"="+string(text))
 	cmd.Stderr = os.Stderr
-	// Whoever ends the test ends it, too.
+	// Whoever ends the test ends it, too. The bond is to the thread that starts it, which
+	// has to stay for as long.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := c.start[i](cmd); err != nil {
+	p := &process{cmd: cmd, ended: make(chan struct{})}
+	started := make(chan error)
+	go func() {
+		defer close(p.ended)
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := c.start[i](cmd)
+		started <- err
+		if err == nil {
+			_ = cmd.Wait()
+		}
+	}()
+	if err := <-started; err != nil {
 		t.Fatal(err)
 	}
-	c.processes[i] = cmd
+	c.processes[i] = p
 }
 
 // Kill kills a member with SIGKILL.
 func (c *Cluster) Kill(i int) {
 	if p := c.processes[i]; p != nil {
-		_ = p.Process.Kill()
-		_ = p.Wait()
+		_ = p.cmd.Process.Kill()
+		<-p.ended
 		c.processes[i] = nil
 	}
 }
 
 // Pause stops a member, as a machine that hangs, and Resume lets it go on.
-func (c *Cluster) Pause(i int) { _ = c.processes[i].Process.Signal(syscall.SIGSTOP) }
+func (c *Cluster) Pause(i int) { _ = c.processes[i].cmd.Process.Signal(syscall.SIGSTOP) }
 
 // Resume undoes Pause.
-func (c *Cluster) Resume(i int) { _ = c.processes[i].Process.Signal(syscall.SIGCONT) }
+func (c *Cluster) Resume(i int) { _ = c.processes[i].cmd.Process.Signal(syscall.SIGCONT) }
 
 // Await waits until f is true, for a minute.
 func Await(t *testing.T, what string, f func() bool) {
