@@ -279,12 +279,14 @@ func dup(f *os.File) (n int, err error) {
 // read is the session's reader; it ends with the connection.
 func (c *Client) read(greeted chan<- Greeting) {
 	d := NewDecoder(c.conn, 0)
-	for first := true; ; first = false {
+	for first := true; ; {
 		m, err := d.Decode()
 		switch {
 		case err != nil:
+		case first && m.Greeting == nil:
+			continue // for whoever was connected before and did not wait for it
 		case first != (m.Greeting != nil):
-			err = errors.New("want a greeting first, and only then (is this a QMP control monitor?)")
+			err = errors.New("want one greeting only")
 		case (m.Return != nil || m.Error != nil) && m.ID == nil:
 			err = errors.New("a reply without the id of its command")
 		}
@@ -296,6 +298,7 @@ func (c *Client) read(greeted chan<- Greeting) {
 		}
 		switch {
 		case m.Greeting != nil:
+			first = false
 			greeted <- *m.Greeting
 		case m.Event != nil:
 			c.publish(*m.Event)

@@ -240,7 +240,7 @@ func TestDisconnect(t *testing.T) {
 		{"exit", "", "EOF"},
 		{"half a line", `{"return"`, "unexpected EOF"},
 		{"garbage", "\x7fELF\n", "not a JSON object"},
-		{"second greeting", greeting, "want a greeting first"},
+		{"second greeting", greeting, "want one greeting only"},
 		{"reply without id", `{"return": {}}` + "\n", "without the id"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -341,6 +341,26 @@ func TestExecuteWithFD(t *testing.T) {
 	// The read ends only if no copy of w was left open.
 	if got, err := io.ReadAll(r); err != nil || string(got) != "hello" {
 		t.Errorf("through the descriptor: %q, %v", got, err)
+	}
+}
+
+// QEMU keeps what it could not say to a client that went away, and says it to the next,
+// before it greets that one.
+func TestLeftovers(t *testing.T) {
+	path := listen(t, func(p *peer) {
+		p.send(`{"return": {}, "id": 1}`)
+		p.send(`{"timestamp": {"seconds": 1700000000, "microseconds": 123456}, "event": "RESUME"}`)
+		io.WriteString(p.conn, greeting)
+		p.send(`{"return": {}, "id": %d}`, p.receive("qmp_capabilities").ID)
+		p.r.ReadByte()
+	})
+	c, err := Dial(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if got := c.Version().Major; got != 7 {
+		t.Errorf("version %d", got)
 	}
 }
 

@@ -584,6 +584,9 @@ func (c *Capture) Abort(ctx context.Context) (err error) {
 	completed := c.completed
 	c.mu.Unlock()
 	defer c.drop()
+	if c.vm.qmp == nil { // it was found to have ended
+		return fmt.Errorf("give the capture up: %w", c.vm.Err())
+	}
 	defer c.events.Close()
 	defer c.relax()
 	defer func() {
@@ -630,14 +633,32 @@ func (c *Capture) Abort(ctx context.Context) (err error) {
 		c.vm.fail(errBroken)
 		return fmt.Errorf("give the capture up: %w", errBroken)
 	}
-	if status, err := c.vm.Status(ctx); err != nil {
+	running, err := c.vm.steady(ctx)
+	if err != nil {
 		return fmt.Errorf("give the capture up: %w", err)
-	} else if status != "running" {
+	}
+	if !running {
 		if err := c.vm.qmp.Execute(ctx, "cont", nil, nil); err != nil {
 			return fmt.Errorf("let the vCPUs run again: %w", err)
 		}
 	}
 	return nil
+}
+
+// steady tells whether the vCPUs run, once QEMU takes an order about that: for an
+// instant after it has called a migration completed it does not.
+func (vm *VM) steady(ctx context.Context) (running bool, err error) {
+	for {
+		status, err := vm.Status(ctx)
+		if err != nil || status != "finish-migrate" {
+			return status == "running", err
+		}
+		select {
+		case <-time.After(time.Millisecond):
+		case <-ctx.Done():
+			return false, ctx.Err()
+		}
+	}
 }
 
 // settled returns once QEMU has no migration under way, with how the last one ended.

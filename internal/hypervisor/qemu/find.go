@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"time"
 
 	"violin/internal/child"
 	"violin/internal/priority"
@@ -15,6 +16,13 @@ import (
 // errBroken: QEMU 7.2 leaves the memory of such a VM write-protected, and nobody answers the
 // vCPUs' faults any more. It says that the VM runs, and no vCPU does.
 var errBroken = errors.New("the stream of its background snapshot broke, of which QEMU does not recover")
+
+// errDeaf: QEMU's own thread waits for something, such as for memory that nobody gives it.
+var errDeaf = errors.New("the agent that took over could not speak to it")
+
+// findBound is how long QEMU may take to answer who finds it. Its monitor waits for as
+// long as its disks or its memory make it wait.
+const findBound = 30 * time.Second
 
 // Find finds the VM that an agent before this one has started, as it is: running,
 // stopped, or in a capture, which [VM.Orphan] is then for. One that has ended is one that
@@ -37,15 +45,21 @@ func Find(ctx context.Context, spec Spec, stored map[string]int, log *slog.Logge
 	if err := priority.Calm(vm.PID()); err != nil {
 		vm.log.Debug("its priority is not as it should be", "err", err)
 	}
-	if vm.qmp, err = qmp.Dial(ctx, vm.path("qmp.sock")); err == nil {
-		err = vm.findVCPUs(ctx)
+	asking, cancel := context.WithTimeout(ctx, findBound)
+	defer cancel()
+	if vm.qmp, err = qmp.Dial(asking, vm.path("qmp.sock")); err == nil {
+		err = vm.findVCPUs(asking)
 	}
 	if err != nil {
 		vm.mu.Lock()
-		vm.cause = fmt.Errorf("the agent that took over could not speak to it: %w", err)
+		vm.cause = fmt.Errorf("%w: %w", errDeaf, err)
 		vm.mu.Unlock()
 		vm.findDisks(nil)
-		return vm, vm.proc.Kill()
+		if err := vm.proc.Kill(); err != nil {
+			return nil, fmt.Errorf("find QEMU of %s: %w", spec.Name, err)
+		}
+		<-vm.done // from now on it is one that has ended
+		return vm, nil
 	}
 	vm.findDisks(stored)
 	return vm, nil

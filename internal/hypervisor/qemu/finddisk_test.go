@@ -69,6 +69,7 @@ func TestFindDisks(t *testing.T) {
 			}
 			c.theirs.Close()
 			c.ours.Close()
+			h.die()
 			next()
 			vm.KeepStreams(h)
 			orphan := vm.Orphan(mode)
