@@ -4,7 +4,7 @@
 //
 // A node that may go anywhere stays where it was, if that host takes it and has room;
 // else it goes to another host of the same site, or of any. Of several, the one that has
-// the fewest nodes of the slice takes it, then the one with the most memory left. If that
+// the fewest nodes of the slice takes it, then the one with the most memory left, in GiB. If that
 // ends with a node that nothing has room for, other ways are tried, within bounds: the
 // largest nodes come first, those that were on a host that takes them before all others.
 package placement
@@ -275,6 +275,10 @@ func (w *world) check() error {
 	return admission.Check(w.r.Machines, vms)
 }
 
+// step is by how much room must differ to count, in bytes: what a machine has to spare
+// changes all the time.
+const step = 1 << 30
+
 // preferred are the hosts that a node may be on, the best first.
 func (w *world) preferred(n *node) []*host {
 	misses := func(b bool) int {
@@ -289,7 +293,7 @@ func (w *world) preferred(n *node) []*host {
 			cmp.Compare(misses(a == n.home), misses(b == n.home)),
 			cmp.Compare(misses(a.Site == n.Site), misses(b.Site == n.Site)),
 			cmp.Compare(a.nodes, b.nodes),
-			cmp.Compare(b.machine.Room(), a.machine.Room()),
+			cmp.Compare(b.machine.Room()/step, a.machine.Room()/step),
 		)
 	})
 	return order
