@@ -2,7 +2,6 @@ package catalog
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -35,20 +34,14 @@ func hostName(name string) string { return hostDir + "/" + name + ".json" }
 
 func parseHost(doc []byte, name string) (*Host, error) {
 	var d hostDocument
-	err := json.Unmarshal(doc, &d)
-	switch {
-	case err != nil:
-	case d.Format != hostFormat:
-		err = fmt.Errorf("format %q, want %q", d.Format, hostFormat)
-	case d.Version > hostVersion:
-		return nil, fmt.Errorf("host's record has format version %d, this violin reads version %d; use a later violin", d.Version, hostVersion)
-	case d.Host == nil:
-		err = errors.New("there is no host in it")
-	case d.Host.Name != name:
-		err = fmt.Errorf("it is of host %q", d.Host.Name)
+	if err := parseNote(doc, "host's record", hostFormat, hostVersion, &d); err != nil {
+		return nil, err
 	}
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", store.ErrDamaged, err)
+	switch {
+	case d.Host == nil:
+		return nil, fmt.Errorf("%w: there is no host in it", store.ErrDamaged)
+	case d.Host.Name != name:
+		return nil, fmt.Errorf("%w: it is of host %q", store.ErrDamaged, d.Host.Name)
 	}
 	return d.Host, nil
 }
@@ -63,10 +56,7 @@ func (c *Catalog) PutHost(ctx context.Context, h *Host) error {
 	case h.Cordoned.IsZero():
 		err = c.st.DeleteDocument(ctx, hostName(h.Name))
 	default:
-		var doc []byte
-		if doc, err = json.MarshalIndent(hostDocument{hostFormat, hostVersion, h}, "", "  "); err == nil {
-			err = c.st.ReplaceDocument(ctx, hostName(h.Name), append(doc, '\n'))
-		}
+		err = c.replaceNote(ctx, hostName(h.Name), hostDocument{hostFormat, hostVersion, h})
 	}
 	if err != nil {
 		return fmt.Errorf("record of host %q: %w", h.Name, err)
@@ -76,22 +66,5 @@ func (c *Catalog) PutHost(ctx context.Context, h *Host) error {
 
 // Hosts returns what is kept of hosts, by name. What cannot be read is told, and left out.
 func (c *Catalog) Hosts(ctx context.Context, damaged func(host string, err error)) (map[string]*Host, error) {
-	out := map[string]*Host{}
-	for doc, err := range c.st.Documents(ctx, hostDir) {
-		if err != nil {
-			return nil, fmt.Errorf("list records of hosts: %w", err)
-		}
-		name := strings.TrimSuffix(strings.TrimPrefix(doc, hostDir+"/"), ".json")
-		b, err := c.st.GetDocument(ctx, doc)
-		var h *Host
-		if err == nil {
-			h, err = parseHost(b, name)
-		}
-		if err != nil {
-			damaged(name, fmt.Errorf("record of host %q: %w", name, err))
-			continue
-		}
-		out[name] = h
-	}
-	return out, nil
+	return notes(ctx, c, hostDir, "host", damaged, parseHost)
 }

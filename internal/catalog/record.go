@@ -2,10 +2,8 @@ package catalog
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"violin/internal/store"
@@ -97,10 +95,7 @@ func (c *Catalog) PutRecord(ctx context.Context, r *Record) error {
 	case r.Empty():
 		err = c.st.DeleteDocument(ctx, recordName(r.Slice))
 	default:
-		var doc []byte
-		if doc, err = json.MarshalIndent(recordDocument{recordFormat, recordVersion, r}, "", "  "); err == nil {
-			err = c.st.ReplaceDocument(ctx, recordName(r.Slice), append(doc, '\n'))
-		}
+		err = c.replaceNote(ctx, recordName(r.Slice), recordDocument{recordFormat, recordVersion, r})
 	}
 	if err != nil {
 		return fmt.Errorf("record of slice %q: %w", r.Slice, err)
@@ -111,25 +106,11 @@ func (c *Catalog) PutRecord(ctx context.Context, r *Record) error {
 // Records returns the records that there are, by slice. One that cannot be read is
 // told, and left out.
 func (c *Catalog) Records(ctx context.Context, damaged func(slice string, err error)) (map[string]*Record, error) {
-	out := map[string]*Record{}
-	for name, err := range c.st.Documents(ctx, recordDir) {
-		if err != nil {
-			return nil, fmt.Errorf("list records of slices: %w", err)
-		}
-		slice := strings.TrimSuffix(strings.TrimPrefix(name, recordDir+"/"), ".json")
-		doc, err := c.st.GetDocument(ctx, name)
-		var r *Record
-		if err == nil {
-			r, err = parseRecord(doc)
-		}
+	return notes(ctx, c, recordDir, "slice", damaged, func(doc []byte, slice string) (*Record, error) {
+		r, err := parseRecord(doc)
 		if err == nil && r.Slice != slice {
-			err = fmt.Errorf("%w: it is of slice %q", store.ErrDamaged, r.Slice)
+			return nil, fmt.Errorf("%w: it is of slice %q", store.ErrDamaged, r.Slice)
 		}
-		if err != nil {
-			damaged(slice, fmt.Errorf("record of slice %q: %w", slice, err))
-			continue
-		}
-		out[slice] = r
-	}
-	return out, nil
+		return r, err
+	})
 }

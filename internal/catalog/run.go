@@ -1,9 +1,7 @@
 package catalog
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -117,30 +115,6 @@ type runDocument struct {
 
 func runName(slice string) string { return runDir + "/" + slice + ".json" }
 
-// parseNote reads a document of a format and of a version up to newest into d; what is
-// for the errors.
-func parseNote(doc []byte, what, format string, newest int, d any) error {
-	var head struct {
-		Format  string
-		Version int
-	}
-	if err := json.Unmarshal(doc, &head); err != nil {
-		return fmt.Errorf("%w: %w", store.ErrDamaged, err)
-	}
-	switch {
-	case head.Format != format:
-		return fmt.Errorf("%w: format %q, want %q", store.ErrDamaged, head.Format, format)
-	case head.Version < 1 || head.Version > newest:
-		return fmt.Errorf("%s has format version %d, this violin reads version %d and older; use a later violin", what, head.Version, newest)
-	}
-	dec := json.NewDecoder(bytes.NewReader(doc))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(d); err != nil {
-		return fmt.Errorf("%w: %w", store.ErrDamaged, err)
-	}
-	return nil
-}
-
 func parseRun(doc []byte) (*Run, error) {
 	var d runDocument
 	if err := parseNote(doc, "note of what runs", runFormat, runVersion, &d); err != nil {
@@ -159,10 +133,7 @@ func parseRun(doc []byte) (*Run, error) {
 func (c *Catalog) PutRun(ctx context.Context, r *Run) error {
 	err := r.check()
 	if err == nil {
-		var doc []byte
-		if doc, err = json.MarshalIndent(runDocument{runFormat, runVersion, r}, "", "  "); err == nil {
-			err = c.st.ReplaceDocument(ctx, runName(r.Slice), append(doc, '\n'))
-		}
+		err = c.replaceNote(ctx, runName(r.Slice), runDocument{runFormat, runVersion, r})
 	}
 	if err != nil {
 		return fmt.Errorf("note what runs of slice %q: %w", r.Slice, err)
@@ -231,11 +202,7 @@ func (c *Catalog) CopiedTerm(ctx context.Context) (term uint64, etcd []string, e
 
 // PutTerm notes the term of a server that leads, and the endpoints of its etcd.
 func (c *Catalog) PutTerm(ctx context.Context, term uint64, etcd []string) error {
-	doc, err := json.Marshal(termDocument{termFormat, termVersion, term, etcd})
-	if err == nil {
-		err = c.st.ReplaceDocument(ctx, termName, append(doc, '\n'))
-	}
-	if err != nil {
+	if err := c.replaceNote(ctx, termName, termDocument{termFormat, termVersion, term, etcd}); err != nil {
 		return fmt.Errorf("note this server's term: %w", err)
 	}
 	return nil
