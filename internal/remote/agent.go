@@ -59,13 +59,18 @@ func (a *Agent) call(ctx context.Context, f func(context.Context, violinv1connec
 	if err != nil {
 		return err
 	}
-	if err := f(ctx, client); err != nil {
-		if ctx.Err() != nil {
-			return fmt.Errorf("host %s: %w", a.host.name, ctx.Err())
-		}
-		return fmt.Errorf("host %s: %w", a.host.name, said(err))
+	return a.answered(ctx, f(ctx, client))
+}
+
+// answered is how a call to the agent went, for who made it.
+func (a *Agent) answered(ctx context.Context, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return fmt.Errorf("host %s: %w", a.host.name, ctx.Err())
 	}
-	return nil
+	return fmt.Errorf("host %s: %w", a.host.name, said(err))
 }
 
 // Run is the name of what the host runs of the slice.

@@ -50,13 +50,7 @@ func (a *Agent) provide(ctx context.Context, f func(context.Context, violinv1con
 	if err != nil {
 		return err
 	}
-	if err := f(ctx, client); err != nil {
-		if ctx.Err() != nil {
-			return fmt.Errorf("host %s: %w", a.host.name, ctx.Err())
-		}
-		return fmt.Errorf("host %s: %w", a.host.name, said(err))
-	}
-	return nil
+	return a.answered(ctx, f(ctx, client))
 }
 
 // LoadNodeLazily gives an incoming node its devices; its memory follows, as its host asks

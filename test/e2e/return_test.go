@@ -103,13 +103,7 @@ func (o *outlive) killServer(what, at, agent string, args []string, sealed bool,
 		t.Errorf("%s: snapshots %v, and before %v", what, now, before)
 	}
 	o.unharmed("the server was killed at "+what, pids)
-	epochs := map[int]bool{}
-	for _, n := range slice(t, o.dirs, "ledger").Nodes {
-		epochs[n.Epoch] = true
-	}
-	if len(epochs) != 1 {
-		t.Errorf("%s: nodes are in epochs %v", what, epochs)
-	}
+	o.oneEpoch(what)
 	for _, id := range o.snapshots()[len(before):] {
 		verified(t, o.dirs, "ledger@"+id)
 	}
@@ -122,6 +116,18 @@ func (o *outlive) killServer(what, at, agent string, args []string, sealed bool,
 	}
 	must(t, o.dirs, "store", "check", "--read-data")
 	t.Logf("killed at %s: ended after %s, %s in all", what, ended.Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
+}
+
+// oneEpoch checks that all nodes are in the same epoch.
+func (o *outlive) oneEpoch(what string) {
+	o.t.Helper()
+	epochs := map[int]bool{}
+	for _, n := range slice(o.t, o.dirs, "ledger").Nodes {
+		epochs[n.Epoch] = true
+	}
+	if len(epochs) != 1 {
+		o.t.Errorf("%s: nodes are in epochs %v", what, epochs)
+	}
 }
 
 // snapshots are the ids there are, oldest first.

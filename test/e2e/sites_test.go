@@ -153,13 +153,7 @@ func (s *sites) recovered(what string, pids map[string]string, before []string) 
 	s.await(len(s.hosts))
 	await(s.t, "no cut is under way", func() bool { return !slice(s.t, s.dirs, "ledger").Cutting })
 	s.unharmed(what, pids)
-	epochs := map[int]bool{}
-	for _, n := range slice(s.t, s.dirs, "ledger").Nodes {
-		epochs[n.Epoch] = true
-	}
-	if len(epochs) != 1 {
-		s.t.Errorf("%s: nodes are in epochs %v", what, epochs)
-	}
+	s.oneEpoch(what)
 	for _, id := range s.snapshots()[len(before):] {
 		verified(s.t, s.dirs, "ledger@"+id)
 	}
