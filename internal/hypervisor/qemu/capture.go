@@ -41,10 +41,14 @@ func (m Mode) String() string {
 // early only makes the pause longer.
 const armBound = 5 * time.Second
 
-// streamBuffer is the stream's socket buffer in bytes. It is small, so that QEMU's
-// snapshot thread soon waits for who reads: the pace of the capture is then that of
-// a thread that lets pauses of other nodes go first.
-const streamBuffer = 256 << 10
+// streamBuffer is a stream's socket buffer in bytes. It bounds how far QEMU's snapshot thread
+// is ahead of who reads, whose pace is that of a thread that lets pauses of other nodes go
+// first. It has to hold what QEMU writes in a nap.
+const streamBuffer = 4 << 20
+
+// nap is how long a reader waits that has caught up. QEMU writes a background snapshot
+// page by page; a reader that is woken for each spends as much on that as on storing it, and so does QEMU.
+const nap = time.Millisecond
 
 // standstill is the least bandwidth, in bytes/s: QEMU divides it by ten, and takes 0
 // for no limit.
@@ -92,7 +96,7 @@ type Capture struct {
 // Arm begins to set a capture up; the VM runs on. [Capture.Ready] waits for it.
 func (vm *VM) Arm(ctx context.Context, mode Mode) (_ *Capture, err error) {
 	c := &Capture{vm: vm, mode: mode, released: make(chan struct{}), late: mode == Background && vm.locksSetup()}
-	if c.ours, c.theirs, err = socketpair(); err != nil {
+	if c.ours, c.theirs, err = socketpair(false); err != nil {
 		return nil, fmt.Errorf("capture: %w", err)
 	}
 	c.events = vm.qmp.Subscribe(256, "STOP", "RESUME", "MIGRATION")
@@ -302,17 +306,34 @@ func (c *Capture) converge(ctx context.Context) error {
 
 // Stream is the migration stream. Reading waits until Release, in the background
 // mode.
-func (c *Capture) Stream() io.Reader { return (*captureStream)(c) }
+func (c *Capture) Stream() io.Reader { return &captureStream{Capture: c} }
 
-type captureStream Capture
+type captureStream struct {
+	*Capture
+	caughtUp bool // the last read took all there was
+}
 
 func (s *captureStream) Read(p []byte) (int, error) {
 	<-s.released
+	if s.caughtUp && s.mode == Background {
+		// The thread itself, as it waits in Read: a timer would be another's.
+		ts := unix.NsecToTimespec(int64(nap))
+		_ = unix.Nanosleep(&ts, nil)
+	}
 	n, err := s.ours.Read(p)
+	s.caughtUp = n < len(p)
 	if err == io.EOF {
 		s.ours.Close()
 	}
 	return n, err
+}
+
+// hangUp closes our end of the stream, whoever reads it.
+func (c *Capture) hangUp() {
+	if raw, err := c.ours.SyscallConn(); err == nil {
+		_ = raw.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_RDWR) })
+	}
+	c.ours.Close()
 }
 
 // Stop stops the vCPUs and returns when they stopped.
@@ -405,7 +426,7 @@ func (c *Capture) unblock() (err error) {
 		}
 		defer close(c.released)
 		c.letGo() // before, or its end would not be seen
-		err = unix.SetsockoptInt(int(c.theirs.Fd()), unix.SOL_SOCKET, unix.SO_SNDBUF, streamBuffer)
+		err = setBuffer(c.theirs, streamBuffer)
 		c.theirs.Close()
 		if _, rerr := io.CopyN(io.Discard, c.ours, int64(c.junk)); rerr != nil {
 			err = errors.Join(err, rerr)
@@ -623,7 +644,7 @@ func (c *Capture) Abort(ctx context.Context) (err error) {
 		go func() { _, _ = io.Copy(io.Discard, c.ours) }()
 	}
 	if !c.orphan {
-		defer c.ours.Close()
+		defer c.hangUp()
 	}
 	status, err := c.settled(ctx)
 	if err != nil {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"time"
 	"unsafe"
 
@@ -154,7 +153,7 @@ func (vm *VM) take(ctx context.Context, command string) (io.ReadWriteCloser, *qm
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := shrink(ours, lazyBuffer); err != nil {
+	if err := setBuffer(ours, lazyBuffer); err != nil {
 		vm.log.Debug("the stream's buffer is not as it should be", "err", err)
 	}
 	return ours, events, nil
@@ -162,17 +161,6 @@ func (vm *VM) take(ctx context.Context, command string) (io.ReadWriteCloser, *qm
 
 // recoverPoll is how often a VM is asked whether it has noticed that a connection broke.
 const recoverPoll = 5 * time.Millisecond
-
-// shrink sets the size of a socket's buffer.
-func shrink(f *os.File, size int) error {
-	raw, err := f.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var serr error
-	err = raw.Control(func(fd uintptr) { serr = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, size) })
-	return errors.Join(err, serr)
-}
 
 // loaded returns once an incoming VM has its devices and could run.
 func (vm *VM) loaded(ctx context.Context, failed <-chan error) error {

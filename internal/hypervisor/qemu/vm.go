@@ -444,6 +444,10 @@ func (vm *VM) Load(ctx context.Context, write func(io.Writer) error) error {
 	}
 	defer ours.Close()
 	defer events.Close()
+	// QEMU reads 32 KiB at a time: with more under way, the two wait for each other less.
+	if err := setBuffer(ours, streamBuffer); err != nil {
+		vm.log.Debug("the stream's buffer is not as it should be", "err", err)
+	}
 	stop := context.AfterFunc(ctx, func() { ours.Close() })
 	defer stop()
 	if err := write(ours); err != nil {
@@ -452,6 +456,30 @@ func (vm *VM) Load(ctx context.Context, write func(io.Writer) error) error {
 	ours.Close()
 	if err := migrated(ctx, events); err != nil {
 		return fmt.Errorf("load: %w%s", err, vm.logTail())
+	}
+	return nil
+}
+
+// SaveTo has a VM write its state by itself, as a background snapshot, to a socket, and
+// returns once it has. The vCPUs run but for an instant.
+func (vm *VM) SaveTo(ctx context.Context, to *os.File) error {
+	err := vm.setCapabilities(ctx, []string{"background-snapshot"})
+	if err == nil {
+		err = vm.idle(ctx)
+	}
+	events := vm.qmp.Subscribe(64, "MIGRATION")
+	defer events.Close()
+	if err == nil {
+		err = vm.qmp.ExecuteWithFD(ctx, "getfd", map[string]string{"fdname": "save"}, nil, to)
+	}
+	if err == nil {
+		err = vm.qmp.Execute(ctx, "migrate", map[string]string{"uri": "fd:save"}, nil)
+	}
+	if err == nil {
+		err = migrated(ctx, events)
+	}
+	if err != nil {
+		return fmt.Errorf("save: %w%s", err, vm.logTail())
 	}
 	return nil
 }
@@ -474,7 +502,7 @@ func (vm *VM) LoadFrom(ctx context.Context, uri string) error {
 // incoming has an incoming VM take a migration in, which comes over the connection. The
 // events are those of the migration. The caller closes both.
 func (vm *VM) incoming(ctx context.Context, command string) (*os.File, *qmp.Subscription, error) {
-	ours, theirs, err := socketpair()
+	ours, theirs, err := socketpair(true)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -522,17 +550,35 @@ func nextStatus(ctx context.Context, events *qmp.Subscription) (string, time.Tim
 }
 
 // socketpair returns two ends of a unix stream, as files.
-func socketpair() (ours, theirs *os.File, err error) {
+// socketpair makes a stream's two ends. Unless ours is polled, its users wait in the kernel,
+// and Close does not end that.
+func socketpair(polled bool) (ours, theirs *os.File, err error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, nil, fmt.Errorf("make a socket pair: %w", err)
 	}
-	if err := unix.SetNonblock(fds[0], true); err != nil {
+	if err := unix.SetNonblock(fds[0], polled); err != nil {
 		unix.Close(fds[0])
 		unix.Close(fds[1])
 		return nil, nil, fmt.Errorf("make a socket pair: %w", err)
 	}
 	return os.NewFile(uintptr(fds[0]), "migration"), os.NewFile(uintptr(fds[1]), "migration, QEMU's end"), nil
+}
+
+// setBuffer sets the size of the buffer of what is written to a socket, in bytes: beyond the
+// system's bound, if the privilege is there.
+func setBuffer(f *os.File, size int) error {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var serr error
+	err = raw.Control(func(fd uintptr) {
+		if serr = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, size); serr != nil {
+			serr = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, size)
+		}
+	})
+	return errors.Join(err, serr)
 }
 
 // The migration capabilities that Violin sets.
