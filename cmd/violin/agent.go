@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -96,7 +95,7 @@ func (a *app) agent(ctx context.Context, o agentOptions) error {
 		return usage(fmt.Errorf("--name: %w", err))
 	}
 	logger := slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: o.level}))
-	runtime.GOMAXPROCS(runtime.NumCPU() + spareProcessors)
+	spare()
 	raisePriority(logger)
 	program, err := os.Executable()
 	if err != nil {

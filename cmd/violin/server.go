@@ -118,7 +118,7 @@ func (a *app) serve(ctx context.Context, etcd metadata.Config, listen string, id
 		return err
 	}
 	logger := slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: level}))
-	runtime.GOMAXPROCS(runtime.NumCPU() + spareProcessors)
+	spare()
 	raisePriority(logger)
 	killed, err := killAt(os.Getenv("VIOLIN_TEST_KILL_AT"))
 	if err != nil {
@@ -161,8 +161,11 @@ const serverNice = -10
 // spareProcessors is what the Go runtime is given beyond the machine's processors.
 // A thread that takes a state in has a low priority; while the kernel lets it
 // wait it still occupies one of the runtime's, and what a pause waits for must find
-// another.
+// another. So does one that writes to the disk, for a while.
 const spareProcessors = 16
+
+// spare gives the Go runtime its spare processors.
+func spare() { runtime.GOMAXPROCS(runtime.NumCPU() + spareProcessors) }
 
 // raisePriority does so for all threads there are; new ones inherit it. A kernel that
 // groups the processes of a session for scheduling heeds niceness only within the

@@ -12,16 +12,6 @@ DATA iv2<>+24(SB)/4, $0x1f83d9ab
 DATA iv2<>+28(SB)/4, $0x5be0cd19
 GLOBL iv2<>(SB), RODATA|NOPTR, $32
 
-DATA counters2<>+0(SB)/4, $0x00000000
-DATA counters2<>+4(SB)/4, $0x00000001
-DATA counters2<>+8(SB)/4, $0x00000002
-DATA counters2<>+12(SB)/4, $0x00000003
-DATA counters2<>+16(SB)/4, $0x00000000
-DATA counters2<>+20(SB)/4, $0x00000001
-DATA counters2<>+24(SB)/4, $0x00000002
-DATA counters2<>+28(SB)/4, $0x00000003
-GLOBL counters2<>(SB), RODATA|NOPTR, $32
-
 DATA len2<>+0(SB)/4, $0x00000040
 GLOBL len2<>(SB), RODATA|NOPTR, $4
 
@@ -1091,11 +1081,12 @@ GLOBL turn8<>(SB), RODATA|NOPTR, $32
 	VPXOR Y14, Y6, Y6; \
 	VPXOR Y15, Y7, Y7; \
 
-// func chunks8(in *byte, cv *uint32)
+// func chunks8(in *byte, counters, cv *uint32)
 // Requires: AVX2
-TEXT ·chunks8(SB), 0, $544-16
+TEXT ·chunks8(SB), 0, $544-24
 	MOVQ in+0(FP), SI
-	MOVQ cv+8(FP), DI
+	MOVQ counters+8(FP), R8
+	MOVQ cv+16(FP), DI
 	VPBROADCASTD iv2<>+0(SB), Y0
 	VPBROADCASTD iv2<>+4(SB), Y1
 	VPBROADCASTD iv2<>+8(SB), Y2
@@ -1193,7 +1184,7 @@ block:
 	VPBROADCASTD iv2<>+4(SB), Y9
 	VPBROADCASTD iv2<>+8(SB), Y10
 	VPBROADCASTD iv2<>+12(SB), Y11
-	VMOVDQU counters2<>(SB), Y12
+	VMOVDQU (R8), Y12
 	VPXOR Y13, Y13, Y13
 	VPBROADCASTD len2<>(SB), Y14
 	VMOVD AX, X15

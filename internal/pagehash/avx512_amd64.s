@@ -12,24 +12,6 @@ DATA iv<>+24(SB)/4, $0x1f83d9ab
 DATA iv<>+28(SB)/4, $0x5be0cd19
 GLOBL iv<>(SB), RODATA|NOPTR, $32
 
-DATA counters<>+0(SB)/4, $0x00000000
-DATA counters<>+4(SB)/4, $0x00000001
-DATA counters<>+8(SB)/4, $0x00000002
-DATA counters<>+12(SB)/4, $0x00000003
-DATA counters<>+16(SB)/4, $0x00000000
-DATA counters<>+20(SB)/4, $0x00000001
-DATA counters<>+24(SB)/4, $0x00000002
-DATA counters<>+28(SB)/4, $0x00000003
-DATA counters<>+32(SB)/4, $0x00000000
-DATA counters<>+36(SB)/4, $0x00000001
-DATA counters<>+40(SB)/4, $0x00000002
-DATA counters<>+44(SB)/4, $0x00000003
-DATA counters<>+48(SB)/4, $0x00000000
-DATA counters<>+52(SB)/4, $0x00000001
-DATA counters<>+56(SB)/4, $0x00000002
-DATA counters<>+60(SB)/4, $0x00000003
-GLOBL counters<>(SB), RODATA|NOPTR, $64
-
 DATA even<>+0(SB)/4, $0x00000000
 DATA even<>+4(SB)/4, $0x00000002
 DATA even<>+8(SB)/4, $0x00000004
@@ -860,11 +842,12 @@ GLOBL odd<>(SB), RODATA|NOPTR, $64
 	VPXORD Z14, Z6, Z6; \
 	VPXORD Z15, Z7, Z7; \
 
-// func chunks16(in *byte, cv *uint32)
+// func chunks16(in *byte, counters, cv *uint32)
 // Requires: AVX512F
-TEXT ·chunks16(SB), NOSPLIT, $0-16
+TEXT ·chunks16(SB), NOSPLIT, $0-24
 	MOVQ in+0(FP), SI
-	MOVQ cv+8(FP), DI
+	MOVQ counters+8(FP), R8
+	MOVQ cv+16(FP), DI
 	VPBROADCASTD iv<>+0(SB), Z0
 	VPBROADCASTD iv<>+4(SB), Z1
 	VPBROADCASTD iv<>+8(SB), Z2
@@ -977,7 +960,7 @@ block:
 	VPBROADCASTD iv<>+4(SB), Z9
 	VPBROADCASTD iv<>+8(SB), Z10
 	VPBROADCASTD iv<>+12(SB), Z11
-	VMOVDQU32 counters<>(SB), Z12
+	VMOVDQU32 (R8), Z12
 	VPXORD Z13, Z13, Z13
 	MOVL $64, BX
 	VPBROADCASTD BX, Z14

@@ -94,18 +94,16 @@ func count(from, step, n int) (words []uint32) {
 // (Z16 to Z31), and a lane in it for each of 16 inputs.
 func avx512(o *out) {
 	o.data("iv", iv[:]...)
-	// A page's chunks are numbered from 0 to 3.
-	o.data("counters", 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3)
 	o.data("even", count(0, 2, 16)...)
 	o.data("odd", count(1, 2, 16)...)
 
-	// rest sets the state's second half, with the block's flags in AX.
+	// rest sets the state's second half, with the block's flags in AX and where the chunks' numbers are in R8.
 	rest := func(counters bool) {
 		for w := range 4 {
 			o.i("VPBROADCASTD iv<>+%d(SB), Z%d", 4*w, 8+w)
 		}
 		if counters {
-			o.i("VMOVDQU32 counters<>(SB), Z12")
+			o.i("VMOVDQU32 (R8), Z12")
 		} else {
 			o.i("VPXORD Z12, Z12, Z12")
 		}
@@ -155,11 +153,12 @@ func avx512(o *out) {
 		o.i("RET")
 	}
 
-	o.p("// func chunks16(in *byte, cv *uint32)")
+	o.p("// func chunks16(in *byte, counters, cv *uint32)")
 	o.p("// Requires: AVX512F")
-	o.p("TEXT ·chunks16(SB), NOSPLIT, $0-16")
+	o.p("TEXT ·chunks16(SB), NOSPLIT, $0-24")
 	o.i("MOVQ in+0(FP), SI")
-	o.i("MOVQ cv+8(FP), DI")
+	o.i("MOVQ counters+8(FP), R8")
+	o.i("MOVQ cv+16(FP), DI")
 	for w := range 8 {
 		o.i("VPBROADCASTD iv<>+%d(SB), Z%d", 4*w, w)
 	}
@@ -226,7 +225,6 @@ func avx512(o *out) {
 // each of 8 inputs.
 func avx2(o *out) {
 	o.data("iv2", iv[:]...)
-	o.data("counters2", 0, 1, 2, 3, 0, 1, 2, 3)
 	o.data("len2", 64)
 	// How bytes move when a word turns right by 16 and by 8 bits.
 	o.data("turn16", 0x01000302, 0x05040706, 0x09080b0a, 0x0d0c0f0e, 0x01000302, 0x05040706, 0x09080b0a, 0x0d0c0f0e)
@@ -241,7 +239,7 @@ func avx2(o *out) {
 			o.i("VPBROADCASTD iv2<>+%d(SB), Y%d", 4*w, 8+w)
 		}
 		if counters {
-			o.i("VMOVDQU counters2<>(SB), Y12")
+			o.i("VMOVDQU (R8), Y12")
 		} else {
 			o.i("VPXOR Y12, Y12, Y12")
 		}
@@ -286,11 +284,12 @@ func avx2(o *out) {
 		o.i("RET")
 	}
 
-	o.p("// func chunks8(in *byte, cv *uint32)")
+	o.p("// func chunks8(in *byte, counters, cv *uint32)")
 	o.p("// Requires: AVX2")
-	o.p("TEXT ·chunks8(SB), 0, $%d-16", frame)
+	o.p("TEXT ·chunks8(SB), 0, $%d-24", frame)
 	o.i("MOVQ in+0(FP), SI")
-	o.i("MOVQ cv+8(FP), DI")
+	o.i("MOVQ counters+8(FP), R8")
+	o.i("MOVQ cv+16(FP), DI")
 	for w := range 8 {
 		o.i("VPBROADCASTD iv2<>+%d(SB), Y%d", 4*w, w)
 	}

@@ -1,4 +1,5 @@
-// Package pagehash computes the BLAKE3-256 of pages of 4096 bytes, many at a time.
+// Package pagehash computes the BLAKE3-256 of pages of 4096 bytes, many at a time, and that of
+// the packs they are written in.
 //
 // The hash is the standard's, so that a page has the same one however it was computed. What
 // is gained is in the processor's vectors. BLAKE3 cuts its input into chunks of 1024 bytes that
@@ -29,9 +30,13 @@ const (
 	// Size is the length of a hash, in bytes.
 	Size = 32
 
-	chunkSize  = 1024
-	flagParent = 4
-	flagRoot   = 8
+	chunkSize = 1024
+	blockSize = 64
+
+	flagChunkStart = 1
+	flagChunkEnd   = 2
+	flagParent     = 4
+	flagRoot       = 8
 )
 
 // Sum puts the hashes of pages into out, in their order. pages has PageSize bytes for each
@@ -47,6 +52,10 @@ func Sum[H ~[Size]byte](out []H, pages []byte) {
 	}
 	each(out, pages)
 }
+
+// SumLong returns the hash of data of any length. From some tens of KiB on it is faster than the
+// library, where the processor has AVX-512.
+func SumLong(data []byte) [Size]byte { return sumLong(data) }
 
 // each hashes page by page.
 func each[H ~[Size]byte](out []H, pages []byte) {

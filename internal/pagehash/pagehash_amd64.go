@@ -9,15 +9,16 @@ import (
 //go:generate go run gen.go
 
 // Chaining values lie in memory by words: the first of all lanes, then the second, to the eighth.
+// Counters are the chunks' numbers in what is hashed, one a lane.
 
 //go:noescape
-func chunks16(in *byte, cv *uint32)
+func chunks16(in *byte, counters, cv *uint32)
 
 //go:noescape
 func parents16(children *uint32, flags uint32, cv *uint32)
 
 //go:noescape
-func chunks8(in *byte, cv *uint32)
+func chunks8(in *byte, counters, cv *uint32)
 
 //go:noescape
 func parents8(children *uint32, flags uint32, cv *uint32)
@@ -34,9 +35,13 @@ func vectors[H ~[Size]byte](out []H, pages []byte) {
 	}
 }
 
+const words = 8 // of a chaining value
+
+// A page's chunks are numbered from 0 to 3.
+var pageCounters = [16]uint32{0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3}
+
 // lanes takes turns of n pages: 16, which needs AVX-512F, or 8, which needs AVX2.
 func lanes[H ~[Size]byte](n int, out []H, pages []byte) {
-	const words = 8 // of a chaining value
 	var (
 		chunks  [4 * words * 16]uint32
 		parents [2 * words * 16]uint32
@@ -52,11 +57,7 @@ func lanes[H ~[Size]byte](n int, out []H, pages []byte) {
 				copy(last[:], in)
 				in = last[:]
 			}
-			if n == 16 {
-				chunks16(&in[0], &chunks[i*cvs])
-			} else {
-				chunks8(&in[0], &chunks[i*cvs])
-			}
+			hash(n, in, &pageCounters, chunks[i*cvs:])
 		}
 		join(n, chunks[:2*cvs], flagParent, parents[:cvs])
 		if now > n/2 {
@@ -69,6 +70,16 @@ func lanes[H ~[Size]byte](n int, out []H, pages []byte) {
 			}
 		}
 		out, pages = out[now:], pages[now*PageSize:]
+	}
+}
+
+// hash makes the chaining values of n chunks.
+func hash(n int, in []byte, counters *[16]uint32, cv []uint32) {
+	_, _ = in[n*chunkSize-1], cv[n*words-1]
+	if n == 16 {
+		chunks16(&in[0], &counters[0], &cv[0])
+	} else {
+		chunks8(&in[0], &counters[0], &cv[0])
 	}
 }
 

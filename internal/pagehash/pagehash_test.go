@@ -73,6 +73,33 @@ func TestSumPatterns(t *testing.T) {
 	check(t, pages[1:][:3*PageSize])
 }
 
+// Every number of chunks up to some groups of lanes, the last of every kind, and a pack's.
+func TestSumLong(t *testing.T) {
+	data := make([]byte, 16<<20+1)
+	_, _ = rand.NewChaCha8([32]byte{2}).Read(data)
+	var lengths []int
+	for chunks := range 200 {
+		for _, more := range []int{-1, 0, 1, 63, 64, 65} {
+			lengths = append(lengths, max(0, chunks*chunkSize+more))
+		}
+	}
+	for _, n := range append(lengths, 16<<20-1, 16<<20, 16<<20+1, 9_999_999) {
+		want := blake3.Sum256(data[:n])
+		for name, sum := range longs() {
+			if got := sum(data[:n]); got != want {
+				t.Fatalf("%s of %d bytes: %x, want %x", name, n, got, want)
+			}
+		}
+	}
+}
+
+// longs are all that this processor can run, by name.
+func longs() map[string]func([]byte) [Size]byte {
+	all := processorLong()
+	all["SumLong"] = SumLong
+	return all
+}
+
 func TestSumPanics(t *testing.T) {
 	defer func() {
 		if recover() == nil {
@@ -96,6 +123,35 @@ func FuzzSum(f *testing.F) {
 		}
 		check(t, pages)
 	})
+}
+
+func FuzzSumLong(f *testing.F) {
+	f.Add([]byte("a pack"), uint32(70_000))
+	f.Add([]byte{0xff}, uint32(64<<10+1))
+	f.Fuzz(func(t *testing.T, pattern []byte, n uint32) {
+		data := make([]byte, n%(1<<20))
+		for at := 0; at < len(data) && len(pattern) > 0; {
+			at += copy(data[at:], pattern) + at%7
+		}
+		want := blake3.Sum256(data)
+		for name, sum := range longs() {
+			if got := sum(data); got != want {
+				t.Fatalf("%s of %d bytes: %x, want %x", name, len(data), got, want)
+			}
+		}
+	})
+}
+
+func BenchmarkSumLong(b *testing.B) {
+	data := make([]byte, 16<<20)
+	for name, sum := range map[string]func([]byte) [Size]byte{"SumLong": SumLong, "library": blake3.Sum256} {
+		b.Run(name, func(b *testing.B) {
+			b.SetBytes(int64(len(data)))
+			for b.Loop() {
+				sum(data)
+			}
+		})
+	}
 }
 
 func BenchmarkSum(b *testing.B) {

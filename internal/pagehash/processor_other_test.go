@@ -3,3 +3,5 @@
 package pagehash
 
 func processor() map[string]func([][Size]byte, []byte) { return nil }
+
+func processorLong() map[string]func([]byte) [Size]byte { return map[string]func([]byte) [Size]byte{} }

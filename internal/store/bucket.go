@@ -105,7 +105,7 @@ func (b *bucket) close() error {
 }
 
 // put writes an object whole or not at all. In a directory it is on the disk,
-// name included, when put returns.
+// name included, when put returns. There, data in a [directRoom] goes past the page cache.
 func (b *bucket) put(ctx context.Context, name string, data []byte) error {
 	if b.dir == "" {
 		return b.WriteAll(ctx, name, data, nil)
@@ -148,7 +148,7 @@ func writeFile(parent, file string, data []byte) (err error) {
 			_ = os.Remove(f.Name())
 		}
 	}()
-	if _, err := f.Write(data); err != nil {
+	if err := writeWhole(f, data); err != nil {
 		return err
 	}
 	if err := f.Sync(); err != nil {

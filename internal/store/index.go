@@ -144,6 +144,19 @@ func (s *shard) add(e slot, double bool) bool {
 	return true
 }
 
+// reserve makes room for n more pages at once: growing for one after the other copies each
+// page that is there some eight times over.
+func (x *index) reserve(n int) {
+	for i := range x.shards {
+		s := &x.shards[i]
+		s.mu.Lock()
+		if full := s.used + n/len(x.shards); full*8 > len(s.slots)*7 {
+			s.grow(max(minSlots, full*5/4)) // hashes are even, but not quite
+		}
+		s.mu.Unlock()
+	}
+}
+
 func (s *shard) grow(n int) {
 	old := s.slots
 	s.slots = make([]slot, n)

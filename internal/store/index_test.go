@@ -42,6 +42,7 @@ func TestIndexIsAMap(t *testing.T) {
 				x.set(h, model[h])
 				delete(marks, h)
 			},
+			"reserve": func(t *rapid.T) { x.reserve(rapid.IntRange(0, 20000).Draw(t, "pages")) },
 			"mark": func(t *rapid.T) {
 				h := hash()
 				_, there := model[h]

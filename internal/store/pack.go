@@ -10,15 +10,15 @@ import (
 	"sync"
 )
 
-// The byte format of a pack, version 2. Version 1 had no method: it was zstd. docs/store.md is the authority; all
-// integers are big-endian.
+// The byte format of a pack, version 3. Version 1 had no method: it was zstd; version 2 had no MinLZ.
+// docs/store.md is the authority; all integers are big-endian.
 //
 //	header   32 bytes  magic "violpack", version, kind, sealing, method, 4 zero bytes, pack id
 //	entries            stored bytes, back to back
 //	footer             40 bytes an entry: hash 32, stored length 4, plain length 4
 //	trailer  48 bytes  entry count 4, footer length 4, BLAKE3-256 of all before it, magic "packend\n"
 const (
-	packVersion = 2
+	packVersion = 3
 	headerSize  = 32
 	trailerSize = 48
 	footerEntry = HashSize + 8
@@ -97,7 +97,7 @@ type builder struct {
 	method  method
 	seal    cipher.AEAD // nil: not encrypted
 	buf     []byte      // never moves: its capacity is fixed
-	limit   int         // reservations end here
+	limit   int         // of the whole pack, in bytes
 	entries []entry
 	pending sync.WaitGroup // reservations not yet filled
 }
@@ -125,8 +125,11 @@ func overhead(seal cipher.AEAD) int {
 	return seal.Overhead()
 }
 
-// fits reports whether n more stored bytes fit.
-func (b *builder) fits(n int) bool { return len(b.buf)+n <= b.limit }
+// fits reports whether an entry of n bytes before sealing fits, with its line in the footer.
+func (b *builder) fits(n int) bool {
+	footer := (len(b.entries)+1)*footerEntry + overhead(b.seal)
+	return len(b.buf)+n+overhead(b.seal)+footer+trailerSize <= b.limit
+}
 
 // reserve makes room for an entry of n bytes before sealing; fits must have
 // said yes. The caller passes the results to fill, from any goroutine.
@@ -154,20 +157,19 @@ func (b *builder) fill(e entry, place, data []byte) {
 // written. The builder must not be reserved from any more.
 func (b *builder) finish() ([]byte, error) {
 	b.pending.Wait()
-	start := len(b.buf)
-	footer := make([]byte, 0, len(b.entries)*footerEntry+overhead(b.seal))
+	start, pack := len(b.buf), b.buf
 	for _, e := range b.entries {
-		footer = append(footer, e.hash[:]...)
-		footer = binary.BigEndian.AppendUint32(footer, e.stored)
-		footer = binary.BigEndian.AppendUint32(footer, e.plain)
+		pack = append(pack, e.hash[:]...)
+		pack = binary.BigEndian.AppendUint32(pack, e.stored)
+		pack = binary.BigEndian.AppendUint32(pack, e.plain)
 	}
 	if b.seal != nil {
-		footer = b.seal.Seal(footer[:0], nonce(uint32(start)), footer, nil)
+		pack = b.seal.Seal(pack[:start], nonce(uint32(start)), pack[start:], nil)
 	}
-	pack := append(b.buf, footer...)
+	footer := len(pack) - start
 	pack = binary.BigEndian.AppendUint32(pack, uint32(len(b.entries)))
-	pack = binary.BigEndian.AppendUint32(pack, uint32(len(footer)))
-	digest := Sum(pack)
+	pack = binary.BigEndian.AppendUint32(pack, uint32(footer))
+	digest := sumPack(pack)
 	pack = append(pack, digest[:]...)
 	pack = append(pack, tailMagic...)
 
@@ -217,7 +219,7 @@ func parseHeader(b []byte) (header, error) {
 		return h, fmt.Errorf("%w: header: byte 10: unknown sealing %d", ErrDamaged, b[10])
 	}
 	m := method(b[11])
-	if m > methodS2 || m != methodZstd && b[8] == 1 {
+	if m > methodMinLZ || m.since() > b[8] {
 		return h, fmt.Errorf("%w: header: byte 11: unknown compression %d", ErrDamaged, b[11])
 	}
 	if !bytes.Equal(b[12:16], make([]byte, 4)) {
@@ -316,7 +318,7 @@ func checkDigest(pack []byte) error {
 		return fmt.Errorf("%w: %d bytes are no pack", ErrDamaged, len(pack))
 	}
 	at := len(pack) - trailerSize + 8
-	if Sum(pack[:at]) != Hash(pack[at:at+HashSize]) {
+	if sumPack(pack[:at]) != Hash(pack[at:at+HashSize]) {
 		return fmt.Errorf("%w: digest of the pack's bytes does not match its trailer", ErrDamaged)
 	}
 	return nil

@@ -31,7 +31,7 @@ func TestPackFormat(t *testing.T) {
 	pack := makePack(t, kindChunks, nil, content)
 	h := Sum(content)
 	want := "" +
-		hex.EncodeToString([]byte("violpack")) + "02" + "63" + "00" + "0000000000" + // header
+		hex.EncodeToString([]byte("violpack")) + "03" + "63" + "00" + "0000000000" + // header
 		"01020300000000000000000000000010" + // pack id
 		hex.EncodeToString(content) + // the entry
 		h.String() + "00000005" + "00000005" + // footer
@@ -109,9 +109,10 @@ func TestPackRefuses(t *testing.T) {
 		{"empty", func([]byte) []byte { return nil }, "header"},
 		{"short", func(b []byte) []byte { return b[:40] }, "trailer"},
 		{"torn", func(b []byte) []byte { return b[:len(b)-1] }, "trailer"},
-		{"version", func(b []byte) []byte { b[8] = 3; return b }, "format version 3"},
-		{"method", func(b []byte) []byte { b[11] = 2; return b }, "unknown compression 2"},
+		{"version", func(b []byte) []byte { b[8] = 4; return b }, "format version 4"},
+		{"method", func(b []byte) []byte { b[11] = 3; return b }, "unknown compression 3"},
 		{"method of version 1", func(b []byte) []byte { b[8], b[11] = 1, 1; return b }, "unknown compression 1"},
+		{"method of version 2", func(b []byte) []byte { b[8], b[11] = 2, 2; return b }, "unknown compression 2"},
 		{"kind", func(b []byte) []byte { b[9] = 'x'; return b }, "kind"},
 		{"sealing", func(b []byte) []byte { b[10] = 9; return b }, "sealing"},
 		{"sealed elsewhere", func(b []byte) []byte { b[10] = sealAESGCM; return b }, "sealing"},
@@ -134,9 +135,11 @@ func FuzzPack(f *testing.F) {
 	key := masterKey(bytes.Repeat([]byte{7}, 32))
 	f.Add(makePack(f, kindChunks, nil, []byte("hello"), []byte("world")), false)
 	f.Add(makePack(f, kindPages, nil, testPage(1)), false)
-	s2pack := makePack(f, kindPages, nil, testPage(1))
-	s2pack[11] = byte(methodS2)
-	f.Add(s2pack, false)
+	for _, m := range []method{methodS2, methodMinLZ} {
+		b := makePack(f, kindPages, nil, testPage(1))
+		b[11] = byte(m)
+		f.Add(b, false)
+	}
 	f.Add(makePack(f, kindChunks, key, []byte("hello")), true)
 	f.Add(makePack(f, kindChunks, nil), false)
 	codec, err := newCodec(CompressFast, 1)

@@ -323,6 +323,13 @@ func (se *Session) publish(written []writtenPack) {
 		se.pins.add(w.pack.no)
 	}
 	se.pinMu.Unlock()
+	pages := 0
+	for _, w := range written {
+		if w.pack.kind == kindPages {
+			pages += len(w.entries)
+		}
+	}
+	se.s.pages.reserve(pages)
 	for _, w := range written {
 		se.s.commitPack(w.pack, w.size, w.entries)
 	}
@@ -417,7 +424,7 @@ type packer struct {
 	cur    *builder
 	closed bool
 
-	limit  int         // where a pack is closed, in bytes
+	limit  int         // of a pack's length, in bytes
 	bufs   chan []byte // buffers in circulation: the bound on memory
 	full   chan *builder
 	writer sync.WaitGroup
@@ -477,7 +484,7 @@ func (p *packer) room(ctx context.Context, n int) (*builder, error) {
 	if err := p.se.failed(); err != nil {
 		return nil, err
 	}
-	if p.cur != nil && p.cur.fits(n+overhead(p.cur.seal)) {
+	if p.cur != nil && p.cur.fits(n) {
 		return p.cur, nil
 	}
 	p.rotate()
@@ -493,9 +500,7 @@ func (p *packer) room(ctx context.Context, n int) (*builder, error) {
 		buf = p.formerRoom()
 	}
 	if buf == nil {
-		// The first entry of a pack always fits. Footer and trailer may move
-		// the buffer, when nobody fills it any more.
-		buf = make([]byte, 0, p.limit+p.limit/16)
+		buf = directRoom(p.limit) // in which the first entry of a pack always fits
 	}
 	pk, err := p.se.s.addPack(randomID(), p.kind, p.se.s.codec.method(p.kind))
 	if err != nil {
@@ -509,7 +514,7 @@ func (p *packer) room(ctx context.Context, n int) (*builder, error) {
 	return p.cur, nil
 }
 
-// packLimit is where a pack is closed, in bytes. Chunks are few, so that a
+// packLimit is the most that a pack takes, in bytes. Chunks are few, so that a
 // buffer as large as that of pages would stay mostly empty.
 func (s *Store) packLimit(k kind) int {
 	if k == kindChunks {

@@ -74,7 +74,7 @@ func (o *Options) fill() error {
 		return fmt.Errorf("pack size of %d bytes; choose 1 MiB to 64 MiB", o.PackSize)
 	}
 	if o.Workers == 0 {
-		o.Workers = runtime.GOMAXPROCS(0)
+		o.Workers = runtime.NumCPU()
 	}
 	if o.Workers < 0 {
 		return fmt.Errorf("%d workers; choose 1 or more, or 0 for one a CPU", o.Workers)
