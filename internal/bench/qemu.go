@@ -7,11 +7,15 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
 
 	"violin/internal/hypervisor/qemu"
 	"violin/internal/machine"
@@ -29,6 +33,7 @@ type QEMUConfig struct {
 	Lazy   []uint64 // of nodes that are only restored lazily
 	Runs   int      // of each, Violin's and QEMU's in turn
 	Plain  bool     // without encryption
+	Reader []string // a command that reads its standard input to the end: [Discard]
 }
 
 // A Comparison is what something takes Violin, and what it takes QEMU by itself in the same
@@ -110,7 +115,7 @@ func median[T float64 | time.Duration](all []T) T {
 
 // AgainstQEMU measures, of one node on QEMU and the store alone, with no server and no
 // network: a first snapshot, from its beginning until all of it is on the disk, against the same
-// migration of the same QEMU into a socket whose reader throws all away; a restore, from
+// QEMU's own migration to a socket whose reader throws all away; a restore, from
 // the state's first byte until all is loaded, against QEMU's own of a file ("exec:cat"); and a lazy one, from
 // the start of QEMU until the guest has run and needs a page that it writes to.
 func AgainstQEMU(ctx context.Context, cfg QEMUConfig, done func(Comparison)) (err error) {
@@ -121,7 +126,7 @@ func AgainstQEMU(ctx context.Context, cfg QEMUConfig, done func(Comparison)) (er
 	defer os.RemoveAll(dir)
 	this := machine.New()
 	for _, memory := range slices.Concat(cfg.Memory, cfg.Lazy) {
-		n := &benchNode{dir: dir, memory: memory, plain: cfg.Plain, machine: this, log: slog.New(slog.DiscardHandler)}
+		n := &benchNode{dir: dir, memory: memory, plain: cfg.Plain, reader: cfg.Reader, machine: this, log: slog.New(slog.DiscardHandler)}
 		err := n.measure(ctx, cfg.Runs, slices.Contains(cfg.Memory, memory), done)
 		if err = errors.Join(err, n.close()); err != nil {
 			return fmt.Errorf("compare with QEMU on a node of %d MiB: %w", memory>>20, err)
@@ -135,6 +140,7 @@ type benchNode struct {
 	dir    string
 	memory uint64
 	plain  bool
+	reader []string
 	log    *slog.Logger
 
 	machine  *machine.Machine
@@ -194,7 +200,7 @@ func (n *benchNode) measure(ctx context.Context, runs int, all bool, done func(C
 		}
 	} else {
 		for range runs {
-			q, err := n.capture(ctx, discard)
+			q, err := n.discard(ctx)
 			if err != nil {
 				return err
 			}
@@ -317,10 +323,48 @@ func (n *benchNode) capture(ctx context.Context, read func(io.Reader) error) (Ru
 	return took, err
 }
 
-// discard reads in pieces as large as a decoder's: [io.Discard] would take small ones.
-func discard(r io.Reader) error {
-	_, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, r, make([]byte, 256<<10))
-	return err
+// discard has QEMU save the VM by itself, to a socket that a process of its own reads and throws all
+// away of, as netcat would.
+func (n *benchNode) discard(ctx context.Context) (took Run, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return Run{}, fmt.Errorf("make a socket pair: %w", err)
+	}
+	from, to := os.NewFile(uintptr(fds[0]), "reader's end"), os.NewFile(uintptr(fds[1]), "QEMU's end")
+	reader := exec.CommandContext(ctx, n.reader[0], n.reader[1:]...)
+	reader.Stdin = from
+	err = reader.Start()
+	from.Close()
+	if err != nil {
+		to.Close()
+		return Run{}, fmt.Errorf("read QEMU's migration: %w", err)
+	}
+	w := watched(n.vm)
+	err = n.vm.SaveTo(ctx, to)
+	to.Close()
+	rerr := reader.Wait()
+	took = w.run()
+	if rerr != nil {
+		return Run{}, errors.Join(err, fmt.Errorf("read QEMU's migration: %w", rerr))
+	}
+	took.CPU += reader.ProcessState.UserTime() + reader.ProcessState.SystemTime()
+	return took, err
+}
+
+// Discard reads a file to its end, for a process that does nothing else.
+func Discard(f *os.File) error {
+	fd := f.Fd() // and it waits in the kernel
+	for buf := make([]byte, 64<<10); ; {
+		// Past Go's scheduler, which would hand this thread's processor on and back at each wait.
+		n, _, errno := unix.RawSyscall(unix.SYS_READ, fd, uintptr(unsafe.Pointer(&buf[0])), uintptr(len(buf)))
+		switch {
+		case errno == unix.EINTR:
+		case errno != 0:
+			return errno
+		case n == 0:
+			return nil
+		}
+	}
 }
 
 // snapshot captures the VM into a new store, and keeps that.
@@ -408,6 +452,9 @@ func (n *benchNode) restores(ctx context.Context, runs int, done func(Comparison
 }
 
 func (n *benchNode) restore(ctx context.Context, load func(*qemu.VM) error) (took Run, err error) {
+	if err := warm(n.memory); err != nil {
+		return Run{}, err
+	}
 	vm, err := n.start(ctx, true)
 	if err != nil {
 		return Run{}, err
@@ -416,6 +463,20 @@ func (n *benchNode) restore(ctx context.Context, load func(*qemu.VM) error) (too
 	clock := watched(vm)
 	err = load(vm)
 	return clock.run(), err
+}
+
+// warm has this machine touch as much memory as a VM is about to. If it is a virtual one itself, its host may
+// have taken what was given back, and to get it again takes longer than all that is measured.
+func warm(size uint64) error {
+	b, err := unix.Mmap(-1, 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return fmt.Errorf("touch %d MiB of memory: %w", size>>20, err)
+	}
+	_ = unix.Madvise(b, unix.MADV_HUGEPAGE) // as QEMU does
+	for i := 0; i < len(b); i += store.PageSize {
+		b[i] = 1
+	}
+	return unix.Munmap(b)
 }
 
 // lazily restores the VM and returns how long it took until the guest ran.

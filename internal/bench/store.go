@@ -23,6 +23,12 @@ type StoreConfig struct {
 	Plain   bool   // without encryption
 }
 
+// What is measured that has bounds.
+const (
+	UniquePages = "unique pages"
+	KnownPages  = "known pages"
+)
+
 // A Figure is one measurement.
 type Figure struct {
 	What        string        `json:"what"`
@@ -62,8 +68,8 @@ func Store(ctx context.Context, cfg StoreConfig, done func(Figure)) (err error) 
 		what string
 		run  func() (int64, error)
 	}{
-		{"unique pages", func() (int64, error) { return guest.capture(ctx, st, 0, 1, &table) }},
-		{"known pages", func() (int64, error) { return guest.capture(ctx, st, 0, 1, &table) }},
+		{UniquePages, func() (int64, error) { return guest.capture(ctx, st, 0, 1, &table) }},
+		{KnownPages, func() (int64, error) { return guest.capture(ctx, st, 0, 1, &table) }},
 		{fmt.Sprintf("%d %% changed", cfg.Changed), func() (int64, error) { return guest.capture(ctx, st, cfg.Changed, 2, &table) }},
 		{"zero pages", func() (int64, error) {
 			var zeros store.BlobRef
