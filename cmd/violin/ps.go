@@ -117,6 +117,8 @@ func sliceState(s *violinv1.Slice, counts map[violinv1.NodeState]int) string {
 		return "broken"
 	case counts[violinv1.NodeState_NODE_STATE_AWAY] > 0:
 		return "away"
+	case counts[violinv1.NodeState_NODE_STATE_SILENT] > 0:
+		return "silent"
 	case s.GetCutting():
 		return "cutting"
 	case counts[violinv1.NodeState_NODE_STATE_STARTING] > 0:

@@ -470,30 +470,45 @@ func (sl *slice) waitsAt(ref string) bool {
 func (sl *slice) message(ctx context.Context) *violinv1.Slice {
 	m := &violinv1.Slice{Name: sl.topo.Slice, Created: timestamp(sl.created), Cutting: sl.coord.Cutting(), Paused: sl.paused()}
 	m.Origin, m.Head = sl.getHead()
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, statusBound)
 	defer cancel()
 	forwards := sl.forwardMessages(ctx)
+	m.Nodes = make([]*violinv1.Node, len(sl.topo.Nodes))
+	var asked sync.WaitGroup
 	for i := range sl.topo.Nodes {
-		n := &sl.topo.Nodes[i]
-		node := nodeMessage(n, sl.disks[n.Name])
-		node.Forwards = forwards[n.Name]
-		st, err := sl.agents[n.Host].Status(ctx, sl.topo.Slice, n.Name)
-		switch {
-		case err != nil && sl.away(n.Host) != nil:
-			node.State, node.Detail = violinv1.NodeState_NODE_STATE_AWAY, err.Error()
-		case err != nil:
-			node.State, node.Detail = violinv1.NodeState_NODE_STATE_DEAD, err.Error()
-		case st.PID == 0 || st.Status == "":
-			node.State, node.Detail = violinv1.NodeState_NODE_STATE_DEAD, st.Problem
-		case st.Status == "running":
-			node.State = violinv1.NodeState_NODE_STATE_RUNNING
-		default:
-			node.State, node.Detail = violinv1.NodeState_NODE_STATE_PAUSED, st.Status+st.Problem
-		}
-		node.Pid, node.Epoch = int64(st.PID), uint32(st.Epoch)
-		m.Nodes = append(m.Nodes, node)
+		asked.Go(func() {
+			n := &sl.topo.Nodes[i]
+			node := nodeMessage(n, sl.disks[n.Name])
+			node.Forwards = forwards[n.Name]
+			sl.setState(ctx, n, node)
+			m.Nodes[i] = node
+		})
 	}
+	asked.Wait()
 	return m
+}
+
+// statusBound is how long the nodes have to say how they are.
+const statusBound = 2 * time.Second
+
+// setState asks a node how it is.
+func (sl *slice) setState(ctx context.Context, n *topology.Node, node *violinv1.Node) {
+	st, err := sl.agents[n.Host].Status(ctx, sl.topo.Slice, n.Name)
+	switch {
+	case err != nil && sl.away(n.Host) != nil:
+		node.State, node.Detail = violinv1.NodeState_NODE_STATE_AWAY, err.Error()
+	case ctx.Err() != nil && (err != nil || st.PID != 0 && st.Status == ""):
+		node.State, node.Detail = violinv1.NodeState_NODE_STATE_SILENT, fmt.Sprintf("no answer within %v", statusBound)
+	case err != nil:
+		node.State, node.Detail = violinv1.NodeState_NODE_STATE_DEAD, err.Error()
+	case st.PID == 0 || st.Status == "":
+		node.State, node.Detail = violinv1.NodeState_NODE_STATE_DEAD, st.Problem
+	case st.Status == "running":
+		node.State = violinv1.NodeState_NODE_STATE_RUNNING
+	default:
+		node.State, node.Detail = violinv1.NodeState_NODE_STATE_PAUSED, st.Status+st.Problem
+	}
+	node.Pid, node.Epoch = int64(st.PID), uint32(st.Epoch)
 }
 
 // away tells why a host's agent cannot be asked; nil if it can.

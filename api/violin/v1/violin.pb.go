@@ -44,6 +44,7 @@ const (
 	NodeState_NODE_STATE_DEAD        NodeState = 4
 	NodeState_NODE_STATE_SUSPENDED   NodeState = 5 // with its slice: nothing of it runs
 	NodeState_NODE_STATE_AWAY        NodeState = 6 // its host's agent is not connected: as far as is known, it runs on
+	NodeState_NODE_STATE_SILENT      NodeState = 7 // its QEMU lives, but did not say in time how it is: the host is very busy
 )
 
 // Enum value maps for NodeState.
@@ -56,6 +57,7 @@ var (
 		4: "NODE_STATE_DEAD",
 		5: "NODE_STATE_SUSPENDED",
 		6: "NODE_STATE_AWAY",
+		7: "NODE_STATE_SILENT",
 	}
 	NodeState_value = map[string]int32{
 		"NODE_STATE_UNSPECIFIED": 0,
@@ -65,6 +67,7 @@ var (
 		"NODE_STATE_DEAD":        4,
 		"NODE_STATE_SUSPENDED":   5,
 		"NODE_STATE_AWAY":        6,
+		"NODE_STATE_SILENT":      7,
 	}
 )
 
@@ -3132,7 +3135,7 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\rFramesRequest\x12\x1a\n" +
 	"\bsnapshot\x18\x01 \x01(\tR\bsnapshot\"$\n" +
 	"\x0eFramesResponse\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data*\xb3\x01\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data*\xca\x01\n" +
 	"\tNodeState\x12\x1a\n" +
 	"\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x17\n" +
 	"\x13NODE_STATE_STARTING\x10\x01\x12\x16\n" +
@@ -3140,7 +3143,8 @@ const file_violin_v1_violin_proto_rawDesc = "" +
 	"\x11NODE_STATE_PAUSED\x10\x03\x12\x13\n" +
 	"\x0fNODE_STATE_DEAD\x10\x04\x12\x18\n" +
 	"\x14NODE_STATE_SUSPENDED\x10\x05\x12\x13\n" +
-	"\x0fNODE_STATE_AWAY\x10\x06*J\n" +
+	"\x0fNODE_STATE_AWAY\x10\x06\x12\x15\n" +
+	"\x11NODE_STATE_SILENT\x10\a*J\n" +
 	"\aDiskUse\x12\x18\n" +
 	"\x14DISK_USE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rDISK_USE_SEED\x10\x01\x12\x12\n" +
