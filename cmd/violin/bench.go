@@ -56,10 +56,11 @@ zeros, and a restore. The pages are this program's own text and data, made disti
   CPU     time of all cores for each page of 4 KiB
   STORED  what the store grew by; RATIO is STORED to MEMORY
 With --qemu, afterwards, as root: nodes of 256 MiB and 2 GiB with half their pages not zero,
-beside QEMU itself, in turn. A snapshot, to the disk, against QEMU's own background migration to a
-socket whose reader, another process, throws all away; a restore against -incoming "exec:cat FILE"; a lazy restore,
-also of 4 GiB, from QEMU's start until the guest has run. The exit status is 1 if a bound does
-not hold: 500 MB/s of unique pages, 2 GB/s of known ones; 1.3 times QEMU; a lazy restore in 1 s.`,
+beside QEMU itself, in turn. A snapshot, to the disk, against QEMU's own background
+migration to a socket whose reader, another process, throws all away; a restore against
+-incoming "exec:cat FILE"; a lazy restore, also of 4 GiB, from QEMU's start until the guest
+has run. The exit status is 1 if a bound does not hold: 500 MB/s of unique pages, 2 GB/s of
+known ones; 1.3 times QEMU; a lazy restore in 1 s.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg.Memory = mebibytes << 20

@@ -25,7 +25,7 @@ type storage struct {
 func (s *storage) flags(flags *pflag.FlagSet) {
 	flags.StringVar(&s.url, "store", os.Getenv("VIOLIN_STORE"), "`URL` of the store, such as s3://bucket?region=eu-west-1; for a server that is started (default store in\nthe state directory; env VIOLIN_STORE)")
 	flags.StringVar(&s.passphraseFile, "passphrase-file", os.Getenv("VIOLIN_PASSPHRASE_FILE"), "`file` whose first line unlocks the store (env VIOLIN_PASSPHRASE_FILE, or VIOLIN_PASSPHRASE itself; by default\nthe key is in store.key in the state directory)")
-	flags.StringVar(&s.compression, "compression", cmp.Or(os.Getenv("VIOLIN_COMPRESSION"), compressMinLZ), "of pages that a server stores: minlz, s2, which leaves a tenth less and takes twice as long, or\nzstd: a fifth less, eight times as long; for a server that is started (env VIOLIN_COMPRESSION)")
+	flags.StringVar(&s.compression, "compression", cmp.Or(os.Getenv("VIOLIN_COMPRESSION"), compressMinLZ), "of pages that a server stores: minlz; s2, which leaves an eighth less and takes twice as long;\nor zstd: a quarter less, nine times as long; for a server that is started (env VIOLIN_COMPRESSION)")
 	flags.BoolVar(&s.insecure, "insecure-no-encryption", os.Getenv("VIOLIN_INSECURE_NO_ENCRYPTION") == "1", "a store that is made now is not encrypted (env VIOLIN_INSECURE_NO_ENCRYPTION=1)")
 }
 
