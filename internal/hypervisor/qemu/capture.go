@@ -41,14 +41,15 @@ func (m Mode) String() string {
 // early only makes the pause longer.
 const armBound = 5 * time.Second
 
-// streamBuffer is a stream's socket buffer in bytes. It bounds how far QEMU's snapshot thread
-// is ahead of who reads, whose pace is that of a thread that lets pauses of other nodes go
-// first. It has to hold what QEMU writes in a nap.
-const streamBuffer = 4 << 20
+// streamBuffer is the stream's socket buffer in bytes. It is small, so that QEMU's
+// snapshot thread soon waits for who reads: the pace of the capture is then that of
+// a thread that lets pauses of other nodes go first. With 4 MiB, the longest pause of four
+// nodes was twice as long. It has to hold what QEMU writes in a nap.
+const streamBuffer = 256 << 10
 
 // nap is how long a reader waits that has caught up. QEMU writes a background snapshot
 // page by page; a reader that is woken for each spends as much on that as on storing it, and so does QEMU.
-const nap = time.Millisecond
+const nap = 300 * time.Microsecond
 
 // standstill is the least bandwidth, in bytes/s: QEMU divides it by ten, and takes 0
 // for no limit.

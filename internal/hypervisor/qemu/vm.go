@@ -445,7 +445,7 @@ func (vm *VM) Load(ctx context.Context, write func(io.Writer) error) error {
 	defer ours.Close()
 	defer events.Close()
 	// QEMU reads 32 KiB at a time: with more under way, the two wait for each other less.
-	if err := setBuffer(ours, streamBuffer); err != nil {
+	if err := setBuffer(ours, loadBuffer); err != nil {
 		vm.log.Debug("the stream's buffer is not as it should be", "err", err)
 	}
 	stop := context.AfterFunc(ctx, func() { ours.Close() })
@@ -564,6 +564,9 @@ func socketpair(polled bool) (ours, theirs *os.File, err error) {
 	}
 	return os.NewFile(uintptr(fds[0]), "migration"), os.NewFile(uintptr(fds[1]), "migration, QEMU's end"), nil
 }
+
+// loadBuffer is the buffer of a stream that QEMU loads, in bytes.
+const loadBuffer = 4 << 20
 
 // setBuffer sets the size of the buffer of what is written to a socket, in bytes: beyond the
 // system's bound, if the privilege is there.
