@@ -5,8 +5,6 @@ import (
 	"encoding/hex"
 	"fmt"
 
-	"github.com/zeebo/blake3"
-
 	"violin/internal/pagehash"
 )
 
@@ -56,10 +54,7 @@ var (
 func isZero(page []byte) bool { return bytes.Equal(page, zeros[:]) }
 
 // Sum returns the hash of b.
-func Sum(b []byte) Hash { return blake3.Sum256(b) }
-
-// sumPack is Sum of a pack's length: faster, and the same.
-func sumPack(b []byte) Hash { return pagehash.SumLong(b) }
+func Sum(b []byte) Hash { return pagehash.SumLong(b) }
 
 // SumPages puts the hashes of pages into out, in their order; pages has PageSize bytes for
 // each. It is faster than Sum of each: by the machine's vectors, several pages at a time.

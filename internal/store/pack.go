@@ -169,7 +169,7 @@ func (b *builder) finish() ([]byte, error) {
 	footer := len(pack) - start
 	pack = binary.BigEndian.AppendUint32(pack, uint32(len(b.entries)))
 	pack = binary.BigEndian.AppendUint32(pack, uint32(footer))
-	digest := sumPack(pack)
+	digest := Sum(pack)
 	pack = append(pack, digest[:]...)
 	pack = append(pack, tailMagic...)
 
@@ -318,7 +318,7 @@ func checkDigest(pack []byte) error {
 		return fmt.Errorf("%w: %d bytes are no pack", ErrDamaged, len(pack))
 	}
 	at := len(pack) - trailerSize + 8
-	if sumPack(pack[:at]) != Hash(pack[at:at+HashSize]) {
+	if Sum(pack[:at]) != Hash(pack[at:at+HashSize]) {
 		return fmt.Errorf("%w: digest of the pack's bytes does not match its trailer", ErrDamaged)
 	}
 	return nil
